@@ -1,0 +1,149 @@
+"""AdamP: Adam whose update is projected onto the tangent space of scale-invariant weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fused_adamp.bucket import Scalars
+from fused_adamp.projected import ProjectedOptimizer, Range
+from fused_adamp.reference import Decision, adamp_ref
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+
+__all__ = ["AdamP"]
+
+_BETA = Range(0, 1, False, "pass a decay rate of at least 0 and below 1")
+
+
+class AdamP(ProjectedOptimizer):
+    r"""AdamP (Heo et al., ICLR 2021, arXiv:2006.08217, algorithm 2), in one fused pass.
+
+    ======================== ==================== ==================== ==================================================
+    paper                    argument             state key            shape, dtype, meaning
+    ======================== ==================== ==================== ==================================================
+    :math:`w_t`              ``params``                                weight, any shape and strides
+    :math:`\eta`             ``lr``                                    step size
+    :math:`\beta_1,\beta_2`  ``betas``                                 decay rates of the moments per step
+    :math:`\epsilon`         ``eps``                                   added to the denominator; least norm in the test
+    :math:`\lambda`          ``weight_decay``                          decoupled: w shrinks by ``lr * weight_decay``
+    :math:`\delta`           ``delta``                                 threshold of the cosine test; 0 is AdamW
+    (code only)              ``wd_ratio``                              factor on the decay of projected weights
+    (code only)              ``nesterov``                              Nesterov momentum
+    :math:`t`                                     ``step``             0-dim float32 on the CPU
+    :math:`m_t`              ``betas[0]``         ``exp_avg``          shape and dtype of the weight
+    :math:`v_t`              ``betas[1]``         ``exp_avg_sq``       shape and dtype of the weight
+    ======================== ==================== ==================== ==================================================
+
+    A weight of two or more dimensions is tested in every step: if the cosine between gradient and weight is below
+    ``delta / sqrt(dim)`` for every output channel (dim 0), each channel's update is made orthogonal to it; else, if that
+    holds for the whole tensor, the tensor's update is. Vectors and scalars are stepped as by AdamW.
+
+    Args:
+        params: parameters or dicts of groups, as for every torch.optim optimizer.
+        lr: learning rate, at least 0; a number or a 1-element tensor.
+        betas: decay rates, each in [0, 1).
+        eps: at least 0.
+        weight_decay: at least 0.
+        delta: at least 0.
+        wd_ratio: in [0, 1].
+        nesterov: as in the authors' code.
+        foreach: True takes the unfused reference path.
+        maximize: ascend instead of descend.
+        fused: None takes the fastest backend there is, True requires a fused one, False takes the reference path.
+        differentiable: not supported; present so that the error can say so.
+        backend: force one by name; see ``python -m fused_adamp doctor``.
+
+    Raises:
+        ValueError, TypeError: a value, parameter or gradient outside what is allowed; nothing has changed then.
+        RuntimeError: the backend asked for cannot run here.
+
+    Example:
+        >>> import torch, fused_adamp
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = fused_adamp.AdamP(model.parameters(), lr=1e-3, weight_decay=1e-2)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    adaptive = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        nesterov: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+        differentiable: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "nesterov": nesterov,
+            "foreach": foreach,
+            "maximize": maximize,
+            "fused": fused,
+            "backend": backend,
+        }
+        super().__init__(params, defaults, differentiable=differentiable)
+
+    def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq")
+
+    def scalars(self, group: dict[str, Any]) -> Scalars:
+        lr = float(group["lr"])
+        beta1, beta2 = map(float, group["betas"])
+        return Scalars(
+            lr=lr,
+            momentum=beta1,
+            gain=1 - beta1,
+            nesterov_gain=1 - beta1,
+            beta2=beta2,
+            gain2=1 - beta2,
+            eps=group["eps"],
+            decay=lr * group["weight_decay"],
+            delta=group["delta"],
+            wd_ratio=group["wd_ratio"],
+            sign=-1.0 if group["maximize"] else 1.0,
+            nesterov=float(group["nesterov"]),
+            project_buffer=0.0,
+        )
+
+    def reference_step(
+        self, p: Tensor, g: Tensor, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
+    ) -> Decision:
+        assert step is not None, "AdamP counts steps"
+        beta1, beta2 = map(float, group["betas"])
+        return adamp_ref(
+            p,
+            g,
+            *moments,
+            step.item(),
+            lr=float(group["lr"]),
+            betas=(beta1, beta2),
+            **{name: group[name] for name in ("eps", "weight_decay", "delta", "wd_ratio", "nesterov", "maximize")},
+        )
+
+    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
+        super()._check_hyperparameters(group)
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas={betas!r} is not a pair: pass two decay rates, such as (0.9, 0.999)")
+        for i, beta in enumerate(betas):
+            _BETA.check(f"betas[{i}]", beta)

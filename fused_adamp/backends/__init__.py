@@ -1,0 +1,96 @@
+"""The backends, and the one place that chooses between them.
+
+Every backend walks the same buckets and gives the same numbers to rounding; the reference is the one that needs nothing
+but torch. ``backend=`` in the constructor or the environment variable ``FUSED_ADAMP_BACKEND`` forces one by name.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import TYPE_CHECKING, Protocol
+
+from fused_adamp.backends.cpu import CpuBackend
+from fused_adamp.backends.reference import ReferenceBackend
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from fused_adamp.bucket import Batch, Bucket
+
+__all__ = ["BACKENDS", "ENVIRONMENT", "Backend", "available", "choose"]
+
+ENVIRONMENT = "FUSED_ADAMP_BACKEND"
+
+
+class Backend(Protocol):
+    """What the front end asks of a backend. Instances are stateless."""
+
+    name: str
+    fused: bool
+    tile: int
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot step parameters on ``device`` here, with the remedy; None if it can."""
+
+    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Flat state storage."""
+
+    def sums(self, bucket: Bucket) -> Tensor:
+        """Scratch for a bucket's sums."""
+
+    def first_stale(self, batch: Batch) -> int:
+        """Index of the first member that does not fit the bucket's table, -1 if all do. Moves nothing."""
+
+    def step(self, batch: Batch) -> int:
+        """One optimizer step over the batch, unless :meth:`first_stale` is not -1; returns that index."""
+
+
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+"""Fastest first; the reference runs wherever torch does."""
+
+_warned: set[str] = set()
+
+
+def choose(device: torch.device, *, backend: str | None, fused: bool | None, foreach: bool | None) -> Backend:
+    """The fastest backend for ``device``, or the one that the arguments or the environment force.
+
+    Raises:
+        ValueError: unknown backend name.
+        RuntimeError: a forced backend cannot run here; the message says why and what to do.
+    """
+    forced = backend or os.environ.get(ENVIRONMENT) or ("reference" if fused is False or foreach else None)
+    reasons = []
+    for candidate in BACKENDS:
+        if forced not in (None, candidate.name):
+            continue
+        reason = candidate.unavailable(device)
+        if fused and not candidate.fused:
+            reason = reason or "it is not fused"
+        if reason is None:
+            if not candidate.fused and forced is None:
+                _warn_once(device, reasons)
+            return candidate
+        reasons.append(f"{candidate.name}: {reason}")
+    if not reasons:
+        names = ", ".join(repr(b.name) for b in BACKENDS)
+        source = "backend" if backend else f"the environment variable {ENVIRONMENT}"
+        raise ValueError(f"{source}={forced!r} is not a backend: choose one of {names}, or leave it out")
+    wish = f"backend={forced!r}" if forced else "fused=True"
+    raise RuntimeError(f"{wish} cannot run on device {str(device)!r}: {'; '.join(reasons)}")
+
+
+def available(device: torch.device) -> list[Backend]:
+    """The backends that run on ``device`` here, fastest first."""
+    return [b for b in BACKENDS if b.unavailable(device) is None]
+
+
+def _warn_once(device: torch.device, reasons: list[str]) -> None:
+    message = (
+        f"fused_adamp uses the slow reference path on device {device.type!r} ({'; '.join(reasons)}). "
+        "`python -m fused_adamp doctor` says what is missing; fused=False accepts the reference path silently."
+    )
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,152 @@
+"""AdamP and SGDP in plain PyTorch, one tensor at a time: what every backend is checked against.
+
+The lines follow algorithm 1 (SGDP) and algorithm 2 (AdamP) of Heo et al., *AdamP: Slowing Down the Slowdown for
+Momentum Optimizers on Scale-invariant Weights*, ICLR 2021, arXiv:2006.08217, with the paper's equation beside each
+line: w the weight, grad f the gradient, p_t the momentum update, q_t the projected one, eta the learning rate. They
+run in the tensor's own precision, in float32 for 16-bit tensors; hand over float64 tensors to get the reference
+values of a test. Nothing here is fast, fused or clever, and nothing else of this package is imported.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["Decision", "adamp_ref", "cosine", "decide", "project", "sgdp_ref"]
+
+
+class Decision(enum.IntEnum):
+    """The view in which one parameter is projected in one step."""
+
+    NONE = 0
+    CHANNEL = 1
+    LAYER = 2
+
+
+def adamp_ref(
+    p: Tensor,
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: float,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    delta: float,
+    wd_ratio: float,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> Decision:
+    """One AdamP step on one tensor, in place on ``p``, ``exp_avg`` and ``exp_avg_sq`` (algorithm 2).
+
+    Args:
+        p, g, exp_avg, exp_avg_sq: weight, gradient and both moments, of one shape.
+        step: t, counted from 1.
+        lr, betas, eps, weight_decay, delta, wd_ratio, nesterov, maximize: as in :class:`fused_adamp.AdamP`.
+
+    Returns:
+        The decision of the cosine test.
+    """
+    beta1, beta2 = betas
+    w, grad, m, v = _math(p), _math(g), _math(exp_avg), _math(exp_avg_sq)
+    if maximize:
+        grad = -grad
+    m = beta1 * m + (1 - beta1) * grad  # m_t = beta1 m_{t-1} + (1 - beta1) grad f
+    v = beta2 * v + (1 - beta2) * grad**2  # v_t = beta2 v_{t-1} + (1 - beta2) (grad f)^2
+    d = v.sqrt() / math.sqrt(1 - beta2**step) + eps
+    u = (beta1 * m + (1 - beta1) * grad if nesterov else m) / d  # p_t = m_t / (sqrt(v_t) + eps)
+    decision = decide(grad, w, delta, eps)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
+    u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
+    decay = lr * weight_decay * (wd_ratio if decision else 1)
+    w = w * (1 - decay)  # decoupled weight decay, scaled down where the weight was projected
+    w = w - lr / (1 - beta1**step) * u  # w_{t+1} = w_t - eta q_t
+    p.copy_(w)
+    exp_avg.copy_(m)
+    exp_avg_sq.copy_(v)
+    return decision
+
+
+def sgdp_ref(
+    p: Tensor,
+    g: Tensor,
+    momentum_buffer: Tensor | None,
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    nesterov: bool = False,
+    maximize: bool = False,
+    project_buffer: bool = False,
+) -> Decision:
+    """One SGDP step on one tensor, in place on ``p`` and ``momentum_buffer`` (algorithm 1).
+
+    Args:
+        p, g, momentum_buffer: weight, gradient and momentum, of one shape; ``None`` for ``momentum=0``.
+        lr, momentum, dampening, weight_decay, eps, delta, wd_ratio, nesterov, maximize, project_buffer: as in
+            :class:`fused_adamp.SGDP`.
+
+    Returns:
+        The decision of the cosine test.
+    """
+    w, grad = _math(p), _math(g)
+    if maximize:
+        grad = -grad
+    b = (1 - dampening) * grad
+    if momentum_buffer is not None:
+        b = momentum * _math(momentum_buffer) + b  # p_t = beta p_{t-1} + grad f
+    u = grad + momentum * b if nesterov else b
+    decision = decide(grad, w, delta, eps)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
+    u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
+    decay = lr * weight_decay / (1 - momentum) * (wd_ratio if decision else 1)
+    w = w * (1 - decay)
+    w = w - lr * u  # w_{t+1} = w_t - eta q_t
+    p.copy_(w)
+    if momentum_buffer is not None:
+        momentum_buffer.copy_(u if project_buffer and not nesterov else b)
+    return decision
+
+
+def decide(g: Tensor, p: Tensor, delta: float, eps: float) -> Decision:
+    """The cosine test, cos(w, grad f) < delta / sqrt(dim(w)): for every row (dim 0) first, then for the whole tensor.
+
+    A NaN fails both tests, so that a broken gradient is never projected. Vectors and scalars are never projected.
+    """
+    if p.ndim < 2 or p.numel() == 0:
+        return Decision.NONE
+    for decision in (Decision.CHANNEL, Decision.LAYER):
+        x, y = _view(g, decision), _view(p, decision)
+        if cosine(x, y, eps).max() < delta / math.sqrt(x.size(1)):
+            return decision
+    return Decision.NONE
+
+
+def cosine(x: Tensor, y: Tensor, eps: float) -> Tensor:
+    """``|x.y| / (max(|x|, eps) max(|y|, eps))`` for every row of two matrices ``(rows, cols)``: ``(rows,)``."""
+    norms = x.norm(dim=1).clamp(min=eps) * y.norm(dim=1).clamp(min=eps)
+    return (x * y).sum(dim=1).abs() / norms
+
+
+def project(u: Tensor, p: Tensor, decision: Decision, eps: float) -> Tensor:
+    """``Pi_w(u) = u - n (n.u)`` with ``n = p / (|p| + eps)``, for every vector of the chosen view."""
+    if decision is Decision.NONE:
+        return u
+    rows, weight = _view(u, decision), _view(p, decision)
+    n = weight / (weight.norm(dim=1, keepdim=True) + eps)
+    return (rows - n * (n * rows).sum(dim=1, keepdim=True)).reshape(u.shape)
+
+
+def _view(x: Tensor, decision: Decision) -> Tensor:
+    return x.reshape(x.size(0) if decision is Decision.CHANNEL else 1, -1)
+
+
+def _math(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,145 @@
+"""SGDP: momentum SGD whose update is projected onto the tangent space of scale-invariant weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fused_adamp.bucket import Scalars
+from fused_adamp.projected import ProjectedOptimizer, Range
+from fused_adamp.reference import Decision, sgdp_ref
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.optim.optimizer import ParamsT
+
+__all__ = ["SGDP"]
+
+
+class SGDP(ProjectedOptimizer):
+    r"""SGDP (Heo et al., ICLR 2021, arXiv:2006.08217, algorithm 1), in one fused pass.
+
+    =================== ==================== ==================== =====================================================
+    paper               argument             state key            shape, dtype, meaning
+    =================== ==================== ==================== =====================================================
+    :math:`w_t`         ``params``                                weight, any shape and strides
+    :math:`\eta`        ``lr``                                    step size
+    :math:`\beta`       ``momentum``                              decay rate of the momentum per step
+    (code only)         ``dampening``                             the gradient enters with ``1 - dampening``
+    :math:`\lambda`     ``weight_decay``                          w shrinks by ``lr * weight_decay / (1 - momentum)``
+    (code only)         ``nesterov``                              Nesterov momentum
+    :math:`\epsilon`    ``eps``                                   least norm in the cosine test
+    :math:`\delta`      ``delta``                                 threshold of the cosine test; 0 never projects
+    (code only)         ``wd_ratio``                              factor on the decay of projected weights
+    :math:`p_t`         ``momentum``         ``momentum_buffer``  shape and dtype of the weight; none for ``momentum=0``
+    =================== ==================== ==================== =====================================================
+
+    The test and the projection are those of :class:`fused_adamp.AdamP`. The buffer starts at zero, so that, unlike in
+    torch.optim.SGD, the first step is dampened too; weight decay is decoupled, unlike in torch.optim.SGD.
+
+    Args:
+        params: parameters or dicts of groups, as for every torch.optim optimizer.
+        lr: learning rate, at least 0; a number or a 1-element tensor.
+        momentum: in [0, 1); 1 would divide the decay by zero.
+        dampening: in [0, 1].
+        weight_decay: at least 0.
+        nesterov: step along ``g + momentum * b``.
+        eps: at least 0.
+        delta: at least 0.
+        wd_ratio: in [0, 1].
+        foreach: True takes the unfused reference path.
+        maximize: ascend instead of descend.
+        fused: None takes the fastest backend there is, True requires a fused one, False takes the reference path.
+        differentiable: not supported; present so that the error can say so.
+        project_buffer: project the stored momentum too wherever the update is projected (no effect with nesterov). The
+            paper's algorithm does not; clovaai/AdamP 0.3.0 does. For reproducing results of that code.
+        backend: force one by name; see ``python -m fused_adamp doctor``.
+
+    Raises:
+        ValueError, TypeError: a value, parameter or gradient outside what is allowed; nothing has changed then.
+        RuntimeError: the backend asked for cannot run here.
+
+    Example:
+        >>> import torch, fused_adamp
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = fused_adamp.SGDP(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    adaptive = False
+    ranges = ProjectedOptimizer.ranges | {
+        "momentum": Range(0, 1, False, "pass a decay rate of at least 0 and below 1; at 1 the weight decay is infinite"),
+        "dampening": Range(0, 1, True, "pass the part of the gradient to leave out"),
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        fused: bool | None = None,
+        differentiable: bool = False,
+        project_buffer: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eps": eps,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "foreach": foreach,
+            "maximize": maximize,
+            "fused": fused,
+            "project_buffer": project_buffer,
+            "backend": backend,
+        }
+        super().__init__(params, defaults, differentiable=differentiable)
+
+    def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def scalars(self, group: dict[str, Any]) -> Scalars:
+        lr, momentum = float(group["lr"]), float(group["momentum"])
+        return Scalars(
+            lr=lr,
+            momentum=momentum,
+            gain=1 - group["dampening"],
+            nesterov_gain=1.0,
+            beta2=0.0,
+            gain2=0.0,
+            eps=group["eps"],
+            decay=lr * group["weight_decay"] / (1 - momentum),
+            delta=group["delta"],
+            wd_ratio=group["wd_ratio"],
+            sign=-1.0 if group["maximize"] else 1.0,
+            nesterov=float(group["nesterov"]),
+            project_buffer=float(group["project_buffer"]),
+        )
+
+    def reference_step(
+        self, p: Tensor, g: Tensor, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
+    ) -> Decision:
+        names = ("dampening", "weight_decay", "eps", "delta", "wd_ratio", "nesterov", "maximize", "project_buffer")
+        return sgdp_ref(
+            p,
+            g,
+            moments[0] if moments else None,
+            lr=float(group["lr"]),
+            momentum=float(group["momentum"]),
+            **{name: group[name] for name in names},
+        )
