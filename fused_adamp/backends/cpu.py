@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fused_adamp.bucket import Scalars
+from fused_adamp.bucket import FLOATING, Scalars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,7 @@ class CpuBackend:
             bucket.sums,
             bucket.table,
             scalars,
+            FLOATING.index(bucket.key.dtype),  # csrc/cpu_kernels.h: StorageType
             batch.rule.adaptive,
             check_only,
         )

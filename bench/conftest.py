@@ -1,0 +1,47 @@
+"""Command-line options of the benchmarks, and the machine they ran on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.workloads import WORKLOADS
+
+_SMOKE_ROUNDS = 3
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench")
+    group.addoption(
+        "--workload",
+        action="append",
+        choices=list(WORKLOADS),
+        help="model whose parameters to step; give it again for more (default: resnet50, vit_b16 and gpt2)",
+    )
+    group.addoption("--rounds", type=int, help="timed rounds per test (default: as many as fit its time)")
+    group.addoption("--smoke", action="store_true", help=f"workload tiny, {_SMOKE_ROUNDS} rounds: does it all run?")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    option = config.option
+    if option.smoke:
+        option.workload, option.rounds = option.workload or ["tiny"], option.rounds or _SMOKE_ROUNDS
+    option.workload = option.workload or ["resnet50", "vit_b16", "gpt2"]
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.update(
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        isa=torch.backends.cpu.get_cpu_capability(),
+        huge_pages=_selected("/sys/kernel/mm/transparent_hugepage/enabled"),
+    )
+
+
+def _selected(path: str) -> str | None:
+    """The word in brackets of a kernel setting such as ``always [madvise] never``; None where there is no such file."""
+    file = Path(path)
+    return file.read_text().partition("[")[2].partition("]")[0] if file.exists() else None

@@ -1,0 +1,108 @@
+// AdamP and SGDP as formulas, shared by every compiled backend: docs/architecture.md, "The numbers".
+//
+// N is the number a formula works on: float or double in one CUDA thread, a vector of lanes on the CPU (vec.h). T is the
+// scalar type beneath it. fma(a, x, y) is a x + y, sqrt(x) the square root, both found next to N.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FUSED_ADAMP_INLINE __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define FUSED_ADAMP_INLINE inline __attribute__((always_inline))
+#else
+#define FUSED_ADAMP_INLINE inline
+#endif
+
+namespace fused_adamp {
+
+// A row of the hyperparameter table, in the order of fused_adamp/bucket.py, Scalars.
+struct Scalars {
+  double lr, momentum, gain, nesterov_gain, beta2, gain2, eps, decay, delta, wd_ratio, sign, nesterov, project_buffer;
+};
+
+enum class Decision : uint8_t { none = 0, channel = 1, layer = 2 };
+
+// Which momentum rule, at compile time.
+template <bool adaptive_, bool nesterov_, bool buffer_, bool project_buffer_>
+struct Rule {
+  static constexpr bool adaptive = adaptive_;              // AdamP: second moment, denominator, bias corrections
+  static constexpr bool nesterov = nesterov_;
+  static constexpr bool buffer = buffer_;                  // false: SGDP without momentum keeps no state
+  static constexpr bool project_buffer = project_buffer_;  // the stored momentum is projected with the update
+};
+
+// The numbers of one parameter in one step.
+template <class T>
+struct Coefficients {
+  T momentum, gain, nesterov_gain, beta2, gain2, sign, inverse_bias2, eps, step_size;
+
+  Coefficients() = default;
+
+  // t is the 1-based step. Bias corrections and 1 - beta come in double: in float32, 1 - 0.999f is off by 1e-5.
+  Coefficients(const Scalars& s, bool adaptive, double t)
+      : momentum(T(s.momentum)),
+        gain(T(s.gain)),
+        nesterov_gain(T(s.nesterov_gain)),
+        beta2(T(s.beta2)),
+        gain2(T(s.gain2)),
+        sign(T(s.sign)),
+        inverse_bias2(adaptive ? T(1 / std::sqrt(1 - std::pow(s.beta2, t))) : T(1)),
+        eps(T(s.eps)),
+        step_size(T(adaptive ? s.lr / (1 - std::pow(s.momentum, t)) : s.lr)) {}
+};
+
+// The momentum update: advances m and v, returns u.
+//
+//   AdamP  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  u = m / (sqrt(v) / sqrt(1-b2^t) + eps)
+//   SGDP   m = mu m + (1-dampening) g;                   u = m
+//   nesterov replaces the m in u by b1 m + (1-b1) g, and by mu m + g
+template <class R, class T, class N>
+FUSED_ADAMP_INLINE N momentum_update(N g, N& m, N& v, const Coefficients<T>& c) {
+  g = c.sign * g;
+  if constexpr (R::buffer) {
+    m = fma(c.momentum, m, c.gain * g);
+  } else {
+    m = c.gain * g;
+  }
+  N u = m;
+  if constexpr (R::nesterov) u = fma(c.momentum, m, c.nesterov_gain * g);
+  if constexpr (R::adaptive) {
+    v = fma(c.beta2, v, (c.gain2 * g) * g);
+    u = u / fma(c.inverse_bias2, sqrt(v), c.eps);
+  }
+  return u;
+}
+
+// Moves the weight. Textbook form, with the projection's n = p/(|p|+eps), c = p.u/(|p|+eps)^2, s the step size, w the decay:
+//
+//   u -= n (n.u) = c p;   p *= 1 - w;   p -= s u      =>      p - w p - s (u - c p) = p - (s u + (w - s c) p)
+//
+// shrink is w - s c. One rounding at the size of p instead of two: 1 - w is never rounded to T.
+template <class T, class N>
+FUSED_ADAMP_INLINE N weight_update(N p, N u, T step_size, T shrink) {
+  return p - fma(step_size, u, shrink * p);
+}
+
+// Sums over a view (a row or a whole parameter), or over a tile's part of one.
+struct Sums {
+  double pg, gg, pp;
+};
+
+// cos(g, p) = |p.g| / (max(|p|, eps) max(|g|, eps)) < delta / sqrt(dim), squared: neither side is ever negative, and
+// max(|p|, eps)^2 = max(p.p, eps^2). Written so that a NaN, which every broken gradient leaves in p.g, gives false.
+FUSED_ADAMP_INLINE bool below_threshold(const Sums& s, double delta, double eps, double dim) {
+  const double floor = eps * eps;
+  const double pp = s.pp > floor ? s.pp : floor;
+  const double gg = s.gg > floor ? s.gg : floor;
+  return s.pg * s.pg < delta * delta / dim * pp * gg;
+}
+
+// c of weight_update.
+FUSED_ADAMP_INLINE double projection(double pu, double pp, double eps) {
+  const double norm = std::sqrt(pp) + eps;
+  return pu / (norm * norm);
+}
+
+}  // namespace fused_adamp

@@ -1,0 +1,105 @@
+// A bucket in one step: from the operator's tensor lists to parameters, tiles and jobs.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace fused_adamp {
+
+// A borrowed tensor of an operator's tensor list. Reads the fields a step needs, through the stable C interface.
+class TensorRef {
+ public:
+  explicit TensorRef(AtenTensorHandle handle) : handle_(handle) {}
+
+  void* data() const { return get<void*>(aoti_torch_get_data_ptr); }
+  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
+  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
+  const int64_t* sizes() const { return get<int64_t*>(aoti_torch_get_sizes); }
+  const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides); }
+  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
+  bool is_dense_on_cpu() const {
+    return get<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu() &&
+           get<int32_t>(aoti_torch_get_layout) == aoti_torch_layout_strided();
+  }
+  bool same_sizes(const TensorRef& other) const;
+
+ private:
+  template <class T, class Getter>
+  T get(Getter getter) const {
+    T value;
+    TORCH_ERROR_CODE_CHECK(getter(handle_, &value));
+    return value;
+  }
+  AtenTensorHandle handle_;
+};
+
+// An operator's argument of type Tensor[], owned until the end of the call.
+class TensorList {
+ public:
+  explicit TensorList(StableIValue argument);
+  ~TensorList();
+  TensorList(const TensorList&) = delete;
+  TensorList& operator=(const TensorList&) = delete;
+
+  bool empty() const { return handles_.empty(); }
+  TensorRef operator[](int64_t i) const { return TensorRef(handles_[i]); }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
+// One row of the bucket's table: fused_adamp/bucket.py, COLUMNS.
+struct TableRow {
+  int64_t group, projected, rows, cols, tile_rows, tile_cols, first_tile;
+
+  int64_t segments() const { return (cols + tile_cols - 1) / tile_cols; }  // of a row that is wider than a tile
+  int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows * segments(); }
+};
+
+// One row of the bucket's scratch: what the stages know of a tile.
+struct TileSums {
+  double failed;      // rows that fail the cosine test
+  Sums sums;          // over the tile
+  double pu;          // p.u over the tile
+  double projection;  // c of weight_update, where a view is wider than a tile
+};
+
+// One of a parameter's tensors (p, g, m or v). `inner` are the strides of the collapsed dimensions beyond dim 0.
+struct Operand {
+  char* data = nullptr;
+  StorageType type = storage_f32;
+  int64_t row_stride = 0;
+  std::vector<int64_t> inner;
+
+  int64_t itemsize() const { return type == storage_f64 ? 8 : type == storage_f32 ? 4 : 2; }
+};
+
+enum Role { role_p, role_g, role_m, role_v, role_count };
+
+struct Parameter {
+  const TableRow* table;
+  TileSums* tiles;   // this parameter's
+  uint8_t* decision;
+  RuleIndex rule;
+  const Scalars* scalars;
+  float* step;       // t, kept in the state; null where the rule counts no steps
+  double t = 0;      // the step being taken, 1-based
+  bool is_double;    // computed in double, else in float
+  bool direct;       // tiles lie in memory as the kernels want them, else they are gathered into scratch
+  bool tested;       // the cosine test can be passed at all
+  Operand operand[role_count];
+  std::vector<int64_t> inner_sizes;  // of the collapsed dimensions beyond dim 0
+  int64_t first_job, end_job;
+
+  std::atomic<int64_t> measured{0}, dotted{0};  // tiles that finished the stage
+  std::atomic<bool> decided{false}, projected{false};
+};
+
+}  // namespace fused_adamp

@@ -1,0 +1,510 @@
+// One AdamP or SGDP step over a bucket on the CPU.
+//
+// A parameter's tiles pass through four stages:
+//
+//   measure  per row p.g, g.g and p.p; the rows that fail the cosine test                            reads p g
+//   decide   by the thread that measures the parameter's last tile: sums in tile order, decision
+//   dot      p.u, only for views wider than a tile: layers of many tiles, rows of many tiles          reads p g m v
+//   update   momentum, projection, weight decay, weight                                              reads p g m v, writes p m v
+//
+// A parameter of one tile takes them at once, in cache; one that cannot be projected takes update alone. Every (stage,
+// tile) is a job. Threads draw jobs in order from one counter, so a job only ever waits for jobs that were drawn before it
+// by threads that are running: no deadlock for any number of threads. Tiles, the order of sums within them and the order
+// in which tiles are summed depend on the table alone, so results are bitwise equal for any number of threads. Update
+// visits tiles in reverse: what measure read last is still in cache. docs/architecture.md says why dot comes before update.
+#include "cpu.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <thread>
+
+#include "bucket.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fused_adamp {
+
+// Tensors.
+
+bool TensorRef::same_sizes(const TensorRef& other) const {
+  const int64_t n = dim();
+  return n == other.dim() && std::equal(sizes(), sizes() + n, other.sizes());
+}
+
+TensorList::TensorList(StableIValue argument) {
+  const auto list = torch::stable::detail::to<StableListHandle>(argument);
+  size_t size = 0;
+  TORCH_ERROR_CODE_CHECK(torch_list_size(list, &size));
+  handles_.reserve(size);
+  for (size_t i = 0; i < size; ++i) {
+    StableIValue element;
+    TORCH_ERROR_CODE_CHECK(torch_list_get_item(list, i, &element));
+    handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(element));
+  }
+  TORCH_ERROR_CODE_CHECK(torch_delete_list(list));
+}
+
+TensorList::~TensorList() {
+  for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
+}
+
+namespace {
+
+StorageType storage_type(int32_t dtype) {
+  static const int32_t known[storage_count] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(),
+                                               aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
+  return StorageType(std::find(known, known + storage_count, dtype) - known);
+}
+
+// The instruction set to run: the widest that the processor has, or the one that FUSED_ADAMP_CPU names.
+
+const InstructionSet* find_instructions(const std::string& wish) {
+#if defined(FUSED_ADAMP_X86)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && (wish.empty() || wish == instructions_avx512.name)) return &instructions_avx512;
+  if (avx2 && (wish.empty() || wish == instructions_avx2.name)) return &instructions_avx2;
+#endif
+  if (wish.empty() || wish == instructions_baseline.name) return &instructions_baseline;
+  return nullptr;
+}
+
+const InstructionSet& instructions() {
+  const char* wish = std::getenv("FUSED_ADAMP_CPU");
+  const InstructionSet* found = find_instructions(wish ? wish : "");
+  if (!found)
+    throw std::runtime_error(std::string("FUSED_ADAMP_CPU=") + wish +
+                             " is not an instruction set that this processor runs: leave it unset, or choose baseline, "
+                             "avx2 or avx512");
+  return *found;
+}
+
+template <class T>
+const Kernels<T>& kernels_of(const InstructionSet& set);
+template <>
+const Kernels<float>& kernels_of(const InstructionSet& set) { return set.f32; }
+template <>
+const Kernels<double>& kernels_of(const InstructionSet& set) { return set.f64; }
+
+// From tensors to parameters.
+
+RuleIndex rule_index(bool adaptive, const Scalars& s, bool stateful) {
+  if (adaptive) return s.nesterov ? adam_nesterov : adam;
+  if (!stateful) return sgd_no_buffer;
+  if (s.nesterov) return sgd_nesterov;
+  return s.project_buffer ? sgd_project_buffer : sgd;
+}
+
+// Sets strides, merging the dimensions beyond dim 0 wherever all of the parameter's tensors allow it. The order within a
+// row means nothing to the algorithm as long as all tensors agree on it, so dimensions are sorted by p's stride first.
+void collapse(Parameter& x, const TensorRef (&tensor)[role_count], int roles) {
+  const int64_t dim = tensor[role_p].dim();
+  const int64_t* sizes = tensor[role_p].sizes();
+  const int64_t outer = dim >= 2 ? 1 : 0;  // a vector is one row
+  std::vector<int64_t> order;
+  for (int64_t d = outer; d < dim; ++d)
+    if (sizes[d] != 1) order.push_back(d);
+  const int64_t* p_strides = tensor[role_p].strides();
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p_strides[a] > p_strides[b]; });
+
+  x.inner_sizes.clear();
+  for (int r = 0; r < roles; ++r) {
+    x.operand[r].row_stride = outer ? tensor[r].strides()[0] : 0;
+    x.operand[r].inner.clear();
+  }
+  for (int64_t d : order) {
+    bool merges = !x.inner_sizes.empty();
+    for (int r = 0; merges && r < roles; ++r)
+      merges = x.operand[r].inner.back() == sizes[d] * tensor[r].strides()[d];
+    if (merges) {
+      x.inner_sizes.back() *= sizes[d];
+      for (int r = 0; r < roles; ++r) x.operand[r].inner.back() = tensor[r].strides()[d];
+    } else {
+      x.inner_sizes.push_back(sizes[d]);
+      for (int r = 0; r < roles; ++r) x.operand[r].inner.push_back(tensor[r].strides()[d]);
+    }
+  }
+  if (x.inner_sizes.empty()) {  // one column
+    x.inner_sizes.push_back(1);
+    for (int r = 0; r < roles; ++r) x.operand[r].inner.push_back(1);
+  }
+
+  const StorageType wanted = x.is_double ? storage_f64 : storage_f32;
+  x.direct = x.inner_sizes.size() == 1;
+  for (int r = 0; x.direct && r < roles; ++r) {
+    const Operand& o = x.operand[r];
+    x.direct = o.type == wanted && o.inner[0] == 1 && (x.table->rows == 1 || o.row_stride == x.table->cols);
+  }
+}
+
+// One tile, in memory or gathered.
+
+struct Tile {
+  int64_t row, rows, col, cols;  // rows [row, row + rows), columns [col, col + cols)
+  int64_t size() const { return rows * cols; }
+};
+
+Tile tile_at(const TableRow& t, int64_t index) {
+  const int64_t segments = t.segments();
+  const int64_t row = index / segments * t.tile_rows, col = index % segments * t.tile_cols;
+  return {row, std::min(t.tile_rows, t.rows - row), col, std::min(t.tile_cols, t.cols - col)};
+}
+
+// Calls run(offset in operand, its stride, offset in tile, its stride, count) for runs of elements that cover the tile.
+template <class Run>
+void for_each_run(const Parameter& x, const Operand& o, const Tile& tile, const Run& run) {
+  const auto& sizes = x.inner_sizes;
+  const int last = int(sizes.size()) - 1;
+  if (last == 0 && o.row_stride < o.inner[0]) {  // columns lie further apart than rows: run along the rows
+    for (int64_t c = 0; c < tile.cols; ++c)
+      run(tile.row * o.row_stride + (tile.col + c) * o.inner[0], o.row_stride, c, tile.cols, tile.rows);
+    return;
+  }
+  for (int64_t r = 0; r < tile.rows; ++r) {
+    for (int64_t c = 0; c < tile.cols;) {
+      int64_t rest = tile.col + c, offset = (tile.row + r) * o.row_stride;
+      const int64_t count = std::min(sizes[last] - rest % sizes[last], tile.cols - c);
+      for (int d = last; d >= 0; rest /= sizes[d], --d) offset += rest % sizes[d] * o.inner[d];
+      run(offset, o.inner[last], r * tile.cols + c, 1, count);
+      c += count;
+    }
+  }
+}
+
+template <class T>
+void gather(const Kernels<T>& k, const Parameter& x, Role role, const Tile& tile, T* to) {
+  const Operand& o = x.operand[role];
+  for_each_run(x, o, tile, [&](int64_t at, int64_t stride, int64_t place, int64_t step, int64_t n) {
+    k.gather[o.type](o.data + at * o.itemsize(), stride, to + place, step, n);
+  });
+}
+
+template <class T>
+void scatter(const Kernels<T>& k, const Parameter& x, Role role, const Tile& tile, const T* from) {
+  const Operand& o = x.operand[role];
+  for_each_run(x, o, tile, [&](int64_t at, int64_t stride, int64_t place, int64_t step, int64_t n) {
+    k.scatter[o.type](from + place, step, o.data + at * o.itemsize(), stride, n);
+  });
+}
+
+// A thread's scratch: u, and for tiles that have to be gathered one tile of each role.
+struct Scratch {
+  char* base;
+  int64_t tile_bytes;
+
+  template <class T>
+  T* u() const {
+    return reinterpret_cast<T*>(base);
+  }
+  template <class T>
+  T* gathered(Role role) const {
+    return reinterpret_cast<T*>(base + (1 + role) * tile_bytes);
+  }
+};
+
+// The tile as the kernels want it. What a gathered tile writes reaches the parameter with store().
+template <class T>
+class TileAccess {
+ public:
+  TileAccess(const Kernels<T>& k, const Parameter& x, const Tile& tile, const Scratch& scratch, bool with_state)
+      : kernels_(k), parameter_(x), tile_(tile) {
+    data.p = get(role_p, scratch);
+    data.g = get(role_g, scratch);
+    data.m = with_state ? get(role_m, scratch) : nullptr;
+    data.v = with_state ? get(role_v, scratch) : nullptr;
+  }
+  void store() const {
+    if (parameter_.direct) return;
+    scatter(kernels_, parameter_, role_p, tile_, data.p);
+    if (data.m) scatter(kernels_, parameter_, role_m, tile_, data.m);
+    if (data.v) scatter(kernels_, parameter_, role_v, tile_, data.v);
+  }
+  TileData<T> data;
+
+ private:
+  T* get(Role role, const Scratch& scratch) {
+    const Operand& o = parameter_.operand[role];
+    if (!o.data) return nullptr;
+    if (parameter_.direct) return reinterpret_cast<T*>(o.data) + tile_.row * parameter_.table->cols + tile_.col;
+    T* to = scratch.gathered<T>(role);
+    gather(kernels_, parameter_, role, tile_, to);
+    return to;
+  }
+  const Kernels<T>& kernels_;
+  const Parameter& parameter_;
+  const Tile tile_;
+};
+
+// The stages.
+
+template <class T>
+TileSums measure(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile) {
+  TileSums s{};
+  s.sums = k.measure(data.p, data.g, tile.rows, tile.cols, x.scalars->delta, x.scalars->eps, &s.failed);
+  return s;
+}
+
+// For rows of several tiles the tiles of a row are added up here, in tile order, else whole tiles.
+Decision decide(const Parameter& x) {
+  const TableRow& t = *x.table;
+  const int64_t segments = t.segments(), tiles = t.tiles();
+  double failed = 0;
+  Sums layer{0, 0, 0};
+  for (int64_t i = 0; i < tiles; i += segments) {
+    Sums row{0, 0, 0};
+    for (int64_t j = i; j < i + segments; ++j) {
+      row.pg += x.tiles[j].sums.pg;
+      row.gg += x.tiles[j].sums.gg;
+      row.pp += x.tiles[j].sums.pp;
+    }
+    failed += segments == 1 ? x.tiles[i].failed : !below_threshold(row, x.scalars->delta, x.scalars->eps, double(t.cols));
+    layer.pg += row.pg;
+    layer.gg += row.gg;
+    layer.pp += row.pp;
+  }
+  if (failed == 0) return Decision::channel;
+  const bool below = below_threshold(layer, x.scalars->delta, x.scalars->eps, double(t.rows) * double(t.cols));
+  return below ? Decision::layer : Decision::none;
+}
+
+// Whether the chosen view is wider than a tile.
+bool needs_dot(const Parameter& x) {
+  const Decision decision = Decision(*x.decision);
+  return (decision == Decision::layer && x.table->tiles() > 1) ||
+         (decision == Decision::channel && x.table->segments() > 1);
+}
+
+// The projection c of every view of several tiles, written to each of its tiles.
+void finish_dot(Parameter& x) {
+  const int64_t tiles = x.table->tiles();
+  const int64_t width = Decision(*x.decision) == Decision::layer ? tiles : x.table->segments();
+  for (int64_t i = 0; i < tiles; i += width) {
+    double pu = 0, pp = 0;
+    for (int64_t j = i; j < i + width; ++j) {
+      pu += x.tiles[j].pu;
+      pp += x.tiles[j].sums.pp;
+    }
+    const double c = projection(pu, pp, x.scalars->eps);
+    for (int64_t j = i; j < i + width; ++j) x.tiles[j].projection = c;
+  }
+}
+
+template <class T>
+void update(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile, const Scratch& scratch,
+            double c) {
+  const RuleKernels<T>& rule = k.rule[x.rule];
+  const Coefficients<T> coefficients(*x.scalars, x.operand[role_v].data != nullptr, x.t);
+  const Decision decision = Decision(*x.decision);
+  const T decay = T(x.scalars->decay * (decision == Decision::none ? 1 : x.scalars->wd_ratio));
+  if (decision == Decision::none || needs_dot(x)) {
+    rule.update(data, tile.size(), coefficients, T(c), decay);
+  } else if (decision == Decision::layer) {
+    rule.update_projected(data, scratch.u<T>(), 1, tile.size(), coefficients, decay);
+  } else {
+    rule.update_projected(data, scratch.u<T>(), tile.rows, tile.cols, coefficients, decay);
+  }
+}
+
+// Threads wait here only for jobs that other threads are running right now.
+void wait_for(const std::atomic<bool>& flag) {
+  for (int spins = 0; !flag.load(std::memory_order_acquire); ++spins) {
+    if (spins < 4096) {
+#if defined(__x86_64__)
+      _mm_pause();
+#endif
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+// Job `number` of the parameter.
+template <class T>
+void run_job(const Kernels<T>& k, Parameter& x, int64_t number, const Scratch& scratch) {
+  const TableRow& t = *x.table;
+  const int64_t tiles = t.tiles();
+  enum { stage_measure, stage_dot, stage_update } stage = stage_update;
+  if (x.tested && tiles > 1) stage = number < tiles ? stage_measure : number < 2 * tiles ? stage_dot : stage_update;
+  const int64_t index = stage == stage_update ? tiles - 1 - number % tiles : number % tiles;
+  const Tile tile = tile_at(t, index);
+  TileSums& sums = x.tiles[index];
+
+  if (stage == stage_measure) {
+    const TileAccess<T> access(k, x, tile, scratch, false);
+    sums = measure(k, x, access.data, tile);
+    if (x.measured.fetch_add(1, std::memory_order_acq_rel) + 1 == tiles) {
+      *x.decision = uint8_t(decide(x));
+      x.decided.store(true, std::memory_order_release);
+    }
+    return;
+  }
+  if (x.tested && tiles > 1) wait_for(x.decided);
+  if (stage == stage_dot) {
+    if (!needs_dot(x)) return;
+    const TileAccess<T> access(k, x, tile, scratch, true);
+    sums.pu = k.rule[x.rule].dot(access.data, tile.size(),
+                                 Coefficients<T>(*x.scalars, x.operand[role_v].data != nullptr, x.t));
+    if (x.dotted.fetch_add(1, std::memory_order_acq_rel) + 1 == tiles) {
+      finish_dot(x);
+      x.projected.store(true, std::memory_order_release);
+    }
+    return;
+  }
+  const TileAccess<T> access(k, x, tile, scratch, true);
+  if (x.tested && tiles == 1) {
+    sums = measure(k, x, access.data, tile);
+    *x.decision = uint8_t(decide(x));
+  }
+  const bool dotted = x.tested && needs_dot(x);
+  if (dotted) wait_for(x.projected);
+  update(k, x, access.data, tile, scratch, dotted ? sums.projection : 0.0);
+  access.store();
+}
+
+// One step over a bucket.
+class Step {
+ public:
+  // Returns the index of the first parameter that does not fit its row of the table, -1 if all do. Writes nothing.
+  int64_t bind(const TensorList& params, const TensorList& grads, const TensorList (&moments)[2], const TensorList& steps,
+               const TableRow* table, int64_t size, const Scalars* scalars, StorageType dtype, bool adaptive,
+               uint8_t* decisions, TileSums* sums);
+  void run();
+
+ private:
+  std::unique_ptr<Parameter[]> parameters_;
+  int64_t count_ = 0, jobs_ = 0, elements_ = 0, tile_bytes_ = 0;
+  bool gathers_ = false;
+};
+
+int64_t Step::bind(const TensorList& params, const TensorList& grads, const TensorList (&moments)[2],
+                   const TensorList& steps, const TableRow* table, int64_t size, const Scalars* scalars, StorageType dtype,
+                   bool adaptive, uint8_t* decisions, TileSums* sums) {
+  parameters_.reset(new Parameter[size]);
+  const int roles = 2 + !moments[0].empty() + !moments[1].empty();
+  const bool is_double = dtype == storage_f64;
+  for (int64_t i = 0; i < size; ++i) {
+    const TableRow& row = table[i];
+    const TensorRef none(nullptr);
+    const TensorRef tensor[role_count] = {params[i], grads[i], roles > 2 ? moments[0][i] : none,
+                                          roles > 3 ? moments[1][i] : none};
+    const int64_t numel = tensor[role_p].numel();
+    const bool absent = steps.empty() ? numel > 0 && tensor[role_g].numel() == 0 : steps[i].numel() == 0;
+    if (absent) continue;
+
+    const int64_t dim = tensor[role_p].dim();
+    const int64_t rows = dim < 2 ? 1 : tensor[role_p].sizes()[0];
+    bool fits = storage_type(tensor[role_p].dtype()) == dtype && row.projected == (dim >= 2) && row.rows == rows &&
+                row.rows * row.cols == numel;
+    for (int r = 0; fits && r < roles; ++r)
+      fits = tensor[r].is_dense_on_cpu() && tensor[r].same_sizes(tensor[role_p]) &&
+             storage_type(tensor[r].dtype()) < storage_count;
+    if (fits && !steps.empty())
+      fits = steps[i].is_dense_on_cpu() && steps[i].numel() == 1 && steps[i].dtype() == aoti_torch_dtype_float32();
+    if (!fits) return i;
+
+    Parameter& x = parameters_[count_++];
+    x.table = &row;
+    x.tiles = sums + row.first_tile;
+    x.decision = decisions + i;
+    x.scalars = scalars + row.group;
+    x.rule = rule_index(adaptive, *x.scalars, roles > 2);
+    x.step = steps.empty() ? nullptr : static_cast<float*>(steps[i].data());
+    x.is_double = is_double;
+    // With delta = 0 no cosine is below the threshold.
+    x.tested = row.projected && x.scalars->delta > 0;
+    for (int r = 0; r < roles; ++r) {
+      x.operand[r].data = static_cast<char*>(tensor[r].data());
+      x.operand[r].type = storage_type(tensor[r].dtype());
+    }
+    collapse(x, tensor, roles);
+    const int64_t tiles = numel > 0 ? row.tiles() : 0;
+    x.first_job = jobs_;
+    x.end_job = jobs_ += x.tested && tiles > 1 ? 3 * tiles : tiles;
+    elements_ += numel;
+    gathers_ |= !x.direct;
+    tile_bytes_ = std::max<int64_t>(tile_bytes_, row.tile_rows * row.tile_cols * (is_double ? 8 : 4));
+  }
+  return -1;
+}
+
+void Step::run() {
+  // Below so many elements a second thread costs more than it brings: the grain that torch uses too.
+  constexpr int64_t elements_per_thread = 32768;
+  const InstructionSet& set = instructions();
+  const int64_t threads = std::max<int64_t>(
+      1, std::min<int64_t>({torch::stable::get_num_threads(), jobs_, elements_ / elements_per_thread}));
+  tile_bytes_ = (tile_bytes_ + 63) / 64 * 64;
+  const int64_t scratch_bytes = tile_bytes_ * (gathers_ ? 1 + role_count : 1);
+  // Everything that can fail comes before the first write.
+  std::unique_ptr<char[]> scratch(new char[threads * scratch_bytes + 64]);
+  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64);
+
+  for (int64_t i = 0; i < count_; ++i) {
+    Parameter& x = parameters_[i];
+    if (x.step) x.t = *x.step += 1;
+    if (!x.tested) *x.decision = uint8_t(Decision::none);
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    const Scratch mine{aligned + begin * scratch_bytes, tile_bytes_};
+    int64_t i = 0;
+    for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs_;) {
+      while (job >= parameters_[i].end_job) ++i;
+      Parameter& x = parameters_[i];
+      if (x.is_double) {
+        run_job(set.f64, x, job - x.first_job, mine);
+      } else {
+        run_job(set.f32, x, job - x.first_job, mine);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+std::string instruction_set() { return instructions().name; }
+
+void step(StableIValue* stack, uint64_t, uint64_t) {
+  using torch::stable::Tensor;
+  using torch::stable::detail::to;
+  const TensorList params(stack[0]), grads(stack[1]), moments[2] = {TensorList(stack[2]), TensorList(stack[3])},
+                   steps(stack[4]);
+  const Tensor decisions = to<Tensor>(stack[5]), sums = to<Tensor>(stack[6]), table = to<Tensor>(stack[7]),
+               scalars = to<Tensor>(stack[8]);
+  const auto dtype = StorageType(to<int64_t>(stack[9]));
+  const bool adaptive = to<bool>(stack[10]), check_only = to<bool>(stack[11]);
+
+  Step step;
+  const int64_t stale = step.bind(
+      params, grads, moments, steps, static_cast<const TableRow*>(table.const_data_ptr()), table.size(0),
+      static_cast<const Scalars*>(scalars.const_data_ptr()), dtype, adaptive,
+      static_cast<uint8_t*>(decisions.mutable_data_ptr()), static_cast<TileSums*>(sums.mutable_data_ptr()));
+  if (stale < 0 && !check_only) step.run();
+  stack[0] = torch::stable::detail::from(stale);
+}
+
+void advise_huge_pages(torch::stable::Tensor storage) {
+#if defined(__linux__)
+  constexpr uintptr_t page = 1 << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(storage.mutable_data_ptr());
+  const uintptr_t end = (begin + storage.numel() * storage.element_size()) / page * page;
+  const uintptr_t first = (begin + page - 1) / page * page;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // only advice: may fail
+#else
+  (void)storage;
+#endif
+}
+
+}  // namespace fused_adamp

@@ -1,0 +1,64 @@
+// The CPU kernels: what cpu.cpp calls on one tile, once per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "algorithm.h"
+
+namespace fused_adamp {
+
+// The momentum rules that kernels are compiled for.
+using RuleAdam = Rule<true, false, true, false>;
+using RuleAdamNesterov = Rule<true, true, true, false>;
+using RuleSgd = Rule<false, false, true, false>;
+using RuleSgdNesterov = Rule<false, true, true, false>;
+using RuleSgdProjectBuffer = Rule<false, false, true, true>;
+using RuleSgdNoBuffer = Rule<false, false, false, false>;
+enum RuleIndex { adam, adam_nesterov, sgd, sgd_nesterov, sgd_project_buffer, sgd_no_buffer, rule_count };
+
+enum StorageType { storage_f32, storage_f64, storage_bf16, storage_f16, storage_count };
+
+// One tile in memory, or in scratch, as numbers of the type it is computed in. Rows follow each other without a gap.
+template <class T>
+struct TileData {
+  T* p;
+  const T* g;
+  T* m;
+  T* v;
+};
+
+// Kernels that depend on the momentum rule. What they read once per tile is passed by value: behind a pointer the
+// compiler would have to read it again after every store.
+template <class T>
+struct RuleKernels {
+  // p.u of n elements. Reads p g m v (16 bytes per fp32 element), writes nothing.
+  double (*dot)(TileData<T>, int64_t n, Coefficients<T>);
+  // n elements whose projection c is known, 0 where there is none. Reads p g m v, writes p m v (28).
+  void (*update)(TileData<T>, int64_t n, Coefficients<T>, T c, T decay);
+  // Rows whose projection is not known yet, each row a view: the sums p.u and p.p first, with u kept in scratch, then
+  // the weights, from the first-level cache. Reads p g m v, writes p m v (28).
+  void (*update_projected)(TileData<T>, T* u, int64_t rows, int64_t cols, Coefficients<T>, T decay);
+};
+
+template <class T>
+struct Kernels {
+  // Per row p.g, g.g and p.p; adds up the rows' sums and the count of rows that fail the cosine test. Reads p g (8).
+  Sums (*measure)(const T* p, const T* g, int64_t rows, int64_t cols, double delta, double eps, double* failed);
+  RuleKernels<T> rule[rule_count];
+  // n elements, so many elements apart on either side, from the storage type to T and back (rounded to nearest even).
+  void (*gather[storage_count])(const void* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n);
+  void (*scatter[storage_count])(const T* from, int64_t from_stride, void* to, int64_t to_stride, int64_t n);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+// Made by cpu_kernels.cpp, compiled once for each; the last two only where the compiler knows them.
+extern const InstructionSet instructions_baseline;
+extern const InstructionSet instructions_avx2;
+extern const InstructionSet instructions_avx512;
+
+}  // namespace fused_adamp

@@ -1,0 +1,187 @@
+// Vec: a vector register of lanes, the number type of the CPU kernels; and sums over them.
+//
+// Included once per instruction set, hence the anonymous namespace. Nothing of the standard library's inline code may be
+// used here, or the linker could keep the copy that was compiled for a wider instruction set than the processor has.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "algorithm.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int register_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int register_bytes = 32;
+#else
+constexpr int register_bytes = 16;
+#endif
+
+#if defined(__GNUC__)  // gcc and clang
+template <class T>
+struct RegisterOf {
+  typedef T type __attribute__((vector_size(register_bytes)));
+};
+template <class T>
+using Register = typename RegisterOf<T>::type;
+#else
+template <class T>
+using Register = T;  // other compilers: plain numbers
+#endif
+
+FUSED_ADAMP_INLINE float root(float x) { return std::sqrt(x); }
+FUSED_ADAMP_INLINE double root(double x) { return std::sqrt(x); }
+
+#if defined(__AVX512F__)
+FUSED_ADAMP_INLINE Register<float> root(Register<float> x) { return (Register<float>)_mm512_sqrt_ps((__m512)x); }
+FUSED_ADAMP_INLINE Register<double> root(Register<double> x) { return (Register<double>)_mm512_sqrt_pd((__m512d)x); }
+FUSED_ADAMP_INLINE Register<float> muladd(Register<float> a, Register<float> x, Register<float> y) {
+  return (Register<float>)_mm512_fmadd_ps((__m512)a, (__m512)x, (__m512)y);
+}
+FUSED_ADAMP_INLINE Register<double> muladd(Register<double> a, Register<double> x, Register<double> y) {
+  return (Register<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)x, (__m512d)y);
+}
+#elif defined(__AVX2__)
+FUSED_ADAMP_INLINE Register<float> root(Register<float> x) { return (Register<float>)_mm256_sqrt_ps((__m256)x); }
+FUSED_ADAMP_INLINE Register<double> root(Register<double> x) { return (Register<double>)_mm256_sqrt_pd((__m256d)x); }
+FUSED_ADAMP_INLINE Register<float> muladd(Register<float> a, Register<float> x, Register<float> y) {
+  return (Register<float>)_mm256_fmadd_ps((__m256)a, (__m256)x, (__m256)y);
+}
+FUSED_ADAMP_INLINE Register<double> muladd(Register<double> a, Register<double> x, Register<double> y) {
+  return (Register<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)x, (__m256d)y);
+}
+#else
+template <class R>
+FUSED_ADAMP_INLINE R muladd(R a, R x, R y) {
+  return a * x + y;
+}
+#if defined(__x86_64__) && defined(__GNUC__)
+FUSED_ADAMP_INLINE Register<float> root(Register<float> x) { return (Register<float>)_mm_sqrt_ps((__m128)x); }
+FUSED_ADAMP_INLINE Register<double> root(Register<double> x) { return (Register<double>)_mm_sqrt_pd((__m128d)x); }
+#elif defined(__GNUC__)
+template <class R>
+FUSED_ADAMP_INLINE R root(R x) {
+  for (int i = 0; i < int(sizeof x / sizeof x[0]); ++i) x[i] = root(x[i]);
+  return x;
+}
+#endif
+#endif
+
+// How many lanes are in memory: all of them, or the first n.
+struct Whole {};
+struct Part {
+  int64_t n;
+};
+
+template <class T>
+struct Vec {
+  static constexpr int lanes = sizeof(Register<T>) / sizeof(T);
+  Register<T> lane;
+
+  static FUSED_ADAMP_INLINE Vec load(const T* from, Whole, T = T(0)) {
+    Vec x;
+    memcpy(&x.lane, from, sizeof x.lane);
+    return x;
+  }
+  // Lanes that are not in memory hold `rest`.
+  static FUSED_ADAMP_INLINE Vec load(const T* from, Part part, T rest = T(0)) {
+    T buffer[lanes];
+    for (T& x : buffer) x = rest;
+    memcpy(buffer, from, part.n * sizeof(T));
+    return load(buffer, Whole{});
+  }
+  FUSED_ADAMP_INLINE void store(T* to, Whole) const { memcpy(to, &lane, sizeof lane); }
+  FUSED_ADAMP_INLINE void store(T* to, Part part) const { memcpy(to, &lane, part.n * sizeof(T)); }
+};
+
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> operator*(Vec<T> x, Vec<T> y) {
+  return {x.lane * y.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> operator*(T a, Vec<T> x) {
+  return {a * x.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> operator/(Vec<T> x, Vec<T> y) {
+  return {x.lane / y.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> operator+(Vec<T> x, Vec<T> y) {
+  return {x.lane + y.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> operator-(Vec<T> x, Vec<T> y) {
+  return {x.lane - y.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> sqrt(Vec<T> x) {
+  return {root(x.lane)};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> broadcast(T a) {
+  return {a - Register<T>{}};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> fma(Vec<T> a, Vec<T> x, Vec<T> y) {
+  return {muladd(a.lane, x.lane, y.lane)};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> fma(T a, Vec<T> x, Vec<T> y) {
+  return fma(broadcast(a), x, y);
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> fma(T a, Vec<T> x, T y) {
+  return fma(broadcast(a), x, broadcast(y));
+}
+
+template <int k>
+struct Index {
+  static constexpr int value = k;
+};
+
+// A sum kept in 64 bytes of lanes: one AVX-512 register, two AVX2 registers or four of 16 bytes. So it adds the same
+// numbers in the same order on every processor, whatever its vectors' width.
+template <class T>
+struct Accumulator {
+  static constexpr int lanes = 64 / sizeof(T);
+  static constexpr int registers = lanes / Vec<T>::lanes;
+  Vec<T> part[registers] = {};
+
+  // Lane i is added to lane i + lanes/2, then the halves of that, and so on.
+  FUSED_ADAMP_INLINE T sum() const {
+    T lane[lanes];
+    memcpy(lane, part, sizeof lane);
+    for (int half = lanes / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+    return lane[0];
+  }
+};
+
+template <class T, int k = 0, class Body>
+FUSED_ADAMP_INLINE void for_each_register(const Body& body) {
+  if constexpr (k < Accumulator<T>::registers) {
+    body(Index<k>{});
+    for_each_register<T, k + 1>(body);
+  }
+}
+
+// Covers elements [begin, end) with vectors: body(i, index of the accumulator's register, Whole{} or Part{count}).
+template <class T, class Body>
+FUSED_ADAMP_INLINE void for_each_vec(int64_t begin, int64_t end, const Body& body) {
+  constexpr int step = Accumulator<T>::lanes, width = Vec<T>::lanes;
+  int64_t i = begin;
+  for (; i + step <= end; i += step) for_each_register<T>([&](auto k) { body(i + k.value * width, k, Whole{}); });
+  for_each_register<T>([&](auto k) {
+    const int64_t at = i + k.value * width;
+    if (at < end) body(at, k, Part{end - at < width ? end - at : width});
+  });
+}
+
+}  // namespace

@@ -1,0 +1,85 @@
+"""Builds the CPU extension where a C++ compiler and torch's headers are found; without them the package still installs.
+
+The extension uses torch's stable ABI and Python's limited API: one binary serves torch 2.11 and later and Python 3.10 and
+later. Its kernels are compiled once per instruction set, to be chosen when they run.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CSRC = Path("csrc")
+SOURCES = ["cpu.cpp", "registration.cpp"]
+KERNELS = "cpu_kernels.cpp"
+FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+INSTRUCTIONS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    # gcc 12 warns of its own header: gcc.gnu.org/PR105593
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-Wno-uninitialized",
+               "-Wno-maybe-uninitialized"],
+}  # fmt: skip
+TORCH_2_11 = "0x020b000000000000"
+PYTHON_3_10 = "0x030a0000"
+
+
+def torch_directory() -> Path | None:
+    """Where torch is installed. Under pip's build isolation it cannot be imported but still lies in site-packages."""
+    spec = find_spec("torch")
+    found = [Path(spec.origin).parent] if spec and spec.origin else []
+    found += [Path(sysconfig.get_path(name)) / "torch" for name in ("platlib", "purelib")]
+    return next((path for path in found if (path / "include/torch/csrc/stable/library.h").exists()), None)
+
+
+class BuildExtension(build_ext):
+    """Compiles the kernels once per instruction set and links them with the rest."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = torch_directory()
+        if torch is None:
+            raise CompileError("torch's headers were not found: install torch first, and pass --no-build-isolation")
+        ext.include_dirs = [str(torch / "include"), str(CSRC)]
+        ext.library_dirs = [str(torch / "lib")]
+        ext.libraries = ["torch_cpu", "torch"]
+        x86 = platform.machine().lower() in {"x86_64", "amd64"} and sys.platform != "win32"
+        ext.define_macros = [("TORCH_TARGET_VERSION", TORCH_2_11), ("Py_LIMITED_API", PYTHON_3_10)]
+        ext.define_macros += [("FUSED_ADAMP_X86", "1")] if x86 else []
+        ext.extra_compile_args = ["/std:c++17", "/O2"] if sys.platform == "win32" else FLAGS
+        ext.extra_objects = [
+            obj
+            for name, flags in INSTRUCTIONS.items()
+            if x86 or name == "baseline"
+            for obj in self.compiler.compile(
+                [str(CSRC / KERNELS)],
+                output_dir=str(Path(self.build_temp) / name),
+                include_dirs=ext.include_dirs,
+                macros=[("FUSED_ADAMP_INSTRUCTIONS", name)],
+                extra_postargs=[*ext.extra_compile_args, *flags],
+                depends=ext.depends,
+            )
+        ]
+        super().build_extension(ext)
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "fused_adamp._C",
+            sources=[str(CSRC / name) for name in SOURCES],
+            depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
+            py_limited_api=True,
+            optional="FUSED_ADAMP_REQUIRE_EXTENSION" not in os.environ,
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

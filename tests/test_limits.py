@@ -1,0 +1,320 @@
+"""Settings and inputs at which the numbers are known without an oracle, and the paper's norm lemmas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import TOLERANCE, assert_close, assert_identical
+from torch import Tensor, nn
+from trajectory import KINDS, MOMENTS, RULES, SHAPES, Run, gradient, parameters
+
+from fused_adamp import SGDP, AdamP
+from fused_adamp.reference import Decision
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
+
+
+def clones(params: list[nn.Parameter]) -> list[nn.Parameter]:
+    return [nn.Parameter(p.detach().clone()) for p in params]
+
+
+def step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: list[Tensor]) -> None:
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g.clone()
+    optimizer.step()
+
+
+# What is left when the projection is switched off.
+
+UNPROJECTED = [
+    pytest.param(AdamP, torch.optim.AdamW, {"betas": (0.9, 0.98), "weight_decay": 0.1, **options}, id=f"AdamW-{name}")
+    for name, options in (("descent", {}), ("maximize", {"maximize": True}), ("large-eps", {"eps": 0.1}))
+] + [
+    pytest.param(SGDP, torch.optim.SGD, {"momentum": 0.9, **options}, id=f"SGD-{name}")
+    for name, options in (
+        ("momentum", {}),
+        ("nesterov", {"nesterov": True}),
+        ("maximize", {"maximize": True}),
+        ("no-momentum", {"momentum": 0}),
+    )
+]
+
+
+@DTYPES
+@pytest.mark.parametrize(("cls", "known", "options"), UNPROJECTED)
+@pytest.mark.parametrize(
+    ("shapes", "delta"), [(SHAPES, 0), (((9,), (1,), (257,), ()), 5.0)], ids=["delta=0", "vectors-whatever-delta"]
+)
+def test_without_projection_equals_torch(
+    cls: Any, known: Any, options: dict[str, Any], shapes: Any, delta: float, dtype: torch.dtype, backend: str
+) -> None:
+    params = parameters(*shapes, dtype=dtype)
+    copies = clones(params)
+    ours, theirs = cls(params, lr=0.03, **options, delta=delta, backend=backend), known(copies, lr=0.03, **options)
+    for t in range(12):
+        grads = [gradient(p, KINDS[t % 3]) for p in params]
+        step(ours, params, grads)
+        step(theirs, copies, grads)
+        assert set(ours.decisions().values()) == {Decision.NONE}
+        for p, q in zip(params, copies, strict=True):
+            assert_close(p, q)
+            assert set(ours.state[p]) == set(theirs.state[q])
+            for name, value in theirs.state[q].items():
+                assert_close(ours.state[p][name], value, name)
+
+
+# The projection.
+
+
+@DTYPES
+@EVERY_RULE
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_projected_update_is_orthogonal_to_the_weight(
+    rule: str, nesterov: bool, dtype: torch.dtype, backend: str
+) -> None:
+    """Without decay the change of the weight is the update: orthogonal to each row, or to the whole."""
+    cls, options = RULES[rule]
+    # At eps=0 the direction n has exactly unit length. Short rows: the test is about the projection, not about long sums.
+    params = parameters((4, 3, 3, 3), (6, 10), (5, 7), dtype=dtype)
+    optimizer = cls(params, **{**options, "weight_decay": 0, "eps": 0}, nesterov=nesterov, backend=backend)
+    seen = set()
+    for t in range(9):
+        before = [p.detach().clone() for p in params]
+        step(optimizer, params, [gradient(p, KINDS[(i + t) % 3]) for i, p in enumerate(params)])
+        for p, decision in optimizer.decisions().items():
+            old = next(b for q, b in zip(params, before, strict=True) if q is p).double()
+            change = p.detach().double() - old
+            assert change.isfinite().all()
+            assert change.norm() > 0.01
+            shape = (len(old), -1) if decision is not Decision.LAYER else (1, -1)
+            x, y = change.reshape(shape), old.reshape(shape)
+            radial = ((x * y).sum(dim=1) / y.norm(dim=1)).abs().max()
+            # The stored weight is rounded: eps/2 of |p| in every element.
+            orthogonal = radial <= TOLERANCE[dtype] * old.abs().max()
+            # Momentum has a radial part of its own, so that without projection the change is far from orthogonal.
+            assert orthogonal == (decision is not Decision.NONE)
+            seen.add(decision)
+    assert seen == set(Decision)
+
+
+@EVERY_RULE
+@DTYPES
+@pytest.mark.parametrize("weight_scale", [1, 2.0**20, 2.0**-12, 317.0, 0.0123])
+@pytest.mark.parametrize("gradient_scale", [1, 2.0**16, 2.0**-16, 7321.0, 0.00321])
+def test_decision_does_not_depend_on_scale(
+    rule: str, dtype: torch.dtype, weight_scale: float, gradient_scale: float, backend: str
+) -> None:
+    cls, options = RULES[rule]
+    params = parameters((4, 3, 3, 3), (6, 10), (5, 7), (16, 8), dtype=dtype)
+    kinds = KINDS + ("random",) * (len(params) - len(KINDS))
+    grads = [torch.randn_like(p) if kind == "random" else gradient(p, kind) for p, kind in zip(params, kinds, strict=True)]
+    expected = [Decision.CHANNEL, Decision.LAYER, Decision.NONE, Decision.NONE]
+    with torch.no_grad():
+        for p in params:
+            p.mul_(weight_scale)
+    optimizer = cls(params, **options, backend=backend)
+    step(optimizer, params, [g * gradient_scale for g in grads])
+    assert [optimizer.decisions()[p] for p in params] == expected
+
+
+@EVERY_RULE
+def test_wd_ratio_acts_on_projected_parameters_only(rule: str, backend: str) -> None:
+    """At a gradient of zero momentum, what moves the weight is the decay alone."""
+    cls, options = RULES[rule]
+    moved: dict[Decision, list[Tensor]] = {}
+    for wd_ratio in (0.0, 0.25, 1.0):
+        torch.manual_seed(1)
+        params = parameters((4, 6), (4, 6), (4, 6), (7,))
+        old = [p.detach().clone() for p in params]
+        optimizer = cls(params, **{**options, "wd_ratio": wd_ratio}, backend=backend)
+        undecayed_params = clones(params)
+        undecayed = cls(undecayed_params, **{**options, "weight_decay": 0}, backend=backend)
+        grads = [gradient(p, kind) for p, kind in zip(params, (*KINDS, "free"), strict=True)]
+        step(optimizer, params, grads)
+        step(undecayed, undecayed_params, grads)
+        decay = options["lr"] * options["weight_decay"] / (1 - options.get("momentum", 0))
+        for p, q, w in zip(params, undecayed_params, old, strict=True):
+            decision = optimizer.decisions()[p]
+            factor = wd_ratio if decision else 1
+            assert_close(p - q, -decay * factor * w, f"decay at {decision!r}")
+            moved.setdefault(decision, []).append(p.detach())
+    assert set(moved) == set(Decision)
+
+
+@EVERY_RULE
+@DTYPES
+def test_maximize_is_the_negated_gradient(rule: str, dtype: torch.dtype, backend: str) -> None:
+    cls, options = RULES[rule]
+    params = parameters(*SHAPES, dtype=dtype)
+    copies = clones(params)
+    up, down = cls(params, **options, maximize=True, backend=backend), cls(copies, **options, backend=backend)
+    for t in range(6):
+        grads = [gradient(p, KINDS[t % 3]) for p in params]
+        step(up, params, grads)
+        step(down, copies, [-g for g in grads])
+        for p, q in zip(params, copies, strict=True):
+            assert_identical(p, q)
+            for name, value in down.state[q].items():
+                assert_identical(up.state[p][name], value, name)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("dampening", [0, 0.5])
+def test_momentum_0_keeps_no_state(nesterov: bool, dampening: float, backend: str) -> None:
+    run = Run("SGDP", parameters(*SHAPES), backend, momentum=0, nesterov=nesterov, dampening=dampening)
+    run.steps(6)
+    run.check_all_seen()
+    assert not any(run.optimizer.state.values())
+    assert set(run.optimizer.decisions()) == set(run.params)
+
+
+# Broken and degenerate numbers.
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("delta", [0.1, 1e9])
+def test_broken_gradient_is_not_projected_and_stays_alone(rule: str, bad: float, delta: float, backend: str) -> None:
+    """The result is that of the same step without projection; other parameters step as if nothing was wrong."""
+    cls, options = RULES[rule]
+    params = parameters((4, 6), (4, 6), (7, 3, 2), (5,))
+    grads = [gradient(p, "channel") for p in params]
+    grads[1][2, 3] = bad
+    copies = clones(params)
+    optimizer = cls(params, **options, delta=delta, backend=backend)
+    unprojected = cls(copies, **options, delta=0, backend=backend)
+    step(optimizer, params, grads)
+    step(unprojected, copies, grads)
+    broken, copy = params[1], copies[1]
+    assert optimizer.decisions()[broken] is Decision.NONE
+    for actual, expected in [(broken, copy), *((optimizer.state[broken][n], unprojected.state[copy][n]) for n in MOMENTS[rule])]:
+        finite = torch.ones(4, 6, dtype=torch.bool)
+        finite[2, 3] = False
+        assert not actual[2, 3].isfinite()
+        assert torch.equal(actual.isnan(), expected.isnan())
+        assert_close(actual[finite], expected[finite])
+    for i in (0, 2, 3):
+        alone = nn.Parameter(copies[i].detach().clone())
+        with torch.no_grad():  # the copies were stepped: start from the weight as it was
+            torch.manual_seed(0)
+            alone.copy_(parameters((4, 6), (4, 6), (7, 3, 2), (5,))[i])
+        single = cls([alone], **options, delta=delta, backend=backend)
+        step(single, [alone], [grads[i]])
+        assert optimizer.decisions()[params[i]] is single.decisions()[alone]
+        assert_close(params[i], alone)
+        for name in MOMENTS[rule]:
+            assert_close(optimizer.state[params[i]][name], single.state[alone][name], name)
+
+
+@EVERY_RULE
+@DTYPES
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_zeros_are_finite(rule: str, dtype: torch.dtype, nesterov: bool, backend: str) -> None:
+    """Zero rows, zero gradients and zero weights, one after the other and together."""
+    run = Run(rule, parameters((4, 6), (4, 6), (4, 6), (4, 6), (5,), dtype=dtype), backend, nesterov=nesterov)
+    with torch.no_grad():
+        run.params[0][1] = 0
+        run.params[1].zero_()
+        run.params[2].zero_()
+        run.params[3][:, 2] = 0
+    run.hands.clear()
+    for _ in range(4):
+        grads = [torch.randn_like(p) for p in run.params]
+        grads[0][2] = 0
+        grads[2].zero_()
+        grads[3].zero_()
+        grads[4].zero_()
+        run.step(grads)  # compares with the reference and rejects NaN and infinity
+
+
+# The paper's lemmas on the growth of the norm. The loss <c, w/|w|> is scale-invariant: autograd's gradient is
+# orthogonal to w up to rounding.
+
+ETA, BETA = 0.1, 0.9
+
+
+def scale_invariant_gradient(w: Tensor, c: Tensor) -> Tensor:
+    w = w.detach().requires_grad_()
+    (c * w / w.norm()).sum().backward()
+    assert w.grad is not None
+    return w.grad
+
+
+def square(x: Tensor) -> Tensor:
+    return x.detach().double().square().sum()
+
+
+@pytest.mark.parametrize("implementation", ["torch.optim.SGD", "delta=0", "projected"])
+def test_norm_growth_of_momentum_sgd(implementation: str, backend: str) -> None:
+    """Lemma 2.2: momentum adds 2 eta^2 sum_{k<t} beta^(t-k) |p_k|^2 to the growth eta^2 |p_t|^2; equation 12: SGDP does not.
+
+    With p_t = beta p_{t-1} + g_t, p_{-1} = 0 and w_{t+1} = w_t - eta p_t:
+    |w_{t+1}|^2 = |w_t|^2 - 2 eta w_t.p_t + eta^2 |p_t|^2, and from w_t.g_t = 0
+    w_t.p_t = beta w_t.p_{t-1} = beta (w_{t-1} - eta p_{t-1}).p_{t-1}, so w_t.p_t = -eta sum_{k<t} beta^(t-k) |p_k|^2.
+    """
+    w = nn.Parameter(F.normalize(torch.randn(1, 50, dtype=torch.float64)))  # one row: the channel is the layer
+    optimizer = (
+        torch.optim.SGD([w], lr=ETA, momentum=BETA)
+        if implementation == "torch.optim.SGD"
+        else SGDP([w], lr=ETA, momentum=BETA, eps=0, delta=0 if implementation == "delta=0" else 0.1, backend=backend)
+    )
+    p = torch.zeros_like(w)
+    history = 0.0  # sum_{k<t} beta^(t-k) |p_k|^2
+    for t in range(40):
+        before = w.detach().clone()
+        g = scale_invariant_gradient(before, F.normalize(torch.randn_like(w)))
+        p = BETA * p + g
+        step(optimizer, [w], [g])
+        assert_close(optimizer.state[w]["momentum_buffer"], p, "p_t")
+        growth = square(w) - square(before)
+        if implementation == "projected":
+            assert optimizer.decisions()[w] is Decision.CHANNEL
+            n = before / before.norm()
+            expected = ETA**2 * square(p - n * (n * p).sum())
+            # The projection took something away, or the test would not tell it from the lemma without momentum.
+            assert t < 5 or expected < 0.97 * ETA**2 * square(p)
+        else:
+            expected = ETA**2 * (square(p) + 2 * history)
+            assert t == 0 or history > 0.1 * square(p)
+        history = BETA * (history + square(p))
+        # A difference of two squares of size |w|^2, each a sum of 50 rounded products.
+        assert abs(growth - expected) <= TOLERANCE[torch.float64] * square(w)
+        assert growth > 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+def test_momentum_multiplies_the_growth_of_the_norm(beta: float, backend: str) -> None:
+    """Corollary 2.3: for updates of equal length, momentum SGD's norm grows 1 + 2 beta/(1 - beta) times as fast as SGD's.
+
+    The gradient's length is chosen in every step such that the update has length 1: a^2 + 2 a (beta p.d) + beta^2 |p|^2 = 1
+    for a gradient a d with unit d. Growth is what the optimizers do to the weights, not a sum of the formula.
+    """
+    steps, last = 300, 20  # beta^280 < 1e-12: the sum over the past has converged
+
+    def growth(momentum: float, delta: float) -> Tensor:
+        torch.manual_seed(3)
+        w = nn.Parameter(torch.randn(1, 50, dtype=torch.float64))
+        optimizer = SGDP([w], lr=ETA, momentum=momentum, eps=0, delta=delta, backend=backend)
+        p = torch.zeros_like(w)
+        for t in range(steps):
+            if t == steps - last:
+                start = square(w)
+            d = scale_invariant_gradient(w, torch.randn_like(w))
+            d = d / d.norm()
+            past = momentum * (p * d).sum()
+            a = -past + (past**2 + 1 - momentum**2 * square(p)).sqrt()
+            p = momentum * p + a * d
+            assert abs(p.norm() - 1) < 1e-12
+            step(optimizer, [w], [a * d])
+        return (square(w) - start) / last
+
+    plain, heavy, projected = growth(0, 0), growth(beta, 0), growth(beta, 0.1)
+    assert abs(plain / ETA**2 - 1) < 1e-10
+    assert abs(heavy / plain - (1 + 2 * beta / (1 - beta))) < 1e-9
+    assert projected < plain  # SGDP takes the radial part out of an update of length 1: less than SGD, not 19 times more
