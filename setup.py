@@ -1,7 +1,7 @@
-"""Builds the CPU extension where a C++ compiler and torch's headers are found; without them the package still installs.
+"""Builds the CPU extension where a C++ compiler and torch's headers are found; without, the package still installs.
 
-The extension uses torch's stable ABI and Python's limited API: one binary serves torch 2.11 and later and Python 3.10 and
-later. Its kernels are compiled once per instruction set, to be chosen when they run.
+The extension uses torch's stable ABI and Python's limited API: one binary serves torch 2.11 and later and Python 3.10
+and later. Its kernels are compiled once per instruction set, to be chosen when they run.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from setuptools.errors import CompileError
 CSRC = Path("csrc")
 SOURCES = ["cpu.cpp", "registration.cpp"]
 KERNELS = "cpu_kernels.cpp"
-FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
+FLAGS = "-std=c++17 -O3 -Wall -fvisibility=hidden -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 INSTRUCTIONS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     # gcc 12 warns of its own header: gcc.gnu.org/PR105593
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-Wno-uninitialized",
-               "-Wno-maybe-uninitialized"],
-}  # fmt: skip
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -Wno-uninitialized -Wno-maybe-uninitialized".split(),
+}
 TORCH_2_11 = "0x020b000000000000"
 PYTHON_3_10 = "0x030a0000"
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 
 from bench.workloads import WORKLOADS
+
+if TYPE_CHECKING:
+    import pytest
 
 _SMOKE_ROUNDS = 3
 

@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTESTANTS", "Contestant", "Family", "Side"]
 
-_COMMON = {"lr": 1e-8, "weight_decay": 1e-2}
-_SGD = _COMMON | {"momentum": 0.9}
-
 _MAX_NORM = 1e30
-"""Of gradient clipping: never reached, so that values stay as they are from round to round. The cost is that of clipping
-all the same: torch multiplies every gradient in place by a coefficient that is clamped to 1."""
+"""Of gradient clipping: never reached, so that values stay as they are from round to round. The cost is that of
+clipping all the same: torch multiplies every gradient in place by a coefficient that is clamped to 1."""
 
 
 class Family(NamedTuple):
@@ -78,22 +75,26 @@ class Contestant(NamedTuple):
 
 
 _OURS = choose(torch.device("cpu"), backend=None, fused=None, foreach=None).name
-_EVERY = {"cases": tuple(Decision), "clips": (False, True)}
-_PROJECTED_OR_NOT = {"cases": (Decision.NONE, Decision.CHANNEL)}
-_ADAMW = partial(torch.optim.AdamW, **_COMMON)
+_BOTH = (False, True)
+_PROJECTED_OR_NOT = (Decision.NONE, Decision.CHANNEL)
+
+
+def _with(optimizer: Callable[..., Optimizer], **arguments: float) -> Callable[[list[Tensor]], Optimizer]:
+    return partial(optimizer, lr=1e-8, weight_decay=1e-2, **arguments)
+
 
 CONTESTANTS: dict[str, Contestant] = {
-    "adamp": Contestant("fused_adamp.AdamP", _OURS, ADAM, partial(fused_adamp.AdamP, **_COMMON), **_EVERY),
-    "sgdp": Contestant("fused_adamp.SGDP", _OURS, SGD, partial(fused_adamp.SGDP, **_SGD), **_EVERY),
+    "adamp": Contestant("fused_adamp.AdamP", _OURS, ADAM, _with(fused_adamp.AdamP), tuple(Decision), _BOTH),
+    "sgdp": Contestant("fused_adamp.SGDP", _OURS, SGD, _with(fused_adamp.SGDP, momentum=0.9), tuple(Decision), _BOTH),
     # Two peers are timed against themselves as well: how far their ratio is from 1 is the error of the others.
-    "adamw_fused": Contestant("torch.AdamW", "fused", ADAM, partial(_ADAMW, fused=True)),
-    "sgd_fused": Contestant("torch.SGD", "fused", SGD, partial(torch.optim.SGD, fused=True, **_SGD)),
-    "adamw_foreach": Contestant("torch.AdamW", "foreach", ADAM, partial(_ADAMW, foreach=True)),
-    "adamw_forloop": Contestant("torch.AdamW", "forloop", ADAM, partial(_ADAMW, foreach=False)),
-    "clovaai_adamp": Contestant("clovaai.AdamP", "forloop", ADAM, partial(adamp.AdamP, **_COMMON), **_PROJECTED_OR_NOT),
-    "clovaai_sgdp": Contestant("clovaai.SGDP", "forloop", SGD, partial(adamp.SGDP, **_SGD), **_PROJECTED_OR_NOT),
+    "adamw_fused": Contestant("torch.AdamW", "fused", ADAM, _with(torch.optim.AdamW, fused=True)),
+    "sgd_fused": Contestant("torch.SGD", "fused", SGD, _with(torch.optim.SGD, momentum=0.9, fused=True)),
+    "adamw_foreach": Contestant("torch.AdamW", "foreach", ADAM, _with(torch.optim.AdamW, foreach=True)),
+    "adamw_forloop": Contestant("torch.AdamW", "forloop", ADAM, _with(torch.optim.AdamW, foreach=False)),
+    "clovaai_adamp": Contestant("clovaai.AdamP", "forloop", ADAM, _with(adamp.AdamP), _PROJECTED_OR_NOT),
+    "clovaai_sgdp": Contestant("clovaai.SGDP", "forloop", SGD, _with(adamp.SGDP, momentum=0.9), _PROJECTED_OR_NOT),
     "pytorch_optimizer_adamp": Contestant(
-        "pytorch_optimizer.AdamP", "forloop", ADAM, partial(pytorch_optimizer.AdamP, **_COMMON), **_PROJECTED_OR_NOT
+        "pytorch_optimizer.AdamP", "forloop", ADAM, _with(pytorch_optimizer.AdamP), _PROJECTED_OR_NOT
     ),
 }
 
@@ -106,9 +107,7 @@ class Side:
         step: clips if asked, and steps: what is timed.
     """
 
-    def __init__(
-        self, contestant: Contestant, weights: Sequence[Tensor], grads: Sequence[Tensor], clip: bool
-    ) -> None:
+    def __init__(self, contestant: Contestant, weights: Sequence[Tensor], grads: Sequence[Tensor], clip: bool) -> None:
         self.params = [w.clone().requires_grad_() for w in weights]
         for p, g in zip(self.params, grads, strict=True):
             p.grad = g.clone()

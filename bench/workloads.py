@@ -134,8 +134,8 @@ def tensors(workload: str, case: Decision) -> tuple[list[Tensor], list[Tensor]]:
 
     Args:
         workload: a key of :data:`WORKLOADS`.
-        case: CHANNEL: each gradient row is orthogonal to its weight row. LAYER: only their whole tensors are. NONE: each
-            gradient row has a cosine of about 0.9. Random gradients would not do: they pass the layer test 8% of the time.
+        case: CHANNEL: each gradient row is orthogonal to its weight row. LAYER: only their whole tensors are. NONE:
+            each gradient row has a cosine of about 0.9; random gradients would pass the layer test 8% of the time.
     """
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator) for shape in WORKLOADS[workload].shapes()]

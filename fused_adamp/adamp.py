@@ -22,13 +22,13 @@ _BETA = Range(0, 1, False, "pass a decay rate of at least 0 and below 1")
 class AdamP(ProjectedOptimizer):
     r"""AdamP (Heo et al., ICLR 2021, arXiv:2006.08217, algorithm 2), in one fused pass.
 
-    ======================== ==================== ==================== ==================================================
+    ======================== ==================== ==================== ===========================================
     paper                    argument             state key            shape, dtype, meaning
-    ======================== ==================== ==================== ==================================================
+    ======================== ==================== ==================== ===========================================
     :math:`w_t`              ``params``                                weight, any shape and strides
     :math:`\eta`             ``lr``                                    step size
     :math:`\beta_1,\beta_2`  ``betas``                                 decay rates of the moments per step
-    :math:`\epsilon`         ``eps``                                   added to the denominator; least norm in the test
+    :math:`\epsilon`         ``eps``                                   in the denominator; least norm in the test
     :math:`\lambda`          ``weight_decay``                          decoupled: w shrinks by ``lr * weight_decay``
     :math:`\delta`           ``delta``                                 threshold of the cosine test; 0 is AdamW
     (code only)              ``wd_ratio``                              factor on the decay of projected weights
@@ -36,11 +36,11 @@ class AdamP(ProjectedOptimizer):
     :math:`t`                                     ``step``             0-dim float32 on the CPU
     :math:`m_t`              ``betas[0]``         ``exp_avg``          shape and dtype of the weight
     :math:`v_t`              ``betas[1]``         ``exp_avg_sq``       shape and dtype of the weight
-    ======================== ==================== ==================== ==================================================
+    ======================== ==================== ==================== ===========================================
 
     A weight of two or more dimensions is tested in every step: if the cosine between gradient and weight is below
-    ``delta / sqrt(dim)`` for every output channel (dim 0), each channel's update is made orthogonal to it; else, if that
-    holds for the whole tensor, the tensor's update is. Vectors and scalars are stepped as by AdamW.
+    ``delta / sqrt(dim)`` for every output channel (dim 0), each channel's update is made orthogonal to it; else, if
+    that holds for the whole tensor, the tensor's update is. Vectors and scalars are stepped as by AdamW.
 
     Args:
         params: parameters or dicts of groups, as for every torch.optim optimizer.
@@ -130,15 +130,10 @@ class AdamP(ProjectedOptimizer):
     ) -> Decision:
         assert step is not None, "AdamP counts steps"
         beta1, beta2 = map(float, group["betas"])
-        return adamp_ref(
-            p,
-            g,
-            *moments,
-            step.item(),
-            lr=float(group["lr"]),
-            betas=(beta1, beta2),
-            **{name: group[name] for name in ("eps", "weight_decay", "delta", "wd_ratio", "nesterov", "maximize")},
-        )
+        exp_avg, exp_avg_sq = moments
+        options = {name: group[name] for name in ("eps", "weight_decay", "delta", "wd_ratio", "nesterov", "maximize")}
+        lr, betas = float(group["lr"]), (beta1, beta2)
+        return adamp_ref(p, g, exp_avg, exp_avg_sq, step.item(), lr=lr, betas=betas, **options)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)

@@ -9,7 +9,7 @@ fits the table.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class Bucket:
 class Rule(Protocol):
     """What a backend asks of the optimizer: which momentum rule, and its numbers for a parameter group."""
 
-    adaptive: bool
+    adaptive: ClassVar[bool]
 
     def scalars(self, group: dict[str, Any]) -> Scalars:
         """The group's hyperparameters, ready for a kernel."""
@@ -130,9 +130,9 @@ class Scalars(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One bucket's tensors in one step. A member without gradient has :data:`ABSENT` in place of every tensor of its.
+    """One bucket's tensors in one step. A member without gradient has :data:`ABSENT` in place of all its tensors.
 
-    ``moments[k][i]`` is member i's state under ``bucket.key.moments[k]``; ``steps`` is empty where the rule counts none.
+    ``moments[k][i]`` is member i's state under ``bucket.key.moments[k]``; ``steps`` is empty if the rule counts none.
     """
 
     bucket: Bucket
@@ -171,7 +171,7 @@ def _rows_cols(p: Tensor) -> tuple[int, int]:
 
 
 def _geometry(p: Tensor, tile: int) -> tuple[tuple[int, int, int, int, int], int]:
-    """The table's columns from ``projected`` to ``tile_cols`` and the number of tiles, for tiles of ``tile`` elements."""
+    """The table's columns from ``projected`` to ``tile_cols``, and the number of tiles of ``tile`` elements."""
     rows, cols = _rows_cols(p)
     tile_cols = max(1, min(cols, tile))
     tile_rows = max(1, min(rows, tile // tile_cols)) if cols <= tile else 1

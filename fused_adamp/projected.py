@@ -61,6 +61,11 @@ class ProjectedOptimizer(Optimizer):
         "wd_ratio": Range(0, 1, True, "pass the part of the weight decay that projected weights keep"),
     }
 
+    _buckets: list[Bucket]
+    _unbucketed: list[Tensor]
+    _seen_params: list[Tensor]
+    _seen_moments: list[tuple[str, ...]]
+
     def __init__(self, params: ParamsT, defaults: dict[str, Any], *, differentiable: bool) -> None:
         if differentiable:
             raise ValueError(
@@ -91,7 +96,7 @@ class ProjectedOptimizer(Optimizer):
     # What users call.
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Performs one optimization step on every parameter that has a gradient.
 
         Args:
@@ -189,15 +194,15 @@ class ProjectedOptimizer(Optimizer):
 
     def _make_state(self, bucket: Bucket) -> None:
         """Gives every member with a gradient its state where it has none."""
-        fresh = [i for i, p in enumerate(bucket.params) if p.grad is not None and not self.state.get(p)]
-        for i, p in enumerate(bucket.params):
-            if p.grad is not None:
-                self._check_state(p, bucket.key)
-        for i in fresh:
-            state = bucket.state(i, self.adaptive)
-            for tensor in state.values():
-                tensor.zero_()
-            self.state[bucket.params[i]] = state
+        members = [(i, p) for i, p in enumerate(bucket.params) if p.grad is not None]
+        for _, p in members:
+            self._check_state(p, bucket.key)
+        for i, p in members:
+            if not self.state.get(p):
+                state = bucket.state(i, self.adaptive)
+                for tensor in state.values():
+                    tensor.zero_()
+                self.state[p] = state
 
     def _refit(self, batches: list[Batch]) -> list[Batch]:
         """The same batches, with new buckets where a tensor no longer fits the table of its bucket.
@@ -269,10 +274,10 @@ class ProjectedOptimizer(Optimizer):
         return {**old, **new}
 
     def _forget_buckets(self) -> None:
-        self._buckets: list[Bucket] = []
-        self._unbucketed: list[Tensor] = []
-        self._seen_params: list[Tensor] = []
-        self._seen_moments: list[tuple[str, ...]] = []
+        self._buckets = []
+        self._unbucketed = []
+        self._seen_params = []
+        self._seen_moments = []
 
     # Checks. Every message names what was received and what would do.
 
@@ -295,7 +300,7 @@ class ProjectedOptimizer(Optimizer):
             if state[name].shape != p.shape:
                 raise ValueError(
                     f"state {name!r} of {self._label(p)} has shape {tuple(state[name].shape)}, the parameter "
-                    f"{tuple(p.shape)}: load the state of this model, or clear this parameter's state to start it afresh"
+                    f"{tuple(p.shape)}: load this model's state, or clear this parameter's state to start it afresh"
                 )
 
     def _label(self, p: Tensor) -> str:
@@ -317,13 +322,15 @@ def _check_parameter(p: Tensor, label: str) -> None:
         raise TypeError(f"{label} has dtype {p.dtype}, allowed are {_listed(FLOATING)}: {remedy}")
     if torch._debug_has_internal_overlap(p) == 1:
         raise ValueError(
-            f"several elements of {label} share memory (shape {tuple(p.shape)}, strides {p.stride()}): pass p.contiguous()"
+            f"elements of {label} share memory (shape {tuple(p.shape)}, strides {p.stride()}): pass p.contiguous()"
         )
 
 
 def _check_gradient(p: Tensor, g: Tensor, label: str) -> None:
     if g.layout is not torch.strided:
-        raise TypeError(f"the gradient of {label} has layout {g.layout}: use sparse=False, or p.grad = p.grad.to_dense()")
+        raise TypeError(
+            f"the gradient of {label} has layout {g.layout}: use sparse=False, or p.grad = p.grad.to_dense()"
+        )
     if g.shape != p.shape:
         raise ValueError(f"the gradient of {label} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
     if g.device != p.device:

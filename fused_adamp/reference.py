@@ -3,7 +3,7 @@
 The lines follow algorithm 1 (SGDP) and algorithm 2 (AdamP) of Heo et al., *AdamP: Slowing Down the Slowdown for
 Momentum Optimizers on Scale-invariant Weights*, ICLR 2021, arXiv:2006.08217, with the paper's equation beside each
 line: w the weight, grad f the gradient, p_t the momentum update, q_t the projected one, eta the learning rate. They
-run in the tensor's own precision, in float32 for 16-bit tensors; hand over float64 tensors to get the reference
+run in the weight's own precision, in float32 for 16-bit weights; hand over float64 tensors to get the reference
 values of a test. Nothing here is fast, fused or clever, and nothing else of this package is imported.
 """
 
@@ -53,7 +53,7 @@ def adamp_ref(
         The decision of the cosine test.
     """
     beta1, beta2 = betas
-    w, grad, m, v = _math(p), _math(g), _math(exp_avg), _math(exp_avg_sq)
+    w, grad, m, v = (x.to(_math_dtype(p)) for x in (p, g, exp_avg, exp_avg_sq))
     if maximize:
         grad = -grad
     m = beta1 * m + (1 - beta1) * grad  # m_t = beta1 m_{t-1} + (1 - beta1) grad f
@@ -97,12 +97,12 @@ def sgdp_ref(
     Returns:
         The decision of the cosine test.
     """
-    w, grad = _math(p), _math(g)
+    w, grad = (x.to(_math_dtype(p)) for x in (p, g))
     if maximize:
         grad = -grad
     b = (1 - dampening) * grad
     if momentum_buffer is not None:
-        b = momentum * _math(momentum_buffer) + b  # p_t = beta p_{t-1} + grad f
+        b = momentum * momentum_buffer.to(_math_dtype(p)) + b  # p_t = beta p_{t-1} + grad f
     u = grad + momentum * b if nesterov else b
     decision = decide(grad, w, delta, eps)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
     u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
@@ -131,8 +131,7 @@ def decide(g: Tensor, p: Tensor, delta: float, eps: float) -> Decision:
 
 def cosine(x: Tensor, y: Tensor, eps: float) -> Tensor:
     """``|x.y| / (max(|x|, eps) max(|y|, eps))`` for every row of two matrices ``(rows, cols)``: ``(rows,)``."""
-    norms = x.norm(dim=1).clamp(min=eps) * y.norm(dim=1).clamp(min=eps)
-    return (x * y).sum(dim=1).abs() / norms
+    return (x * y).sum(dim=1).abs() / (_norm(x).clamp(min=eps) * _norm(y).clamp(min=eps))
 
 
 def project(u: Tensor, p: Tensor, decision: Decision, eps: float) -> Tensor:
@@ -140,7 +139,7 @@ def project(u: Tensor, p: Tensor, decision: Decision, eps: float) -> Tensor:
     if decision is Decision.NONE:
         return u
     rows, weight = _view(u, decision), _view(p, decision)
-    n = weight / (weight.norm(dim=1, keepdim=True) + eps)
+    n = weight / (_norm(weight)[:, None] + eps)
     return (rows - n * (n * rows).sum(dim=1, keepdim=True)).reshape(u.shape)
 
 
@@ -148,5 +147,10 @@ def _view(x: Tensor, decision: Decision) -> Tensor:
     return x.reshape(x.size(0) if decision is Decision.CHANNEL else 1, -1)
 
 
-def _math(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _norm(x: Tensor) -> Tensor:
+    # Not x.norm(): that adds float32 squares one after the other and is off by 1e-5 on a strided row of 8000.
+    return x.square().sum(dim=1).sqrt()
+
+
+def _math_dtype(p: Tensor) -> torch.dtype:
+    return torch.promote_types(p.dtype, torch.float32)

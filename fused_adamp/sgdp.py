@@ -70,7 +70,7 @@ class SGDP(ProjectedOptimizer):
 
     adaptive = False
     ranges = ProjectedOptimizer.ranges | {
-        "momentum": Range(0, 1, False, "pass a decay rate of at least 0 and below 1; at 1 the weight decay is infinite"),
+        "momentum": Range(0, 1, False, "pass a decay rate of at least 0 and below 1: at 1, decay is infinite"),
         "dampening": Range(0, 1, True, "pass the part of the gradient to leave out"),
     }
 

@@ -40,7 +40,7 @@ def gradient(p: Tensor, kind: str) -> Tensor:
     rows, weight = z.flatten(1), p.flatten(1)
     size = rows.norm(dim=1, keepdim=True) / weight.norm(dim=1, keepdim=True).clamp(min=1e-30)
     rows = rows - weight * (rows * weight).sum(dim=1, keepdim=True) / weight.square().sum(dim=1, keepdim=True)
-    if kind == "layer":  # add radial parts to pairs of rows so that they cancel in the layer's sum
+    if kind == "layer" and len(rows) > 1:  # add radial parts to pairs of rows so that they cancel in the layer's sum
         sign = torch.ones(len(rows), 1, dtype=p.dtype)
         sign[1::2] = -1
         sign[len(rows) // 2 * 2 :] = 0
@@ -69,7 +69,7 @@ class Hand:
         self.decision = Decision.NONE
 
     def step(self, g: Tensor, group: dict[str, Any]) -> None:
-        """Advance by one step with the hyperparameters of ``group``."""
+        """Advance by one step with the hyperparameters of ``group``, in the weight's precision."""
         reference = adamp_ref if self.rule == "AdamP" else sgdp_ref
         names = [n for n, a in inspect.signature(reference).parameters.items() if a.kind is a.KEYWORD_ONLY]
         options = {name: plain(group[name]) for name in names}
@@ -79,11 +79,12 @@ class Hand:
         self.steps += 1
         moments = [None] if stateless else list(self.moments.values())
         count = [self.steps] if self.rule == "AdamP" else []
-        self.decision = reference(self.p, g.detach(), *moments, *count, **options)
+        self.decision = reference(self.p, g.detach().to(self.p.dtype), *moments, *count, **options)
 
-    def to(self, dtype: torch.dtype) -> None:
-        self.p = self.p.to(dtype)
-        self.moments = {name: moment.to(dtype) for name, moment in self.moments.items()}
+    def adopt(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        """Go on from the optimizer's values, say after a change of dtype: rounding of the former dtype is let go."""
+        self.p = p.detach().clone(memory_format=torch.contiguous_format)
+        self.moments = {name: state[name].to(p.dtype, copy=True) for name in self.moments}
 
 
 class Run:

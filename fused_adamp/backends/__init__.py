@@ -61,7 +61,7 @@ def choose(device: torch.device, *, backend: str | None, fused: bool | None, for
         RuntimeError: a forced backend cannot run here; the message says why and what to do.
     """
     forced = backend or os.environ.get(ENVIRONMENT) or ("reference" if fused is False or foreach else None)
-    reasons = []
+    reasons: list[str] = []
     for candidate in BACKENDS:
         if forced not in (None, candidate.name):
             continue

@@ -1,0 +1,269 @@
+"""Every backend against the reference in float64: the cases of the tests and of ``python -m fused_adamp verify``.
+
+A case is one parameter with its gradients and options. The optimizer takes a few steps with the backend; before each,
+its weight and state are copied to float64 and stepped by the reference, and the results are compared. So a step's error
+is seen by itself, in units of the last place of the storage's dtype, and 16-bit storage needs no wider tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fused_adamp.adamp import AdamP
+from fused_adamp.reference import Decision
+from fused_adamp.sgdp import SGDP
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fused_adamp.projected import ProjectedOptimizer
+
+__all__ = ["SHAPES", "TOLERANCE", "Case", "Outcome", "cases", "check", "lay_out", "make_gradient"]
+
+TILE = 8192
+"""The CPU backend's tile. Sizes around it are edges there and ordinary elsewhere."""
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "scalar": (),
+    "empty vector": (0,),
+    "empty rows": (0, 5),
+    "empty columns": (3, 0),
+    "one element": (1,),
+    "one by one": (1, 1),
+    "vector shorter than a register": (5,),
+    "vector of a prime length": (8191,),
+    "vector one past a tile": (TILE + 1,),
+    "vector of many tiles": (3 * TILE + 17,),
+    "one row": (1, 300),
+    "one column": (300, 1),
+    "fewer columns than lanes": (40, 3),
+    "prime matrix": (127, 131),
+    "rows that fill tiles": (64, 256),
+    "rows that leave a tile part empty": (41, 1111),
+    "row of exactly a tile": (3, TILE),
+    "row one past a tile": (2, TILE + 1),
+    "row of many tiles": (2, 4 * TILE + 33),
+    "one row of many tiles": (1, 2 * TILE + 5),
+    "tall": (20001, 2),
+    "depthwise convolution": (32, 1, 3, 3),
+    "convolution": (16, 8, 3, 3),
+    "convolution of many tiles": (64, 32, 3, 3),
+    "five dimensions": (4, 3, 2, 5, 3),
+}
+"""Edge shapes by what is special about them."""
+
+LAYOUTS = ("contiguous", "channels_last", "transposed", "gaps", "offset", "gradient transposed")
+"""Memory layouts: strides and alignment of the parameter and its gradient, or of the gradient alone."""
+
+# A large learning rate, so that an error of the update is an error of the weight.
+ADAMP_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"lr": 0.5, "weight_decay": 0.1},
+    {"lr": 0.5, "weight_decay": 0.1, "nesterov": True},
+    {"lr": 0.5, "weight_decay": 0.1, "maximize": True, "wd_ratio": 0.5},
+    {"lr": 0.5, "betas": (0.0, 0.5), "eps": 1e-3},
+    {"lr": 0.5, "weight_decay": 0.1, "delta": 0.0},
+    {"lr": 0.5, "delta": 1e3},
+)
+SGDP_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1},
+    {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True, "dampening": 0.25},
+    {"lr": 0.5, "momentum": 0.9, "dampening": 0.5, "maximize": True},
+    {"lr": 0.5, "momentum": 0.9, "project_buffer": True},
+    {"lr": 0.5, "weight_decay": 0.1},
+    {"lr": 0.5, "nesterov": True},
+    {"lr": 0.5, "momentum": 0.9, "delta": 0.0},
+)
+DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
+    (torch.bfloat16, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float16),
+    (torch.float32, torch.bfloat16),
+    (torch.float64, torch.float32),
+)
+"""Parameter and gradient, beyond float32 and float64 for both."""
+
+TOLERANCE = {torch.float32: 4.0, torch.float64: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
+"""Allowed error in units of the last place, by storage dtype.
+
+float32: square root, division, fused multiply and subtraction round at most four times at the size of the result.
+float64: the reference rounds as much as the backend here, and its sums over a view lose a few places more.
+16 bits: computed in float32, rounded once (half a unit); a value within float32's error of a tie may go either way.
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One parameter, how it lies in memory, which decision its gradients force, and the optimizer's options."""
+
+    shape: str
+    optimizer: str
+    options: dict[str, Any] = field(hash=False)
+    decision: Decision = Decision.NONE
+    dtype: torch.dtype = torch.float32
+    gradient_dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        dtypes = "/".join(str(d).removeprefix("torch.") for d in (self.dtype, self.gradient_dtype) if d)
+        return f"{self.optimizer}({options}) {self.shape} {self.decision.name.lower()} {dtypes} {self.layout}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What :func:`check` found."""
+
+    error: dict[str, float]
+    """Worst error of the weight ("p") and of each state key, in units of the last place."""
+    decisions: list[tuple[Decision, Decision]]
+    """Per step, the backend's decision and the reference's."""
+
+    def passed(self, case: Case) -> bool:
+        """Whether all decisions agree and all errors are within the tolerance; NaN is not."""
+        agree = all(ours == theirs for ours, theirs in self.decisions)
+        return agree and all(error <= TOLERANCE[case.dtype] for error in self.error.values())
+
+
+def cases() -> list[Case]:
+    """The table: every shape with every decision it allows, then dtypes, layouts and options on a few shapes."""
+    table = []
+    few = ("prime matrix", "convolution", "row one past a tile", "rows that leave a tile part empty")
+    for optimizer, (base, *others) in (("AdamP", ADAMP_OPTIONS), ("SGDP", SGDP_OPTIONS)):
+        for shape in SHAPES:
+            for decision in possible(SHAPES[shape]):
+                table.append(Case(shape, optimizer, base, decision))
+                table.append(Case(shape, optimizer, base, decision, torch.float64))
+        for shape in few:
+            for decision in Decision:
+                table += [Case(shape, optimizer, base, decision, *dtypes) for dtypes in DTYPES]
+                table += [
+                    Case(shape, optimizer, base, decision, dtype, layout=layout)
+                    for layout in LAYOUTS[1:]
+                    if layout != "channels_last" or len(SHAPES[shape]) == 4
+                    for dtype in (torch.float32, torch.bfloat16)
+                ]
+                table += [Case(shape, optimizer, options, decision) for options in others]
+    return table
+
+
+def possible(shape: tuple[int, ...]) -> tuple[Decision, ...]:
+    """The decisions that a gradient other than zero can lead to."""
+    if len(shape) < 2 or math.prod(shape) == 0:
+        return (Decision.NONE,)
+    channel = (Decision.CHANNEL,) if math.prod(shape[1:]) > 1 else ()
+    layer = (Decision.LAYER,) if shape[0] > 1 else ()
+    return (Decision.NONE, *channel, *layer)
+
+
+def make_gradient(p: Tensor, decision: Decision, generator: torch.Generator) -> Tensor:
+    """A random gradient of ``p`` (float64) for which the cosine test clearly gives ``decision`` at delta = 0.1."""
+    g = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    if p.ndim < 2 or p.numel() == 0:
+        return g
+    rows, weight = g.view(p.size(0), -1), p.reshape(p.size(0), -1)
+    if decision is Decision.NONE:
+        return g + p
+    if decision is Decision.LAYER:  # along the weight in one half of the rows, against it in the other
+        rows[::2] += weight[::2]
+        rows[1::2] -= weight[1::2]
+        return g - (g * p).sum() / (p * p).sum() * p
+    rows -= (rows * weight).sum(1, keepdim=True) / (weight * weight).sum(1, keepdim=True) * weight
+    return g
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return x.mT.contiguous().mT if x.ndim == 2 else x.permute(1, 0, *range(2, x.ndim)).contiguous().transpose(0, 1)
+    if layout == "gaps":
+        return x.new_zeros(*x.shape[:-1], 2 * x.size(-1))[..., ::2].copy_(x)
+    if layout == "offset":
+        return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    return x.contiguous()
+
+
+def check(case: Case, backend: str, device: torch.device | str = "cpu", *, steps: int = 3, seed: int = 0) -> Outcome:
+    """Runs the case with the backend and compares every step with the reference in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    value = torch.randn(SHAPES[case.shape], generator=generator, dtype=torch.float64)
+    whole = "contiguous" if case.layout == "gradient transposed" else case.layout
+    p = torch.nn.Parameter(lay_out(value.to(device, case.dtype), whole))
+    optimizer = (AdamP if case.optimizer == "AdamP" else SGDP)([p], **case.options, backend=backend)
+    error: dict[str, float] = {}
+    decisions = []
+    for _ in range(steps):
+        gradient = make_gradient(p.detach().cpu().double(), case.decision, generator)
+        layout = "transposed" if case.layout == "gradient transposed" else case.layout
+        p.grad_dtype = case.gradient_dtype or case.dtype
+        p.grad = lay_out(gradient.to(device, p.grad_dtype), layout)
+        with _one_thread():
+            want, scale, decision = _reference(optimizer, p)
+        optimizer.step()
+        decisions.append((optimizer.decisions()[p], decision))
+        for name, reference in want.items():
+            got = p.detach() if name == "p" else optimizer.state[p][name]
+            error[name] = max(error.get(name, 0.0), _ulps(got, reference, scale[name]), key=_nan_last)
+    return Outcome(error, decisions)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For tensors this small, torch's own threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _reference(optimizer: ProjectedOptimizer, p: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Decision]:
+    """The next step in float64: weight and state by name, the sizes at which they round, and the decision.
+
+    A difference rounds at the size of its terms, not of the result. Their sum is what the same step gives when all
+    terms have one sign; the term that a projection subtracts from u is p (p.u) / |p|^2, and p.u rounds at the size |p| |u|.
+    """
+    (group,) = optimizer.param_groups
+    names, state = optimizer.moments(group), optimizer.state.get(p, {})
+    assert p.grad is not None, "a case has a gradient"
+    weight, gradient = (x.to(torch.float64, copy=True) for x in (p.detach(), p.grad))
+    moments = [state[n].to(torch.float64, copy=True) if n in state else torch.zeros_like(weight) for n in names]
+    step = torch.ones(()) + state.get("step", 0)
+
+    def stepped(w: Tensor, g: Tensor, old: list[Tensor], **options: Any) -> tuple[dict[str, Tensor], Decision]:
+        results = {"p": w.clone()} | {n: m.clone() for n, m in zip(names, old, strict=True)}
+        new_moments = [results[n] for n in names]
+        decision = optimizer.reference_step(results["p"], g, new_moments, step, group | options)
+        return results, decision
+
+    want, decision = stepped(weight, gradient, moments)
+    plain, _ = stepped(weight, gradient, moments, delta=0.0)
+    first, second = [-m.abs() for m in moments[:1]], moments[1:]
+    sizes, _ = stepped(weight.abs(), -gradient.abs(), first + second, delta=0.0, maximize=False)
+    if decision:
+        view = (p.size(0) if decision is Decision.CHANNEL else 1, -1)
+        length = weight.reshape(view).norm(dim=1, keepdim=True)
+        for name, u in (("p", plain["p"] - weight), *((n, plain[n]) for n in names if not want[n].equal(plain[n]))):
+            removed = weight.reshape(view).abs() * u.reshape(view).norm(dim=1, keepdim=True) / length
+            sizes[name] = sizes[name].abs() + removed.view(p.shape)
+    return want, {name: size.abs() for name, size in sizes.items()}, decision
+
+
+def _ulps(got: Tensor, want: Tensor, scale: Tensor) -> float:
+    if want.numel() == 0:
+        return 0.0
+    info = torch.finfo(got.dtype)
+    unit = (scale * info.eps).clamp(min=info.tiny * info.eps)
+    return float(((got.double() - want).abs() / unit).max())
+
+
+def _nan_last(x: float) -> float:
+    return math.inf if math.isnan(x) else x
