@@ -23,7 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=list(WORKLOADS),
         help="model whose parameters to step; give it again for more (default: resnet50, vit_b16 and gpt2)",
     )
-    group.addoption("--rounds", type=int, help="timed rounds per test (default: as many as fit its time)")
+    group.addoption("--rounds", type=int, help="timed rounds per test, 2 or more (default: as many as fit its time)")
     group.addoption("--smoke", action="store_true", help=f"workload tiny, {_SMOKE_ROUNDS} rounds: does it all run?")
 
 

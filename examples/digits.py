@@ -45,10 +45,12 @@ try:
     from torch.optim.lr_scheduler import LambdaLR
 
     import fused_adamp
+    from fused_adamp import Decision
     from fused_adamp.backends import choose
-    from fused_adamp.reference import Decision
 except ModuleNotFoundError as error:
-    sys.exit(f"{error.name} is missing: pip install 'fused_adamp[demo]' (in a checkout: pip install '.[demo]')")
+    sys.exit(
+        f"{error.name} is missing: run `make demo`, or `pip install . && pip install --group demo` in the checkout"
+    )
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -5,9 +5,9 @@ arXiv:2006.08217.
 """
 
 from fused_adamp.adamp import AdamP
-from fused_adamp.reference import adamp_ref, sgdp_ref
+from fused_adamp.reference import Decision, adamp_ref, sgdp_ref
 from fused_adamp.sgdp import SGDP
 
-__all__ = ["SGDP", "AdamP", "__version__", "adamp_ref", "sgdp_ref"]
+__all__ = ["SGDP", "AdamP", "Decision", "__version__", "adamp_ref", "sgdp_ref"]
 
 __version__ = "0.1.0"

@@ -192,6 +192,13 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
 
 def check(case: Case, backend: str, device: torch.device | str = "cpu", *, steps: int = 3, seed: int = 0) -> Outcome:
     """Runs the case with the backend and compares every step with the reference in float64."""
+    # For tensors this small, torch's own threads cost more than they bring.
+    threads = torch.get_num_threads()
+    with _threads(1):
+        return _check(case, backend, device, steps, seed, threads)
+
+
+def _check(case: Case, backend: str, device: torch.device | str, steps: int, seed: int, threads: int) -> Outcome:
     generator = torch.Generator().manual_seed(seed)
     value = torch.randn(SHAPES[case.shape], generator=generator, dtype=torch.float64)
     whole = "contiguous" if case.layout == "gradient transposed" else case.layout
@@ -204,9 +211,9 @@ def check(case: Case, backend: str, device: torch.device | str = "cpu", *, steps
         layout = "transposed" if case.layout == "gradient transposed" else case.layout
         p.grad_dtype = case.gradient_dtype or case.dtype
         p.grad = lay_out(gradient.to(device, p.grad_dtype), layout)
-        with _one_thread():
-            want, scale, decision = _reference(optimizer, p)
-        optimizer.step()
+        want, scale, decision = _reference(optimizer, p)
+        with _threads(threads):
+            optimizer.step()
         decisions.append((optimizer.decisions()[p], decision))
         for name, reference in want.items():
             got = p.detach() if name == "p" else optimizer.state[p][name]
@@ -215,14 +222,13 @@ def check(case: Case, backend: str, device: torch.device | str = "cpu", *, steps
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """For tensors this small, torch's own threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _reference(optimizer: ProjectedOptimizer, p: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Decision]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tolerances import TOLERANCE, assert_close, assert_identical
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from trajectory import KINDS, MOMENTS, RULES, SHAPES, Run, gradient, parameters
 
 from fused_adamp import SGDP, AdamP
@@ -80,7 +81,7 @@ def test_projected_update_is_orthogonal_to_the_weight(
 ) -> None:
     """Without decay the change of the weight is the update: orthogonal to each row, or to the whole."""
     cls, options = RULES[rule]
-    # At eps=0 the direction n has exactly unit length. Short rows: the test is about the projection, not about long sums.
+    # At eps=0 the direction n has unit length. Short rows: the test is about the projection, not about long sums.
     params = parameters((4, 3, 3, 3), (6, 10), (5, 7), dtype=dtype)
     optimizer = cls(params, **{**options, "weight_decay": 0, "eps": 0}, nesterov=nesterov, backend=backend)
     seen = set()
@@ -105,15 +106,52 @@ def test_projected_update_is_orthogonal_to_the_weight(
 
 @EVERY_RULE
 @DTYPES
-@pytest.mark.parametrize("weight_scale", [1, 2.0**20, 2.0**-12, 317.0, 0.0123])
-@pytest.mark.parametrize("gradient_scale", [1, 2.0**16, 2.0**-16, 7321.0, 0.00321])
+@pytest.mark.parametrize("shape", [(4, 9), (2, 33), (6, 4, 3), (3, 2, 5, 5), (1, 50)], ids=str)
+@pytest.mark.parametrize("delta", [0.1, 0.4])
+@pytest.mark.parametrize(("factor", "below"), [(0.99, True), (1.01, False)])
+def test_thresholds(
+    rule: str, dtype: torch.dtype, shape: tuple[int, ...], delta: float, factor: float, below: bool, backend: str
+) -> None:
+    """The worst row against delta / sqrt(K), the whole against delta / sqrt(R K), just below and just above."""
+    cls, options = RULES[rule]
+    R, K = shape[0], math.prod(shape[1:])
+    p = normalize(torch.randn(R, K, dtype=torch.float64))
+    tangent = torch.randn_like(p)
+    tangent = normalize(tangent - (tangent * p).sum(dim=1, keepdim=True) * p)
+
+    def decision(cosines: Tensor) -> Decision:
+        """Rows of one length for which these are the cosines of the rows, and their mean that of the whole."""
+        g = cosines * p + (1 - cosines**2).sqrt() * tangent
+        weight = nn.Parameter(p.reshape(shape).to(dtype, copy=True))
+        optimizer = cls([weight], **options, delta=delta, backend=backend)
+        step(optimizer, [weight], [3 * g.reshape(shape).to(dtype)])
+        return optimizer.decisions()[weight]
+
+    worst = torch.zeros(R, 1, dtype=torch.float64)
+    worst[-1] = -factor * delta / math.sqrt(K)  # the sign of a cosine does not matter
+    if R > 1:
+        assert decision(worst) is (Decision.CHANNEL if below else Decision.LAYER)
+    assert decision(worst.abs().max() * torch.ones_like(worst)) is (Decision.CHANNEL if below else Decision.NONE)
+    if R > 1:
+        sign = torch.ones(R, 1, dtype=torch.float64)
+        sign[1::2] = -1
+        rows = 0.5 * (sign - sign.mean()) + factor * delta / math.sqrt(R * K)
+        assert decision(rows) is (Decision.LAYER if below else Decision.NONE)
+        assert decision(-rows) is (Decision.LAYER if below else Decision.NONE)
+
+
+@EVERY_RULE
+@DTYPES
+@pytest.mark.parametrize(
+    ("weight_scale", "gradient_scale"),
+    [(1, 1), (2.0**20, 1), (1, 2.0**-16), (2.0**-12, 2.0**16), (317.0, 0.00321), (0.0123, 7321.0), (0.0123, 0.00321)],
+)
 def test_decision_does_not_depend_on_scale(
     rule: str, dtype: torch.dtype, weight_scale: float, gradient_scale: float, backend: str
 ) -> None:
     cls, options = RULES[rule]
     params = parameters((4, 3, 3, 3), (6, 10), (5, 7), (16, 8), dtype=dtype)
-    kinds = KINDS + ("random",) * (len(params) - len(KINDS))
-    grads = [torch.randn_like(p) if kind == "random" else gradient(p, kind) for p, kind in zip(params, kinds, strict=True)]
+    grads = [*map(gradient, params, KINDS), torch.randn_like(params[-1])]
     expected = [Decision.CHANNEL, Decision.LAYER, Decision.NONE, Decision.NONE]
     with torch.no_grad():
         for p in params:
@@ -174,6 +212,20 @@ def test_momentum_0_keeps_no_state(nesterov: bool, dampening: float, backend: st
     assert set(run.optimizer.decisions()) == set(run.params)
 
 
+def test_project_buffer_does_nothing_with_nesterov(backend: str) -> None:
+    params = parameters(*SHAPES)
+    copies = clones(params)
+    options = {**RULES["SGDP"][1], "nesterov": True, "backend": backend}
+    optimizers = [SGDP(params, **options, project_buffer=True), SGDP(copies, **options)]
+    for t in range(3):
+        grads = [gradient(p, KINDS[t]) for p in params]
+        for optimizer, members in zip(optimizers, (params, copies), strict=True):
+            step(optimizer, members, grads)
+        for p, q in zip(params, copies, strict=True):
+            assert_identical(p, q)
+            assert_identical(*(o.state[x]["momentum_buffer"] for o, x in zip(optimizers, (p, q), strict=True)))
+
+
 # Broken and degenerate numbers.
 
 
@@ -230,6 +282,8 @@ def test_zeros_are_finite(rule: str, dtype: torch.dtype, nesterov: bool, backend
         grads[3].zero_()
         grads[4].zero_()
         run.step(grads)  # compares with the reference and rejects NaN and infinity
+        decisions = [run.hands[p].decision for p in run.params]
+        assert decisions[2:] == [Decision.CHANNEL, Decision.CHANNEL, Decision.NONE]  # a zero vector's cosine is 0
 
 
 # The paper's lemmas on the growth of the norm. The loss <c, w/|w|> is scale-invariant: autograd's gradient is
@@ -251,13 +305,13 @@ def square(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("implementation", ["torch.optim.SGD", "delta=0", "projected"])
 def test_norm_growth_of_momentum_sgd(implementation: str, backend: str) -> None:
-    """Lemma 2.2: momentum adds 2 eta^2 sum_{k<t} beta^(t-k) |p_k|^2 to the growth eta^2 |p_t|^2; equation 12: SGDP does not.
+    """Lemma 2.2: momentum adds 2 eta^2 sum_{k<t} beta^(t-k) |p_k|^2 to the growth eta^2 |p_t|^2. SGDP adds nothing.
 
     With p_t = beta p_{t-1} + g_t, p_{-1} = 0 and w_{t+1} = w_t - eta p_t:
     |w_{t+1}|^2 = |w_t|^2 - 2 eta w_t.p_t + eta^2 |p_t|^2, and from w_t.g_t = 0
     w_t.p_t = beta w_t.p_{t-1} = beta (w_{t-1} - eta p_{t-1}).p_{t-1}, so w_t.p_t = -eta sum_{k<t} beta^(t-k) |p_k|^2.
     """
-    w = nn.Parameter(F.normalize(torch.randn(1, 50, dtype=torch.float64)))  # one row: the channel is the layer
+    w = nn.Parameter(normalize(torch.randn(1, 50, dtype=torch.float64)))  # one row: the channel is the layer
     optimizer = (
         torch.optim.SGD([w], lr=ETA, momentum=BETA)
         if implementation == "torch.optim.SGD"
@@ -267,7 +321,7 @@ def test_norm_growth_of_momentum_sgd(implementation: str, backend: str) -> None:
     history = 0.0  # sum_{k<t} beta^(t-k) |p_k|^2
     for t in range(40):
         before = w.detach().clone()
-        g = scale_invariant_gradient(before, F.normalize(torch.randn_like(w)))
+        g = scale_invariant_gradient(before, normalize(torch.randn_like(w)))
         p = BETA * p + g
         step(optimizer, [w], [g])
         assert_close(optimizer.state[w]["momentum_buffer"], p, "p_t")
@@ -289,10 +343,10 @@ def test_norm_growth_of_momentum_sgd(implementation: str, backend: str) -> None:
 
 @pytest.mark.parametrize("beta", [0.5, 0.9])
 def test_momentum_multiplies_the_growth_of_the_norm(beta: float, backend: str) -> None:
-    """Corollary 2.3: for updates of equal length, momentum SGD's norm grows 1 + 2 beta/(1 - beta) times as fast as SGD's.
+    """Corollary 2.3: for updates of equal length, the squared norm grows 1 + 2 beta/(1 - beta) times as fast as SGD's.
 
-    The gradient's length is chosen in every step such that the update has length 1: a^2 + 2 a (beta p.d) + beta^2 |p|^2 = 1
-    for a gradient a d with unit d. Growth is what the optimizers do to the weights, not a sum of the formula.
+    The gradient a d, with unit d, is as long in every step as gives the update length 1:
+    a^2 + 2 a (beta p.d) + beta^2 |p|^2 = 1. Growth is what the optimizers do to the weights, not a sum of the formula.
     """
     steps, last = 300, 20  # beta^280 < 1e-12: the sum over the past has converged
 
@@ -316,4 +370,4 @@ def test_momentum_multiplies_the_growth_of_the_norm(beta: float, backend: str) -
     plain, heavy, projected = growth(0, 0), growth(beta, 0), growth(beta, 0.1)
     assert abs(plain / ETA**2 - 1) < 1e-10
     assert abs(heavy / plain - (1 + 2 * beta / (1 - beta))) < 1e-9
-    assert projected < plain  # SGDP takes the radial part out of an update of length 1: less than SGD, not 19 times more
+    assert projected < plain  # SGDP takes the radial part out of an update of length 1

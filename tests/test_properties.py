@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tolerances import TOLERANCE, assert_close
 from torch import Tensor, nn
-from trajectory import KINDS, RULES, Hand, gradient
+from trajectory import RULES, Hand, gradient
 
 from fused_adamp.reference import Decision, cosine
 
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 4
 EXAMPLES = 60
+GRADIENTS = ["layer", "channel", "free", "layer", "channel", "random", "zero", None]
 
 
 class Layout(NamedTuple):
@@ -48,7 +49,7 @@ class Param(NamedTuple):
     dtype: torch.dtype
     layout: Layout
     grad_layouts: list[Layout]
-    kinds: list[str | None]  # of the gradient in each step; None for no gradient
+    kinds: list[str | None]  # one of GRADIENTS per step, None for no gradient
 
 
 class Case(NamedTuple):
@@ -69,7 +70,7 @@ def params(draw: DrawFn) -> Param:
     dims = st.sampled_from([2, 3, 4, 5, 7, 16, 33, 1, 0])
     shape = tuple(draw(st.lists(dims, min_size=ndim, max_size=ndim).filter(lambda s: math.prod(s) <= 4096)))
     grad_layouts = draw(st.lists(layouts(len(shape)), min_size=STEPS, max_size=STEPS))
-    kinds = draw(st.lists(st.sampled_from(["layer", "channel", "free", "layer", "channel", "random", "zero", None]), min_size=STEPS, max_size=STEPS))
+    kinds = draw(st.lists(st.sampled_from(GRADIENTS), min_size=STEPS, max_size=STEPS))
     dtype = draw(st.sampled_from([torch.float32, torch.float64]))
     return Param(shape, dtype, draw(layouts(len(shape))), grad_layouts, kinds)
 
@@ -103,7 +104,7 @@ def cases(rule: str) -> SearchStrategy[Case]:
 
 
 def near_threshold(g: Tensor, p: Tensor, delta: float, eps: float, dtype: torch.dtype) -> bool:
-    """Whether rounding in ``dtype`` may turn the decision: the cosine that decides is within its error of the threshold.
+    """Whether rounding in ``dtype`` may turn the decision: a cosine that it hangs on is that close to its threshold.
 
     At delta=0 nothing can: no cosine is below zero.
     """

@@ -10,15 +10,18 @@ TOLERANCE = {dtype: 64 * torch.finfo(dtype).eps for dtype in (torch.float64, tor
 }
 """Allowed difference of values of unit size after up to some thirty steps, by the dtype that stores them.
 
-A step rounds each stored value once (eps / 2). Its update comes from a row sum of a few hundred products, rounded in
-another order (some eps of the row's norm), times a learning rate of at most 0.1: over thirty steps less than 64 eps in all.
-16-bit storage is rounded once per step from float32 math that agrees to far less: one value at most rounds the other
-way, an eps apart, and once more in a later step.
+A step rounds each stored value once (eps / 2). Its update comes from row sums of a few hundred products, rounded in
+another order (some eps of the row's norm), times a learning rate of at most 0.1: over thirty steps less than 64 eps in
+all. 16-bit storage is rounded once per step from float32 math that agrees far more closely: a value near a tie may
+round the other way, one eps off, and a second time in a later step.
 """
 
 
 def assert_close(actual: Tensor, expected: Tensor, what: str = "values", *, dtype: torch.dtype | None = None) -> None:
-    """Within ``TOLERANCE`` of ``dtype`` (default: of ``actual``) of values of size 1 or more, with no NaN or infinity."""
+    """Within ``TOLERANCE`` of ``dtype`` (default: that of ``actual``), relative to the largest value and at least 1.
+
+    Finite on both sides: a NaN or infinity fails, even where both have one.
+    """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     actual, expected, dtype = actual.detach(), expected.detach().double(), dtype or actual.dtype
     assert actual.isfinite().all(), f"{what}: {actual} is not finite"

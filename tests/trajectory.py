@@ -16,7 +16,7 @@ from fused_adamp.reference import Decision
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-RULES: dict[str, tuple[type[AdamP] | type[SGDP], dict[str, Any]]] = {
+RULES: dict[str, tuple[type[AdamP | SGDP], dict[str, Any]]] = {
     "AdamP": (AdamP, {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1, "wd_ratio": 0.3}),
     "SGDP": (SGDP, {"lr": 0.05, "momentum": 0.8, "dampening": 0.25, "weight_decay": 0.1, "wd_ratio": 0.3}),
 }
@@ -29,9 +29,9 @@ KINDS = ("channel", "layer", "free")
 
 
 def gradient(p: Tensor, kind: str) -> Tensor:
-    """A random gradient for which the cosine test gives the decision that ``kind`` is named after, far from the threshold.
+    """A random gradient that is far from the threshold of the cosine test, on the side that ``kind`` is named after.
 
-    Where the shape allows it: a single row has no layer decision, vectors have none at all.
+    Where the shape allows it: a single row has no layer decision, and vectors are never projected.
     """
     p = p.detach().contiguous()
     z = torch.randn_like(p)

@@ -1,0 +1,49 @@
+# Every target makes what it needs: a virtual environment, the packages of one dependency group, the extension.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+demo: $(VENV)/demo.done build  ## train a real network with five optimizers; table and plot (under three minutes)
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/test.done build lint types  ## lint, types and every test
+	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/test.done
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/test.done
+	$(BIN)/mypy
+
+bench: $(VENV)/bench.done build  ## the full benchmark against torch, clovaai and pytorch_optimizer
+	$(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json=out/bench.json
+	$(BIN)/python -m bench.report out/bench.json
+
+bench-smoke: $(VENV)/bench.done build  ## the benchmark's machinery on tiny shapes
+	$(BIN)/python -m pytest -c bench/pytest.ini bench --smoke --benchmark-json=out/bench-smoke.json
+	$(BIN)/python -m bench.report out/bench-smoke.json
+
+build: $(VENV)/build.done  ## install the package in place, with its extension where there is a compiler
+
+clean:  ## remove everything that was made
+	rm -rf $(VENV) build out *.egg-info fused_adamp/*.so
+
+$(VENV)/build.done: $(VENV)/torch.done setup.py pyproject.toml $(wildcard csrc/*)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/torch.done: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1' setuptools torch
+	touch $@
+
+$(VENV)/%.done: $(VENV)/torch.done pyproject.toml
+	$(PIP) --group $*
+	touch $@
+
+.PHONY: help demo test lint types bench bench-smoke build clean

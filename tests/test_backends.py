@@ -1,0 +1,120 @@
+"""Every backend against the reference in float64, and bitwise repeatability."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused_adamp
+from fused_adamp.reference import Decision
+from fused_adamp.verify import LAYOUTS, SHAPES, Case, cases, check, lay_out, make_gradient, possible
+
+CASES = cases()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_step_equals_the_reference(case: Case, backend: str) -> None:
+    outcome = check(case, backend)
+    assert outcome.passed(case), outcome
+    if "delta" not in case.options:
+        assert {theirs for _, theirs in outcome.decisions} == {case.decision}, "the case is not what it says"
+
+
+def test_the_table_reaches_every_decision_layout_and_option() -> None:
+    seen = {(case.optimizer, case.decision) for case in CASES}
+    assert seen == set(itertools.product(("AdamP", "SGDP"), Decision))
+    assert {case.layout for case in CASES} == set(LAYOUTS)
+    assert {case.shape for case in CASES} == set(SHAPES)
+
+
+def _train(steps: int, threads: int, backend: str = "cpu", **options: object) -> list[torch.Tensor]:
+    """Steps one parameter of every shape, decision and a few layouts in one optimizer; all weights and state."""
+    generator = torch.Generator().manual_seed(1)
+    params = []
+    decisions = []
+    for shape, layout in itertools.product(SHAPES.values(), ("contiguous", "offset")):
+        for decision in possible(shape):
+            value = torch.randn(shape, generator=generator)
+            params.append(torch.nn.Parameter(lay_out(value, layout)))
+            decisions.append(decision)
+    optimizer = fused_adamp.AdamP(params, lr=0.1, weight_decay=0.1, backend=backend, **options)  # type: ignore[arg-type]
+    before = torch.get_num_threads()
+    try:
+        for _ in range(steps):
+            torch.set_num_threads(1)
+            for p, decision in zip(params, decisions, strict=True):
+                p.grad = make_gradient(p.detach().double(), decision, generator).float()
+            torch.set_num_threads(threads)
+            optimizer.step()
+    finally:
+        torch.set_num_threads(before)
+    assert set(optimizer.decisions().values()) == set(Decision), "the run does not reach every decision"
+    state = [optimizer.state[p][name] for p in params for name in ("step", "exp_avg", "exp_avg_sq")]
+    return [p.detach() for p in params] + state
+
+
+@pytest.fixture(scope="module")
+def single_threaded() -> list[torch.Tensor]:
+    return _train(3, threads=1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+def test_results_are_bitwise_equal_for_any_number_of_threads(threads: int, single_threaded: list[torch.Tensor]) -> None:
+    for a, b in zip(single_threaded, _train(3, threads), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_results_are_bitwise_equal_over_a_hundred_runs() -> None:
+    p = torch.randn(65, 1111, generator=torch.Generator().manual_seed(0))
+    g = make_gradient(p.double(), Decision.LAYER, torch.Generator().manual_seed(1)).float()
+    results = []
+    for _ in range(100):
+        weight = torch.nn.Parameter(p.clone())
+        weight.grad = g.clone()
+        fused_adamp.AdamP([weight], lr=0.1, backend="cpu").step()
+        results.append(weight.detach())
+    assert all(torch.equal(results[0], r) for r in results)
+
+
+_ONE_INSTRUCTION_SET = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_backends import _train
+torch.save(_train(2, threads=2), sys.argv[1])
+"""
+
+
+def _run_with_instructions(name: str, path: os.PathLike[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", _ONE_INSTRUCTION_SET, str(path), os.path.dirname(__file__)],
+        env=os.environ | {"FUSED_ADAMP_CPU": name},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_gives_the_same_numbers(name: str, tmp_path: os.PathLike[str]) -> None:
+    path = os.path.join(tmp_path, "results.pt")
+    run = _run_with_instructions(name, path)
+    if "is not an instruction set that this processor runs" in run.stderr:
+        pytest.skip(f"this processor has no {name}")
+    assert run.returncode == 0, run.stderr
+    for a, b in zip(_train(2, threads=1), torch.load(path), strict=True):
+        if name == "baseline":  # rounds the product of a fused multiply-add once more
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        else:
+            assert torch.equal(a, b)
+
+
+def test_an_unknown_instruction_set_is_refused(tmp_path: os.PathLike[str]) -> None:
+    run = _run_with_instructions("mmx", os.path.join(tmp_path, "results.pt"))
+    assert run.returncode != 0
+    assert "FUSED_ADAMP_CPU=mmx" in run.stderr
+    assert "baseline, avx2 or avx512" in run.stderr
