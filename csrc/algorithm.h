@@ -53,25 +53,31 @@ struct Coefficients {
         step_size(T(adaptive ? s.lr / (1 - std::pow(s.momentum, t)) : s.lr)) {}
 };
 
-// The momentum update: advances m and v, returns u.
+// The momentum:
 //
-//   AdamP  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  u = m / (sqrt(v) / sqrt(1-b2^t) + eps)
-//   SGDP   m = mu m + (1-dampening) g;                   u = m
-//   nesterov replaces the m in u by b1 m + (1-b1) g, and by mu m + g
+//   AdamP  m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2
+//   SGDP   m = mu m + (1-dampening) g
 template <class R, class T, class N>
-FUSED_ADAMP_INLINE N momentum_update(N g, N& m, N& v, const Coefficients<T>& c) {
+FUSED_ADAMP_INLINE void advance(N g, N& m, N& v, const Coefficients<T>& c) {
   g = c.sign * g;
   if constexpr (R::buffer) {
     m = fma(c.momentum, m, c.gain * g);
   } else {
     m = c.gain * g;
   }
+  if constexpr (R::adaptive) v = fma(c.beta2, v, (c.gain2 * g) * g);
+}
+
+// The update u, from the momentum just advanced:
+//
+//   AdamP  u = m / (sqrt(v) / sqrt(1-b2^t) + eps)
+//   SGDP   u = m
+//   nesterov takes b1 m + (1-b1) g, or mu m + g, in place of m
+template <class R, class T, class N>
+FUSED_ADAMP_INLINE N direction(N g, N m, N v, const Coefficients<T>& c) {
   N u = m;
-  if constexpr (R::nesterov) u = fma(c.momentum, m, c.nesterov_gain * g);
-  if constexpr (R::adaptive) {
-    v = fma(c.beta2, v, (c.gain2 * g) * g);
-    u = u / fma(c.inverse_bias2, sqrt(v), c.eps);
-  }
+  if constexpr (R::nesterov) u = fma(c.momentum, m, c.nesterov_gain * (c.sign * g));
+  if constexpr (R::adaptive) u = u / fma(c.inverse_bias2, sqrt(v), c.eps);
   return u;
 }
 
@@ -83,6 +89,17 @@ FUSED_ADAMP_INLINE N momentum_update(N g, N& m, N& v, const Coefficients<T>& c) 
 template <class T, class N>
 FUSED_ADAMP_INLINE N weight_update(N p, N u, T step_size, T shrink) {
   return p - fma(step_size, u, shrink * p);
+}
+
+// Takes a weight that was moved with one shrink to where another would have moved it: with p' the moved and p the old one,
+//
+//   p' = p - (s u + was p)   =>   p = (p' + s u) / (1 - was);    p - (s u + is p) = p' - (is - was) p
+//
+// Exact but for one more rounding at the size of p, as p is only recovered to rounding. Needs |was| <= 1/2.
+template <class T, class N>
+FUSED_ADAMP_INLINE N weight_correction(N moved, N u, T step_size, T was, T is) {
+  const N p = (1 / (1 - was)) * fma(step_size, u, moved);
+  return moved - (is - was) * p;
 }
 
 // Sums over a view (a row or a whole parameter), or over a tile's part of one.

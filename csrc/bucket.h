@@ -63,14 +63,6 @@ struct TableRow {
   int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows * segments(); }
 };
 
-// One row of the bucket's scratch: what the stages know of a tile.
-struct TileSums {
-  double failed;      // rows that fail the cosine test
-  Sums sums;          // over the tile
-  double pu;          // p.u over the tile
-  double projection;  // c of weight_update, where a view is wider than a tile
-};
-
 // One of a parameter's tensors (p, g, m or v). `inner` are the strides of the collapsed dimensions beyond dim 0.
 struct Operand {
   char* data = nullptr;
@@ -83,9 +75,12 @@ struct Operand {
 
 enum Role { role_p, role_g, role_m, role_v, role_count };
 
+// How a parameter passes through the stages: cpu.cpp.
+enum class Plan { untested, one_tile, split, speculative };
+
 struct Parameter {
   const TableRow* table;
-  TileSums* tiles;   // this parameter's
+  TileSums* tiles;  // this parameter's
   uint8_t* decision;
   RuleIndex rule;
   const Scalars* scalars;
@@ -93,13 +88,16 @@ struct Parameter {
   double t = 0;      // the step being taken, 1-based
   bool is_double;    // computed in double, else in float
   bool direct;       // tiles lie in memory as the kernels want them, else they are gathered into scratch
-  bool tested;       // the cosine test can be passed at all
+  Plan plan;
   Operand operand[role_count];
   std::vector<int64_t> inner_sizes;  // of the collapsed dimensions beyond dim 0
-  int64_t first_job, end_job;
+  int64_t shrink_offset = 0;         // bytes into the step's scratch: speculative, one number per row
+  char* shrink = nullptr;
 
-  std::atomic<int64_t> measured{0}, dotted{0};  // tiles that finished the stage
-  std::atomic<bool> decided{false}, projected{false};
+  // Tiles that finished the stage, and what holds once all have.
+  std::atomic<int64_t> predicted_tiles{0}, measured_tiles{0}, dotted_tiles{0};
+  std::atomic<bool> predicted{false}, decided{false}, dotted{false};
+  std::atomic<bool> predict_channel{true};
 };
 
 }  // namespace fused_adamp

@@ -1,22 +1,31 @@
 // One AdamP or SGDP step over a bucket on the CPU.
 //
-// A parameter's tiles pass through four stages:
+// A parameter's tiles pass through stages, by one of four plans:
 //
-//   measure  per row p.g, g.g and p.p; the rows that fail the cosine test                            reads p g
-//   decide   by the thread that measures the parameter's last tile: sums in tile order, decision
-//   dot      p.u, only for views wider than a tile: layers of many tiles, rows of many tiles          reads p g m v
-//   update   momentum, projection, weight decay, weight                                              reads p g m v, writes p m v
+//   untested     update                                a vector, or delta = 0: nothing is ever projected
+//   one_tile     measure, decide, update               at once, in cache
+//   split        measure, decide, dot, update          any storage
+//   speculative  predict, sweep, decide, finish        float32 or float64 in place
 //
-// A parameter of one tile takes them at once, in cache; one that cannot be projected takes update alone. Every (stage,
-// tile) is a job. Threads draw jobs in order from one counter, so a job only ever waits for jobs that were drawn before it
-// by threads that are running: no deadlock for any number of threads. Tiles, the order of sums within them and the order
-// in which tiles are summed depend on the table alone, so results are bitwise equal for any number of threads. Update
-// visits tiles in reverse: what measure read last is still in cache. docs/architecture.md says why dot comes before update.
+//   measure  per row p.g, g.g and p.p; the rows that fail the cosine test                         reads p g
+//   decide   by the thread that ends the parameter's last tile: sums in tile order, decision
+//   dot      p.u, where the chosen view is wider than a tile                                      reads p g m v
+//   update   momentum, projection, weight decay, weight                                          reads p g m v, writes p m v
+//   predict  measure of the first rows: if one fails, the channels cannot be projected           reads p g
+//   sweep    measure and update in one, as if the prediction were the decision                    reads p g m v, writes p m v
+//   finish   puts weights right where it was not; most often there is nothing to do              reads p m v, writes p
+//
+// The prediction looks at this step's tensors only, so a step depends on nothing but its arguments. Every (stage, tile) is a
+// job. Threads draw jobs in order from one counter, so a job only ever waits for jobs that were drawn before it by threads
+// that are running: no deadlock for any number of threads. Tiles, the order of sums within them and the order in which tiles
+// are summed depend on the table alone, so results are bitwise equal for any number of threads. docs/architecture.md says
+// what each plan costs.
 #include "cpu.h"
 
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -149,6 +158,24 @@ void collapse(Parameter& x, const TensorRef (&tensor)[role_count], int roles) {
   }
 }
 
+// Speculation rests on recovering the old weight from the new one and the state, so both must be stored as computed, and
+// the shrink without projection be small. It keeps one number per row, too much for short rows.
+Plan plan_for(const Parameter& x) {
+  constexpr int64_t shortest_row = 64;
+  const TableRow& t = *x.table;
+  if (!t.projected || !(x.scalars->delta > 0)) return Plan::untested;  // with delta = 0 no cosine is below the threshold
+  if (t.tiles() <= 1) return Plan::one_tile;
+  const bool recovers = x.direct && x.rule != sgd_project_buffer && std::abs(x.scalars->decay) <= largest_shrink;
+  return recovers && t.cols >= shortest_row ? Plan::speculative : Plan::split;
+}
+
+// The tiles that predict measures: at least 16 rows. If rows pass the test by chance, as 8% of random ones do at
+// delta = 0.1, all of 16 hardly ever do.
+int64_t predicted_tiles(const TableRow& t) {
+  if (t.segments() > 1) return 1;
+  return std::min((16 + t.tile_rows - 1) / t.tile_rows, t.tiles());
+}
+
 // One tile, in memory or gathered.
 
 struct Tile {
@@ -249,6 +276,18 @@ class TileAccess {
 
 // The stages.
 
+Decision decision_of(const Parameter& x) { return Decision(*x.decision); }
+
+// w, scaled down where the weight is projected.
+double decay_of(const Parameter& x, Decision decision) {
+  return x.scalars->decay * (decision == Decision::none ? 1 : x.scalars->wd_ratio);
+}
+
+template <class T>
+Coefficients<T> coefficients_of(const Parameter& x) {
+  return Coefficients<T>(*x.scalars, x.operand[role_v].data != nullptr, x.t);
+}
+
 template <class T>
 TileSums measure(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile) {
   TileSums s{};
@@ -280,16 +319,15 @@ Decision decide(const Parameter& x) {
 }
 
 // Whether the chosen view is wider than a tile.
-bool needs_dot(const Parameter& x) {
-  const Decision decision = Decision(*x.decision);
-  return (decision == Decision::layer && x.table->tiles() > 1) ||
-         (decision == Decision::channel && x.table->segments() > 1);
+bool view_spans_tiles(const Parameter& x) {
+  return (decision_of(x) == Decision::layer && x.table->tiles() > 1) ||
+         (decision_of(x) == Decision::channel && x.table->segments() > 1);
 }
 
 // The projection c of every view of several tiles, written to each of its tiles.
-void finish_dot(Parameter& x) {
+void project_views(const Parameter& x) {
   const int64_t tiles = x.table->tiles();
-  const int64_t width = Decision(*x.decision) == Decision::layer ? tiles : x.table->segments();
+  const int64_t width = decision_of(x) == Decision::layer ? tiles : x.table->segments();
   for (int64_t i = 0; i < tiles; i += width) {
     double pu = 0, pp = 0;
     for (int64_t j = i; j < i + width; ++j) {
@@ -305,15 +343,48 @@ template <class T>
 void update(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile, const Scratch& scratch,
             double c) {
   const RuleKernels<T>& rule = k.rule[x.rule];
-  const Coefficients<T> coefficients(*x.scalars, x.operand[role_v].data != nullptr, x.t);
-  const Decision decision = Decision(*x.decision);
-  const T decay = T(x.scalars->decay * (decision == Decision::none ? 1 : x.scalars->wd_ratio));
-  if (decision == Decision::none || needs_dot(x)) {
-    rule.update(data, tile.size(), coefficients, T(c), decay);
+  const Decision decision = decision_of(x);
+  const T decay = T(decay_of(x, decision));
+  if (decision == Decision::none || view_spans_tiles(x)) {
+    rule.update(data, tile.size(), coefficients_of<T>(x), T(c), decay);
   } else if (decision == Decision::layer) {
-    rule.update_projected(data, scratch.u<T>(), 1, tile.size(), coefficients, decay);
+    rule.update_projected(data, scratch.u<T>(), 1, tile.size(), coefficients_of<T>(x), decay);
   } else {
-    rule.update_projected(data, scratch.u<T>(), tile.rows, tile.cols, coefficients, decay);
+    rule.update_projected(data, scratch.u<T>(), tile.rows, tile.cols, coefficients_of<T>(x), decay);
+  }
+}
+
+template <class T>
+void sweep(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile, const Scratch& scratch,
+           TileSums* sums) {
+  T* shrink = x.predict_channel ? reinterpret_cast<T*>(x.shrink) + tile.row : nullptr;
+  const Guess<T> guess{x.scalars->delta, x.scalars->eps, T(decay_of(x, Decision::none)), T(decay_of(x, Decision::channel)),
+                       shrink};
+  k.rule[x.rule].sweep(data, scratch.u<T>(), tile.rows, tile.cols, coefficients_of<T>(x), guess, sums);
+}
+
+// Each row was moved with the shrink of the guess; now the decision is known, and so is the shrink it should have had.
+template <class T>
+void finish(const Kernels<T>& k, const Parameter& x, TileData<T> data, const Tile& tile, const TileSums& sums) {
+  const Decision decision = decision_of(x);
+  const Coefficients<T> c = coefficients_of<T>(x);
+  const T plain = T(decay_of(x, Decision::none));
+  T is = T(decay_of(x, decision));
+  if (view_spans_tiles(x)) is -= c.step_size * T(sums.projection);
+  if (!x.predict_channel) {
+    if (decision != Decision::none) k.rule[x.rule].finish(data, tile.size(), c, plain, is);
+    return;
+  }
+  if (decision == Decision::channel && sums.deferred == 0) return;
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const T shrink = reinterpret_cast<const T*>(x.shrink)[tile.row + row];
+    const bool safe = shrink <= T(largest_shrink) && shrink >= T(-largest_shrink);
+    const T was = safe ? shrink : plain;
+    if (decision == Decision::channel) is = shrink;
+    const int64_t offset = row * tile.cols;
+    const TileData<T> t{data.p + offset, data.g + offset, data.m ? data.m + offset : nullptr,
+                        data.v ? data.v + offset : nullptr};
+    if (was != is) k.rule[x.rule].finish(t, tile.cols, c, was, is);
   }
 }
 
@@ -330,47 +401,89 @@ void wait_for(const std::atomic<bool>& flag) {
   }
 }
 
-// Job `number` of the parameter.
+// Counts one tile of a stage; true for the last.
+bool is_last(std::atomic<int64_t>& finished, int64_t tiles) {
+  return finished.fetch_add(1, std::memory_order_acq_rel) + 1 == tiles;
+}
+
+enum class Stage { update, measure_update, measure, dot, update_measured, predict, sweep, finish };
+
+// One stage of one parameter: a run of jobs, one per tile.
+struct Segment {
+  Parameter* parameter;
+  Stage stage;
+  int64_t begin, end;
+};
+
 template <class T>
-void run_job(const Kernels<T>& k, Parameter& x, int64_t number, const Scratch& scratch) {
+void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const Scratch& scratch) {
   const TableRow& t = *x.table;
   const int64_t tiles = t.tiles();
-  enum { stage_measure, stage_dot, stage_update } stage = stage_update;
-  if (x.tested && tiles > 1) stage = number < tiles ? stage_measure : number < 2 * tiles ? stage_dot : stage_update;
-  const int64_t index = stage == stage_update ? tiles - 1 - number % tiles : number % tiles;
+  // Update runs backwards: what measure read last is still in cache.
+  const int64_t index = stage == Stage::update_measured ? tiles - 1 - job : job;
   const Tile tile = tile_at(t, index);
   TileSums& sums = x.tiles[index];
-
-  if (stage == stage_measure) {
-    const TileAccess<T> access(k, x, tile, scratch, false);
-    sums = measure(k, x, access.data, tile);
-    if (x.measured.fetch_add(1, std::memory_order_acq_rel) + 1 == tiles) {
+  switch (stage) {
+    case Stage::update: {
+      const TileAccess<T> access(k, x, tile, scratch, true);
+      update(k, x, access.data, tile, scratch, 0);
+      access.store();
+      break;
+    }
+    case Stage::measure_update: {
+      const TileAccess<T> access(k, x, tile, scratch, true);
+      sums = measure(k, x, access.data, tile);
+      *x.decision = uint8_t(decide(x));
+      update(k, x, access.data, tile, scratch, 0);
+      access.store();
+      break;
+    }
+    case Stage::measure: {
+      sums = measure(k, x, TileAccess<T>(k, x, tile, scratch, false).data, tile);
+      if (!is_last(x.measured_tiles, tiles)) break;
       *x.decision = uint8_t(decide(x));
       x.decided.store(true, std::memory_order_release);
+      break;
     }
-    return;
-  }
-  if (x.tested && tiles > 1) wait_for(x.decided);
-  if (stage == stage_dot) {
-    if (!needs_dot(x)) return;
-    const TileAccess<T> access(k, x, tile, scratch, true);
-    sums.pu = k.rule[x.rule].dot(access.data, tile.size(),
-                                 Coefficients<T>(*x.scalars, x.operand[role_v].data != nullptr, x.t));
-    if (x.dotted.fetch_add(1, std::memory_order_acq_rel) + 1 == tiles) {
-      finish_dot(x);
-      x.projected.store(true, std::memory_order_release);
+    case Stage::dot: {
+      wait_for(x.decided);
+      if (!view_spans_tiles(x)) break;
+      sums.pu = k.rule[x.rule].dot(TileAccess<T>(k, x, tile, scratch, true).data, tile.size(), coefficients_of<T>(x));
+      if (!is_last(x.dotted_tiles, tiles)) break;
+      project_views(x);
+      x.dotted.store(true, std::memory_order_release);
+      break;
     }
-    return;
+    case Stage::update_measured: {
+      wait_for(x.decided);
+      const bool spans = view_spans_tiles(x);
+      if (spans) wait_for(x.dotted);
+      const TileAccess<T> access(k, x, tile, scratch, true);
+      update(k, x, access.data, tile, scratch, spans ? sums.projection : 0);
+      access.store();
+      break;
+    }
+    case Stage::predict: {
+      if (measure(k, x, TileAccess<T>(k, x, tile, scratch, false).data, tile).failed > 0)
+        x.predict_channel.store(false, std::memory_order_relaxed);
+      if (is_last(x.predicted_tiles, predicted_tiles(t))) x.predicted.store(true, std::memory_order_release);
+      break;
+    }
+    case Stage::sweep: {
+      wait_for(x.predicted);
+      sweep(k, x, TileAccess<T>(k, x, tile, scratch, true).data, tile, scratch, &sums);
+      if (!is_last(x.measured_tiles, tiles)) break;
+      *x.decision = uint8_t(decide(x));
+      if (view_spans_tiles(x)) project_views(x);
+      x.decided.store(true, std::memory_order_release);
+      break;
+    }
+    case Stage::finish: {
+      wait_for(x.decided);
+      finish(k, x, TileAccess<T>(k, x, tile, scratch, true).data, tile, sums);
+      break;
+    }
   }
-  const TileAccess<T> access(k, x, tile, scratch, true);
-  if (x.tested && tiles == 1) {
-    sums = measure(k, x, access.data, tile);
-    *x.decision = uint8_t(decide(x));
-  }
-  const bool dotted = x.tested && needs_dot(x);
-  if (dotted) wait_for(x.projected);
-  update(k, x, access.data, tile, scratch, dotted ? sums.projection : 0.0);
-  access.store();
 }
 
 // One step over a bucket.
@@ -383,8 +496,13 @@ class Step {
   void run();
 
  private:
+  void schedule();
+  void add(Parameter* x, Stage stage, int64_t jobs);
+  int64_t jobs() const { return segments_.empty() ? 0 : segments_.back().end; }
+
   std::unique_ptr<Parameter[]> parameters_;
-  int64_t count_ = 0, jobs_ = 0, elements_ = 0, tile_bytes_ = 0;
+  std::vector<Segment> segments_;
+  int64_t count_ = 0, elements_ = 0, tile_bytes_ = 0, shrink_bytes_ = 0;
   bool gathers_ = false;
 };
 
@@ -422,51 +540,92 @@ int64_t Step::bind(const TensorList& params, const TensorList& grads, const Tens
     x.rule = rule_index(adaptive, *x.scalars, roles > 2);
     x.step = steps.empty() ? nullptr : static_cast<float*>(steps[i].data());
     x.is_double = is_double;
-    // With delta = 0 no cosine is below the threshold.
-    x.tested = row.projected && x.scalars->delta > 0;
     for (int r = 0; r < roles; ++r) {
       x.operand[r].data = static_cast<char*>(tensor[r].data());
       x.operand[r].type = storage_type(tensor[r].dtype());
     }
     collapse(x, tensor, roles);
-    const int64_t tiles = numel > 0 ? row.tiles() : 0;
-    x.first_job = jobs_;
-    x.end_job = jobs_ += x.tested && tiles > 1 ? 3 * tiles : tiles;
+    x.plan = plan_for(x);
+    if (x.plan == Plan::speculative) {
+      x.shrink_offset = shrink_bytes_;
+      shrink_bytes_ += (row.rows * (is_double ? 8 : 4) + 63) / 64 * 64;
+    }
     elements_ += numel;
     gathers_ |= !x.direct;
-    tile_bytes_ = std::max<int64_t>(tile_bytes_, row.tile_rows * row.tile_cols * (is_double ? 8 : 4));
+    tile_bytes_ = std::max<int64_t>(tile_bytes_, (row.tile_rows * row.tile_cols * (is_double ? 8 : 4) + 63) / 64 * 64);
   }
   return -1;
+}
+
+void Step::add(Parameter* x, Stage stage, int64_t count) {
+  if (x && count > 0) segments_.push_back({x, stage, jobs(), jobs() + count});
+}
+
+// Lines up the jobs. A speculative parameter's sweep follows the prediction of the next one, and its finish the sweep of
+// the next one, so that no thread waits for the last tiles of another.
+void Step::schedule() {
+  Parameter *swept = nullptr, *predicted = nullptr;
+  const auto tiles = [](const Parameter* x) { return x && x->table->rows * x->table->cols > 0 ? x->table->tiles() : 0; };
+  const auto proceed = [&](Parameter* x) {
+    if (x) add(x, Stage::predict, predicted_tiles(*x->table));
+    add(predicted, Stage::sweep, tiles(predicted));
+    add(swept, Stage::finish, tiles(swept));
+    swept = predicted;
+    predicted = x;
+  };
+  for (int64_t i = 0; i < count_; ++i) {
+    Parameter* x = &parameters_[i];
+    switch (x->plan) {
+      case Plan::untested:
+        add(x, Stage::update, tiles(x));
+        break;
+      case Plan::one_tile:
+        add(x, Stage::measure_update, tiles(x));
+        break;
+      case Plan::split:
+        add(x, Stage::measure, tiles(x));
+        add(x, Stage::dot, tiles(x));
+        add(x, Stage::update_measured, tiles(x));
+        break;
+      case Plan::speculative:
+        proceed(x);
+        break;
+    }
+  }
+  proceed(nullptr);
+  proceed(nullptr);
 }
 
 void Step::run() {
   // Below so many elements a second thread costs more than it brings: the grain that torch uses too.
   constexpr int64_t elements_per_thread = 32768;
   const InstructionSet& set = instructions();
-  const int64_t threads = std::max<int64_t>(
-      1, std::min<int64_t>({torch::stable::get_num_threads(), jobs_, elements_ / elements_per_thread}));
-  tile_bytes_ = (tile_bytes_ + 63) / 64 * 64;
-  const int64_t scratch_bytes = tile_bytes_ * (gathers_ ? 1 + role_count : 1);
   // Everything that can fail comes before the first write.
-  std::unique_ptr<char[]> scratch(new char[threads * scratch_bytes + 64]);
-  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch.get()) + 63) / 64 * 64);
+  schedule();
+  const int64_t threads = std::max<int64_t>(
+      1, std::min<int64_t>({torch::stable::get_num_threads(), jobs(), elements_ / elements_per_thread}));
+  const int64_t scratch_bytes = tile_bytes_ * (gathers_ ? 1 + role_count : 1);
+  std::unique_ptr<char[]> memory(new char[threads * scratch_bytes + shrink_bytes_ + 64]);
+  char* scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
 
   for (int64_t i = 0; i < count_; ++i) {
     Parameter& x = parameters_[i];
     if (x.step) x.t = *x.step += 1;
-    if (!x.tested) *x.decision = uint8_t(Decision::none);
+    *x.decision = uint8_t(Decision::none);
+    x.shrink = scratch + threads * scratch_bytes + x.shrink_offset;
+    if (x.table->segments() > 1) x.predict_channel = false;  // a row's shrink is not known before its last tile
   }
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    const Scratch mine{aligned + begin * scratch_bytes, tile_bytes_};
-    int64_t i = 0;
-    for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs_;) {
-      while (job >= parameters_[i].end_job) ++i;
-      Parameter& x = parameters_[i];
+    const Scratch mine{scratch + begin * scratch_bytes, tile_bytes_};
+    auto segment = segments_.begin();
+    for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs();) {
+      while (job >= segment->end) ++segment;
+      Parameter& x = *segment->parameter;
       if (x.is_double) {
-        run_job(set.f64, x, job - x.first_job, mine);
+        run_job(set.f64, x, segment->stage, job - segment->begin, mine);
       } else {
-        run_job(set.f32, x, job - x.first_job, mine);
+        run_job(set.f32, x, segment->stage, job - segment->begin, mine);
       }
     }
   });

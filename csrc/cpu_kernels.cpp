@@ -30,9 +30,9 @@ FUSED_ADAMP_INLINE Sums measure_row(const T* p, const T* g, int64_t n) {
     Accumulator<T> pg, gg, pp;
     for_each_vec<T>(begin, end, [&](int64_t i, auto k, auto extent) {
       const auto x = Vec<T>::load(p + i, extent), y = Vec<T>::load(g + i, extent);
-      pg.part[k.value] = fma(x, y, pg.part[k.value]);
-      gg.part[k.value] = fma(y, y, gg.part[k.value]);
-      pp.part[k.value] = fma(x, x, pp.part[k.value]);
+      pg.add(k, x, y);
+      gg.add(k, y, y);
+      pp.add(k, x, x);
     });
     sums.pg += pg.sum();
     sums.gg += gg.sum();
@@ -77,9 +77,10 @@ FUSED_ADAMP_KERNEL double dot(TileData<T> t, int64_t n, Coefficients<T> c) {
   for_each_block<T>(n, [&](int64_t begin, int64_t end) {
     Accumulator<T> pu;
     for_each_vec<T>(begin, end, [&](int64_t i, auto k, auto extent) {
+      const auto g = Vec<T>::load(t.g + i, extent);
       State<R, T> s(t, i, extent);
-      const auto u = momentum_update<R>(Vec<T>::load(t.g + i, extent), s.m, s.v, c);
-      pu.part[k.value] = fma(Vec<T>::load(t.p + i, extent), u, pu.part[k.value]);
+      advance<R>(g, s.m, s.v, c);
+      pu.add(k, Vec<T>::load(t.p + i, extent), direction<R>(g, s.m, s.v, c));
     });
     sum += pu.sum();
   });
@@ -90,45 +91,111 @@ template <class R, class T>
 FUSED_ADAMP_KERNEL void update(TileData<T> t, int64_t n, Coefficients<T> c, T projected, T decay) {
   const T shrink = decay - c.step_size * projected;
   for_each_vec<T>(0, n, [&](int64_t i, auto, auto extent) {
-    const auto p = Vec<T>::load(t.p + i, extent);
+    const auto p = Vec<T>::load(t.p + i, extent), g = Vec<T>::load(t.g + i, extent);
     State<R, T> s(t, i, extent);
-    const auto u = momentum_update<R>(Vec<T>::load(t.g + i, extent), s.m, s.v, c);
+    advance<R>(g, s.m, s.v, c);
+    const auto u = direction<R>(g, s.m, s.v, c);
     if constexpr (R::project_buffer) s.m = u - projected * p;
     s.store(t, i, extent);
     weight_update(p, u, c.step_size, shrink).store(t.p + i, extent);
   });
 }
 
+struct RowSums {
+  Sums sums{0, 0, 0};
+  double pu = 0;
+};
+
+// Advances the state of n elements of one row, adds up its sums and hands (i, extent, p, u) to `store`.
+template <class R, class T, class Store>
+FUSED_ADAMP_INLINE RowSums advance_row(const TileData<T>& t, int64_t n, const Coefficients<T>& c, const Store& store) {
+  RowSums row;
+  for_each_block<T>(n, [&](int64_t begin, int64_t end) {
+    Accumulator<T> pg, gg, pp, pu;
+    for_each_vec<T>(begin, end, [&](int64_t i, auto k, auto extent) {
+      const auto p = Vec<T>::load(t.p + i, extent), g = Vec<T>::load(t.g + i, extent);
+      State<R, T> s(t, i, extent);
+      advance<R>(g, s.m, s.v, c);
+      const auto u = direction<R>(g, s.m, s.v, c);
+      s.store(t, i, extent);
+      store(i, extent, p, u);
+      pg.add(k, p, g);
+      gg.add(k, g, g);
+      pp.add(k, p, p);
+      pu.add(k, p, u);
+    });
+    row.sums.pg += pg.sum();
+    row.sums.gg += gg.sum();
+    row.sums.pp += pp.sum();
+    row.pu += pu.sum();
+  });
+  return row;
+}
+
+// The second half of a row's update, from u in scratch.
+template <class R, class T>
+FUSED_ADAMP_INLINE void move_row(const TileData<T>& t, const T* u, int64_t n, const Coefficients<T>& c, T projected,
+                                 T shrink) {
+  for_each_vec<T>(0, n, [&](int64_t i, auto, auto extent) {
+    const auto p = Vec<T>::load(t.p + i, extent), y = Vec<T>::load(u + i, extent);
+    if constexpr (R::project_buffer) (y - projected * p).store(t.m + i, extent);
+    weight_update(p, y, c.step_size, shrink).store(t.p + i, extent);
+  });
+}
+
+template <class R, class T>
+FUSED_ADAMP_INLINE void next_row(TileData<T>& t, int64_t cols) {
+  t.p += cols;
+  t.g += cols;
+  if constexpr (R::buffer) t.m += cols;
+  if constexpr (R::adaptive) t.v += cols;
+}
+
 template <class R, class T>
 FUSED_ADAMP_KERNEL void update_projected(TileData<T> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, T decay) {
-  for (int64_t row = 0; row < rows; ++row) {
-    double pu_sum = 0, pp_sum = 0;
-    for_each_block<T>(cols, [&](int64_t begin, int64_t end) {
-      Accumulator<T> pu, pp;
-      for_each_vec<T>(begin, end, [&](int64_t i, auto k, auto extent) {
-        const auto p = Vec<T>::load(t.p + i, extent);
-        State<R, T> s(t, i, extent);
-        const auto y = momentum_update<R>(Vec<T>::load(t.g + i, extent), s.m, s.v, c);
-        s.store(t, i, extent);
-        y.store(u + i, extent);
-        pu.part[k.value] = fma(p, y, pu.part[k.value]);
-        pp.part[k.value] = fma(p, p, pp.part[k.value]);
-      });
-      pu_sum += pu.sum();
-      pp_sum += pp.sum();
-    });
-    const T projected = T(projection(pu_sum, pp_sum, double(c.eps)));
-    const T shrink = decay - c.step_size * projected;
-    for_each_vec<T>(0, cols, [&](int64_t i, auto, auto extent) {
-      const auto p = Vec<T>::load(t.p + i, extent), y = Vec<T>::load(u + i, extent);
-      if constexpr (R::project_buffer) (y - projected * p).store(t.m + i, extent);
-      weight_update(p, y, c.step_size, shrink).store(t.p + i, extent);
-    });
-    t.p += cols;
-    t.g += cols;
-    if constexpr (R::buffer) t.m += cols;
-    if constexpr (R::adaptive) t.v += cols;
+  for (int64_t row = 0; row < rows; ++row, next_row<R>(t, cols)) {
+    const RowSums s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(u + i, extent); });
+    const T projected = T(projection(s.pu, s.sums.pp, double(c.eps)));
+    move_row<R>(t, u, cols, c, projected, decay - c.step_size * projected);
   }
+}
+
+template <class R, class T>
+FUSED_ADAMP_KERNEL void sweep(TileData<T> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, Guess<T> guess,
+                              TileSums* tile) {
+  TileSums total{};
+  for (int64_t row = 0; row < rows; ++row, next_row<R>(t, cols)) {
+    RowSums s;
+    if (guess.shrink) {
+      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(u + i, extent); });
+      const T shrink = guess.projected_decay - c.step_size * T(projection(s.pu, s.sums.pp, double(c.eps)));
+      const bool safe = shrink <= T(largest_shrink) && shrink >= T(-largest_shrink);  // not NaN
+      guess.shrink[row] = shrink;
+      total.deferred += !safe;
+      move_row<R>(t, u, cols, c, T(0), safe ? shrink : guess.decay);
+    } else {
+      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto p, auto y) {
+        weight_update(p, y, c.step_size, guess.decay).store(t.p + i, extent);
+      });
+    }
+    total.failed += !below_threshold(s.sums, guess.delta, guess.eps, double(cols));
+    total.sums.pg += s.sums.pg;
+    total.sums.gg += s.sums.gg;
+    total.sums.pp += s.sums.pp;
+    total.pu += s.pu;
+  }
+  *tile = total;
+}
+
+template <class R, class T>
+FUSED_ADAMP_KERNEL void finish(TileData<T> t, int64_t n, Coefficients<T> c, T was, T is) {
+  for_each_vec<T>(0, n, [&](int64_t i, auto, auto extent) {
+    const auto g = Vec<T>::load(t.g + i, extent);
+    State<R, T> s(t, i, extent);
+    if constexpr (!R::buffer) advance<R>(g, s.m, s.v, c);
+    const auto u = direction<R>(g, s.m, s.v, c);
+    weight_correction(Vec<T>::load(t.p + i, extent), u, c.step_size, was, is).store(t.p + i, extent);
+  });
 }
 
 // 16-bit storage.
@@ -254,7 +321,7 @@ void scatter<Float16, float>(const float* from, int64_t from_stride, void* to, i
 
 template <class R, class T>
 constexpr RuleKernels<T> rule_kernels() {
-  return {dot<R, T>, update<R, T>, update_projected<R, T>};
+  return {dot<R, T>, update<R, T>, update_projected<R, T>, sweep<R, T>, finish<R, T>};
 }
 
 template <class T>

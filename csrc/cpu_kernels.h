@@ -27,6 +27,26 @@ struct TileData {
   T* v;
 };
 
+// What the stages know of a tile: a row of the bucket's scratch.
+struct TileSums {
+  double failed;      // rows that fail the cosine test
+  Sums sums;          // over the tile
+  double pu;          // p.u over the tile
+  double projection;  // c of weight_update, where a view is wider than a tile
+  double deferred;    // rows that sweep did not dare to project
+};
+
+// What sweep needs to take and to test a guess.
+template <class T>
+struct Guess {
+  double delta, eps;
+  T decay, projected_decay;  // w of a parameter that is not projected, and of one that is
+  T* shrink;                 // per row, out: the shrink that the projection asks for; null: guess that nothing is projected
+};
+
+// The largest |shrink| from which the old weight is recovered: weight_correction.
+constexpr double largest_shrink = 0.5;
+
 // Kernels that depend on the momentum rule. What they read once per tile is passed by value: behind a pointer the
 // compiler would have to read it again after every store.
 template <class T>
@@ -38,6 +58,11 @@ struct RuleKernels {
   // Rows whose projection is not known yet, each row a view: the sums p.u and p.p first, with u kept in scratch, then
   // the weights, from the first-level cache. Reads p g m v, writes p m v (28).
   void (*update_projected)(TileData<T>, T* u, int64_t rows, int64_t cols, Coefficients<T>, T decay);
+  // Measures and updates at once, as if the decision were the guess. Reads p g m v, writes p m v (28).
+  void (*sweep)(TileData<T>, T* u, int64_t rows, int64_t cols, Coefficients<T>, Guess<T>, TileSums*);
+  // n elements that were updated with one shrink and should have been with another. Reads p g m v, writes p (20; g only
+  // for nesterov and for SGDP without momentum, else 16).
+  void (*finish)(TileData<T>, int64_t n, Coefficients<T>, T was, T is);
 };
 
 template <class T>

@@ -154,6 +154,10 @@ struct Accumulator {
   static constexpr int registers = lanes / Vec<T>::lanes;
   Vec<T> part[registers] = {};
 
+  template <int k>
+  FUSED_ADAMP_INLINE void add(Index<k>, Vec<T> x, Vec<T> y) {
+    part[k] = fma(x, y, part[k]);
+  }
   // Lane i is added to lane i + lanes/2, then the halves of that, and so on.
   FUSED_ADAMP_INLINE T sum() const {
     T lane[lanes];
