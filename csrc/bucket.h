@@ -29,6 +29,7 @@ class TensorRef {
            get<int32_t>(aoti_torch_get_layout) == aoti_torch_layout_strided();
   }
   bool same_sizes(const TensorRef& other) const;
+  bool overlaps() const;  // elements may share memory: fused_adamp/bucket.py
 
  private:
   template <class T, class Getter>
@@ -54,6 +55,9 @@ class TensorList {
  private:
   std::vector<AtenTensorHandle> handles_;
 };
+
+// Counted up whenever TableRow, TileSums, Scalars or the operators change: fused_adamp/backends/cpu.py compares it.
+constexpr int64_t layout_version = 1;
 
 // One row of the bucket's table: fused_adamp/bucket.py, COLUMNS.
 struct TableRow {

@@ -50,6 +50,19 @@ bool TensorRef::same_sizes(const TensorRef& other) const {
   return n == other.dim() && std::equal(sizes(), sizes() + n, other.sizes());
 }
 
+bool TensorRef::overlaps() const {
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < dim(); ++d)
+    if (sizes()[d] > 1) dims.emplace_back(strides()[d], sizes()[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t end = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= end) return numel() > 0;
+    end += (size - 1) * stride;
+  }
+  return false;
+}
+
 TensorList::TensorList(StableIValue argument) {
   const auto list = torch::stable::detail::to<StableListHandle>(argument);
   size_t size = 0;
@@ -518,8 +531,7 @@ int64_t Step::bind(const TensorList& params, const TensorList& grads, const Tens
     const TensorRef tensor[role_count] = {params[i], grads[i], roles > 2 ? moments[0][i] : none,
                                           roles > 3 ? moments[1][i] : none};
     const int64_t numel = tensor[role_p].numel();
-    const bool absent = steps.empty() ? numel > 0 && tensor[role_g].numel() == 0 : steps[i].numel() == 0;
-    if (absent) continue;
+    if (tensor[role_g].dtype() == aoti_torch_dtype_bool() && tensor[role_g].numel() == 0) continue;  // no gradient
 
     const int64_t dim = tensor[role_p].dim();
     const int64_t rows = dim < 2 ? 1 : tensor[role_p].sizes()[0];
@@ -545,6 +557,8 @@ int64_t Step::bind(const TensorList& params, const TensorList& grads, const Tens
       x.operand[r].type = storage_type(tensor[r].dtype());
     }
     collapse(x, tensor, roles);
+    for (int r = 0; !x.direct && r < roles; ++r)  // rows in a row never share memory
+      if (r != role_g && tensor[r].overlaps()) return i;
     x.plan = plan_for(x);
     if (x.plan == Plan::speculative) {
       x.shrink_offset = shrink_bytes_;
@@ -632,6 +646,8 @@ void Step::run() {
 }
 
 }  // namespace
+
+int64_t layout() { return layout_version; }
 
 std::string instruction_set() { return instructions().name; }
 

@@ -15,6 +15,9 @@ void step(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 // Asks the system to back the storage with huge pages: fewer address translations on the way to memory.
 void advise_huge_pages(torch::stable::Tensor storage);
 
+// bucket.h, layout_version.
+int64_t layout();
+
 // The instruction set that steps run with: "baseline", "avx2" or "avx512".
 std::string instruction_set();
 

@@ -11,12 +11,14 @@ STABLE_TORCH_LIBRARY(fused_adamp, m) {
       "Tensor(d!)[] steps, Tensor(e!) decisions, Tensor(f!) sums, Tensor table, Tensor scalars, int dtype, "
       "bool adaptive, bool check_only) -> int");
   m.def("advise_huge_pages(Tensor storage) -> ()");
+  m.def("layout() -> int");
   m.def("instruction_set() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_adamp, CompositeExplicitAutograd, m) {
   m.impl("step", &fused_adamp::step);
   m.impl("advise_huge_pages", TORCH_BOX(&fused_adamp::advise_huge_pages));
+  m.impl("layout", TORCH_BOX(&fused_adamp::layout));
   m.impl("instruction_set", TORCH_BOX(&fused_adamp::instruction_set));
 }
 

@@ -99,27 +99,28 @@ class AdamP(ProjectedOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "fused": fused,
+            "differentiable": differentiable,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable=differentiable)
+        super().__init__(params, defaults)
 
     def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
 
     def scalars(self, group: dict[str, Any]) -> Scalars:
-        lr = float(group["lr"])
+        numbers = self.numbers(group)
         beta1, beta2 = map(float, group["betas"])
         return Scalars(
-            lr=lr,
+            lr=numbers["lr"],
             momentum=beta1,
             gain=1 - beta1,
             nesterov_gain=1 - beta1,
             beta2=beta2,
             gain2=1 - beta2,
-            eps=group["eps"],
-            decay=lr * group["weight_decay"],
-            delta=group["delta"],
-            wd_ratio=group["wd_ratio"],
+            eps=numbers["eps"],
+            decay=numbers["lr"] * numbers["weight_decay"],
+            delta=numbers["delta"],
+            wd_ratio=numbers["wd_ratio"],
             sign=-1.0 if group["maximize"] else 1.0,
             nesterov=float(group["nesterov"]),
             project_buffer=0.0,
@@ -131,9 +132,8 @@ class AdamP(ProjectedOptimizer):
         assert step is not None, "AdamP counts steps"
         beta1, beta2 = map(float, group["betas"])
         exp_avg, exp_avg_sq = moments
-        options = {name: group[name] for name in ("eps", "weight_decay", "delta", "wd_ratio", "nesterov", "maximize")}
-        lr, betas = float(group["lr"]), (beta1, beta2)
-        return adamp_ref(p, g, exp_avg, exp_avg_sq, step.item(), lr=lr, betas=betas, **options)
+        options = self.numbers(group) | {name: group[name] for name in ("nesterov", "maximize")}
+        return adamp_ref(p, g, exp_avg, exp_avg_sq, step.item(), betas=(beta1, beta2), **options)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)

@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from fused_adamp.backends import Backend
     from fused_adamp.reference import Decision
 
-__all__ = ["ABSENT", "COLUMNS", "FLOATING", "Batch", "Bucket", "BucketKey", "Rule", "Scalars", "first_stale"]
+__all__ = [
+    "ABSENT",
+    "COLUMNS",
+    "FLOATING",
+    "Batch",
+    "Bucket",
+    "BucketKey",
+    "Rule",
+    "Scalars",
+    "first_stale",
+    "overlaps",
+]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of parameters, gradients and state."""
@@ -61,6 +72,7 @@ class Bucket:
         self.key = key
         self.params = list(params)
         self.groups = [0] * len(self.params)
+        self._given: set[int] = set()
         line = _ALIGN // key.dtype.itemsize
         self._offsets: list[int] = []
         end = 0
@@ -86,8 +98,16 @@ class Bucket:
         self.table[:, COLUMNS.index("group")] = torch.tensor(self.groups, dtype=torch.int64)
 
     def state(self, index: int, count_steps: bool) -> dict[str, Tensor]:
-        """Views of member ``index``'s part of the storage: its shape, and its strides where they are dense."""
+        """Zeros for member ``index``, with its shape, and its strides where they are dense.
+
+        The first time they are its part of the storage. Whoever got that may still hold it, so a member whose state
+        was taken away gets tensors of its own.
+        """
         p, offset = self.params[index], self._offsets[index]
+        if index in self._given:
+            state = {"step": torch.zeros((), dtype=torch.float32)} if count_steps else {}
+            return state | {name: torch.zeros_like(p, requires_grad=False) for name in self.storage}
+        self._given.add(index)
         strides = torch.empty_like(p, device="meta").stride()
         state = {"step": self.steps[index]} if count_steps else {}
         return state | {name: flat.as_strided(p.shape, strides, offset) for name, flat in self.storage.items()}
@@ -143,8 +163,8 @@ class Batch(NamedTuple):
     rule: Rule
 
 
-ABSENT = torch.empty(0)
-"""Stands for the gradient and the state of a parameter that has no gradient in this step."""
+ABSENT = torch.empty(0, dtype=torch.bool)
+"""Stands for the gradient and the state of a parameter that has no gradient in this step. No gradient is bool."""
 
 
 def first_stale(batch: Batch) -> int:
@@ -159,9 +179,20 @@ def first_stale(batch: Batch) -> int:
             for t in (g, *(moment[i] for moment in batch.moments))
         )
         fits = p.device == bucket.key.device and p.dtype == bucket.key.dtype and [*_rows_cols(p)] == shapes[i]
-        if not (same and fits):
+        if not (same and fits) or any(overlaps(t) for t in (p, *(moment[i] for moment in batch.moments))):
             return i
     return -1
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether elements of ``t`` may share memory: true if a stride does not reach past the dimensions below it."""
+    end = 0
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size > 1:
+            if stride <= end:
+                return t.numel() > 0
+            end += (size - 1) * stride
+    return False
 
 
 def _rows_cols(p: Tensor) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import repeat
+from numbers import Real
 from operator import is_, is_not
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused_adamp.backends import choose
-from fused_adamp.bucket import ABSENT, FLOATING, Batch, Bucket, BucketKey, Scalars
+from fused_adamp.backends import check_name, choose
+from fused_adamp.bucket import ABSENT, FLOATING, Batch, Bucket, BucketKey, Scalars, overlaps
 from fused_adamp.reference import Decision
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ class Range(NamedTuple):
             if value.device.type != "cpu":
                 return
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
             raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number or a 1-element tensor")
         # Written so that NaN fails.
-        if not (self.low <= value < self.high or (self.closed and value == self.high)):
+        if not (self.low <= float(value) < self.high or (self.closed and value == self.high)):
             end = "]" if self.closed else ")"
             raise ValueError(f"{name}={value!r} is outside [{self.low:g}, {self.high:g}{end}: {self.remedy}")
 
@@ -64,16 +65,9 @@ class ProjectedOptimizer(Optimizer):
     _buckets: list[Bucket]
     _unbucketed: list[Tensor]
     _seen_params: list[Tensor]
-    _seen_moments: list[tuple[str, ...]]
+    _seen_groups: list[tuple[int, tuple[str, ...]]]
 
-    def __init__(self, params: ParamsT, defaults: dict[str, Any], *, differentiable: bool) -> None:
-        if differentiable:
-            raise ValueError(
-                "differentiable=True is not supported: the step writes weights and state in place, outside autograd; "
-                "leave it False, or differentiate through a copy of fused_adamp.adamp_ref or sgdp_ref"
-            )
-        if defaults["fused"] and defaults["foreach"]:
-            raise ValueError("fused=True and foreach=True exclude each other: pass at most one of them as True")
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget_buckets()
         super().__init__(params, defaults)
 
@@ -92,6 +86,10 @@ class ProjectedOptimizer(Optimizer):
     ) -> Decision:
         """One step of the reference on one tensor."""
         raise NotImplementedError
+
+    def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The group's hyperparameters of :attr:`ranges` as Python floats."""
+        return {name: float(group[name]) for name in self.ranges}
 
     # What users call.
 
@@ -120,7 +118,8 @@ class ProjectedOptimizer(Optimizer):
                 stale = batch.bucket.key.backend.step(batch)
                 assert stale < 0, "a bucket that was checked a moment ago does not fit its tensors"
         for batch in batches:
-            torch.autograd.graph.increment_version(batch.bucket.params)
+            moved = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
+            torch.autograd.graph.increment_version(moved)
         return loss
 
     def decisions(self) -> dict[Tensor, Decision]:
@@ -161,15 +160,14 @@ class ProjectedOptimizer(Optimizer):
     def _gather(self) -> list[Batch]:
         """This step's tensors by bucket, with buckets and state made where they are missing. Moves no weight."""
         params = [p for group in self.param_groups for p in group["params"]]
-        moments = [self.moments(group) for group in self.param_groups]
+        groups = [(len(group["params"]), self.moments(group)) for group in self.param_groups]
         if not (
-            len(params) == len(self._seen_params)
+            groups == self._seen_groups
             and all(map(is_, params, self._seen_params))
-            and moments == self._seen_moments
             and all(p.grad is None for p in self._unbucketed)
         ):
             self._fill_buckets()
-            self._seen_params, self._seen_moments = params, moments
+            self._seen_params, self._seen_groups = params, groups
         batches = [self._batch(bucket) for bucket in self._buckets]
         return [batch for batch in batches if batch is not None]
 
@@ -186,6 +184,10 @@ class ProjectedOptimizer(Optimizer):
                 states = [absent if g is None else self.state[p] for p, g in zip(params, grads, strict=True)]
             moments = [[state[name] for state in states] for name in names]
             steps = [state["step"] for state in states] if self.adaptive else []
+            if any(not isinstance(step, Tensor) for step in steps):  # a number, as in old checkpoints
+                for state in states:
+                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
+                return self._batch(bucket)
         except KeyError:
             self._make_state(bucket)
             return self._batch(bucket)
@@ -199,10 +201,7 @@ class ProjectedOptimizer(Optimizer):
             self._check_state(p, bucket.key)
         for i, p in members:
             if not self.state.get(p):
-                state = bucket.state(i, self.adaptive)
-                for tensor in state.values():
-                    tensor.zero_()
-                self.state[p] = state
+                self.state[p] = bucket.state(i, self.adaptive)
 
     def _refit(self, batches: list[Batch]) -> list[Batch]:
         """The same batches, with new buckets where a tensor no longer fits the table of its bucket.
@@ -277,13 +276,22 @@ class ProjectedOptimizer(Optimizer):
         self._buckets = []
         self._unbucketed = []
         self._seen_params = []
-        self._seen_moments = []
+        self._seen_groups = []
 
     # Checks. Every message names what was received and what would do.
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         for name, allowed in self.ranges.items():
             allowed.check(name, group[name])
+        if group["differentiable"]:
+            raise ValueError(
+                "differentiable=True is not supported: the step writes weights and state in place, outside autograd; "
+                "leave it False, or differentiate through a copy of fused_adamp.adamp_ref or sgdp_ref"
+            )
+        if group["fused"] and group["foreach"]:
+            raise ValueError("fused=True and foreach=True exclude each other: pass at most one of them as True")
+        if group["backend"] is not None:
+            check_name(group["backend"], "backend")
 
     def _check_state(self, p: Tensor, key: BucketKey) -> None:
         state = self.state.get(p)
@@ -320,7 +328,7 @@ def _check_parameter(p: Tensor, label: str) -> None:
     if p.dtype not in FLOATING:
         remedy = "train torch.view_as_real(p)" if p.is_complex() else "pass a floating-point parameter"
         raise TypeError(f"{label} has dtype {p.dtype}, allowed are {_listed(FLOATING)}: {remedy}")
-    if torch._debug_has_internal_overlap(p) == 1:
+    if overlaps(p):
         raise ValueError(
             f"elements of {label} share memory (shape {tuple(p.shape)}, strides {p.stride()}): pass p.contiguous()"
         )

@@ -105,27 +105,31 @@ class SGDP(ProjectedOptimizer):
             "foreach": foreach,
             "maximize": maximize,
             "fused": fused,
+            "differentiable": differentiable,
             "project_buffer": project_buffer,
             "backend": backend,
         }
-        super().__init__(params, defaults, differentiable=differentiable)
+        super().__init__(params, defaults)
 
     def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
     def scalars(self, group: dict[str, Any]) -> Scalars:
-        lr, momentum = float(group["lr"]), float(group["momentum"])
+        numbers = self.numbers(group)
+        momentum = numbers["momentum"]
+        # Without momentum no buffer is kept, and nesterov's g + 0 b is the gradient itself, undampened.
+        undampened = group["nesterov"] and not momentum
         return Scalars(
-            lr=lr,
+            lr=numbers["lr"],
             momentum=momentum,
-            gain=1 - group["dampening"],
+            gain=1.0 if undampened else 1 - numbers["dampening"],
             nesterov_gain=1.0,
             beta2=0.0,
             gain2=0.0,
-            eps=group["eps"],
-            decay=lr * group["weight_decay"] / (1 - momentum),
-            delta=group["delta"],
-            wd_ratio=group["wd_ratio"],
+            eps=numbers["eps"],
+            decay=numbers["lr"] * numbers["weight_decay"] / (1 - momentum),
+            delta=numbers["delta"],
+            wd_ratio=numbers["wd_ratio"],
             sign=-1.0 if group["maximize"] else 1.0,
             nesterov=float(group["nesterov"]),
             project_buffer=float(group["project_buffer"]),
@@ -134,12 +138,5 @@ class SGDP(ProjectedOptimizer):
     def reference_step(
         self, p: Tensor, g: Tensor, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
     ) -> Decision:
-        names = ("dampening", "weight_decay", "eps", "delta", "wd_ratio", "nesterov", "maximize", "project_buffer")
-        return sgdp_ref(
-            p,
-            g,
-            moments[0] if moments else None,
-            lr=float(group["lr"]),
-            momentum=float(group["momentum"]),
-            **{name: group[name] for name in names},
-        )
+        options = self.numbers(group) | {name: group[name] for name in ("nesterov", "maximize", "project_buffer")}
+        return sgdp_ref(p, g, moments[0] if moments else None, **options)

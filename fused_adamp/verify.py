@@ -117,7 +117,8 @@ class Case:
     def __str__(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
         dtypes = "/".join(str(d).removeprefix("torch.") for d in (self.dtype, self.gradient_dtype) if d)
-        return f"{self.optimizer}({options}) {self.shape} {'late ' * self.late}{self.decision.name.lower()} {dtypes} {self.layout}"
+        decision = self.decision.name.lower() + " late" * self.late
+        return f"{self.optimizer}({options}) {self.shape} {decision} {dtypes} {self.layout}"
 
 
 @dataclass(frozen=True)

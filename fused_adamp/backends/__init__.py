@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fused_adamp.bucket import Batch, Bucket
 
-__all__ = ["BACKENDS", "ENVIRONMENT", "Backend", "available", "choose"]
+__all__ = ["BACKENDS", "ENVIRONMENT", "Backend", "available", "check_name", "choose"]
 
 ENVIRONMENT = "FUSED_ADAMP_BACKEND"
 
@@ -60,7 +60,10 @@ def choose(device: torch.device, *, backend: str | None, fused: bool | None, for
         ValueError: unknown backend name.
         RuntimeError: a forced backend cannot run here; the message says why and what to do.
     """
-    forced = backend or os.environ.get(ENVIRONMENT) or ("reference" if fused is False or foreach else None)
+    environment = os.environ.get(ENVIRONMENT)
+    if environment:
+        check_name(environment, f"the environment variable {ENVIRONMENT}")
+    forced = backend or environment or ("reference" if fused is False or foreach else None)
     reasons: list[str] = []
     for candidate in BACKENDS:
         if forced not in (None, candidate.name):
@@ -73,12 +76,15 @@ def choose(device: torch.device, *, backend: str | None, fused: bool | None, for
                 _warn_once(device, reasons)
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
-    if not reasons:
-        names = ", ".join(repr(b.name) for b in BACKENDS)
-        source = "backend" if backend else f"the environment variable {ENVIRONMENT}"
-        raise ValueError(f"{source}={forced!r} is not a backend: choose one of {names}, or leave it out")
     wish = f"backend={forced!r}" if forced else "fused=True"
     raise RuntimeError(f"{wish} cannot run on device {str(device)!r}: {'; '.join(reasons)}")
+
+
+def check_name(name: str, source: str) -> None:
+    """Raises ValueError for a name that no backend has."""
+    if all(name != candidate.name for candidate in BACKENDS):
+        names = ", ".join(repr(candidate.name) for candidate in BACKENDS)
+        raise ValueError(f"{source}={name!r} is not a backend: choose one of {names}, or leave it out")
 
 
 def available(device: torch.device) -> list[Backend]:

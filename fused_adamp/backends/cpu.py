@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuBackend", "load"]
 
+_LAYOUT = 1  # csrc/bucket.h
 _SUMS = 7  # doubles per tile: csrc/cpu_kernels.h, TileSums
 
 
@@ -29,6 +30,11 @@ def load() -> str | None:
         return (
             f"the compiled extension is missing ({error}); install a C++17 compiler (g++ or clang++) and run "
             "`pip install --no-build-isolation --force-reinstall --no-deps fused_adamp` beside an installed torch"
+        )
+    built = torch.ops.fused_adamp.layout()
+    if built != _LAYOUT:
+        return (
+            f"the extension was built from other sources (layout {built}, wanted {_LAYOUT}); install the package again"
         )
     return None
 
