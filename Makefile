@@ -21,10 +21,12 @@ types: $(VENV)/test.done
 	$(BIN)/mypy
 
 bench: $(VENV)/bench.done build  ## the full benchmark against torch, clovaai and pytorch_optimizer
+	mkdir -p out
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json=out/bench.json
-	$(BIN)/python -m bench.report out/bench.json
+	$(BIN)/python -m bench.report out/bench.json --out bench/results
 
 bench-smoke: $(VENV)/bench.done build  ## the benchmark's machinery on tiny shapes
+	mkdir -p out
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --smoke --benchmark-json=out/bench-smoke.json
 	$(BIN)/python -m bench.report out/bench-smoke.json
 

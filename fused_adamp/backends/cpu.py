@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fused_adamp.bucket import FLOATING, Scalars
+from fused_adamp.bucket import FLOATING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +81,3 @@ class CpuBackend:
             check_only,
         )
         return index
-
-
-assert len(Scalars._fields) == 13, "csrc/algorithm.h reads thirteen scalars"

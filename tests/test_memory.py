@@ -1,0 +1,50 @@
+"""Memory beyond the moments, and over time."""
+
+from __future__ import annotations
+
+import gc
+import resource
+
+import pytest
+import torch
+
+import fused_adamp
+from bench.workloads import WORKLOADS
+
+
+@pytest.mark.parametrize("workload", ["resnet50", "vit_b16", "gpt2"])
+@pytest.mark.parametrize("optimizer", [fused_adamp.AdamP, fused_adamp.SGDP])
+def test_beyond_the_moments_less_than_one_percent_of_the_parameters(workload: str, optimizer: type) -> None:
+    """Everything the bucket allocates, and the extension's scratch of one step by its own formula."""
+    params = [torch.nn.Parameter(torch.empty(shape)) for shape in WORKLOADS[workload].shapes()]
+    options = {"momentum": 0.9} if optimizer is fused_adamp.SGDP else {}
+    opt = optimizer(params, **options, backend="cpu")
+    opt._fill_buckets()
+    (bucket,) = opt._buckets
+    size = sum(p.nbytes for p in params)
+    moments = sum(storage.nbytes for storage in bucket.storage.values())
+    padding = moments - size * len(bucket.storage)
+    tables = sum(t.nbytes for t in (bucket.table, bucket.steps, bucket.decisions, bucket.sums))
+    threads, rows = torch.get_num_threads(), sum(p.size(0) for p in params if p.ndim >= 2)
+    scratch = threads * bucket.key.backend.tile * 4 + rows * 4
+    assert padding >= 0
+    assert padding + tables + scratch < 0.01 * size
+
+
+def test_no_growth_over_ten_thousand_steps(backend: str) -> None:
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 9), (8,), (4, 2, 3, 3))]
+    optimizer = fused_adamp.AdamP(params, lr=1e-4, backend=backend)
+
+    def steps(count: int) -> tuple[int, int]:
+        for i in range(count):
+            for p in params:
+                p.grad = torch.ones_like(p) if i % 7 or p.ndim > 1 else None
+            optimizer.step()
+        gc.collect()
+        tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
+        return tensors, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    tensors, kilobytes = steps(2_000)
+    tensors_later, kilobytes_later = steps(10_000)
+    assert tensors_later == tensors
+    assert kilobytes_later - kilobytes < 1024, "10,000 steps took memory that did not come back"

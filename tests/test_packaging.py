@@ -1,0 +1,83 @@
+"""What is installed, with and without a compiler, and what importing it costs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _wheel(directory: Path, **environment: str) -> zipfile.ZipFile:
+    """Builds a wheel from a copy of what the build reads."""
+    source = directory / "source"
+    source.mkdir()
+    for name in ("fused_adamp", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        path = ROOT / name
+        ignore = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(path, source / name, ignore=ignore) if path.is_dir() else shutil.copy(path, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", directory, source]
+    clean = {name: value for name, value in os.environ.items() if name != "FUSED_ADAMP_REQUIRE_EXTENSION"}
+    run = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+    (wheel,) = directory.glob("*.whl")
+    return zipfile.ZipFile(wheel)
+
+
+def test_without_a_compiler_the_reference_works_and_one_warning_says_how_to_get_the_fast_path(tmp_path: Path) -> None:
+    with _wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent") as wheel:
+        names = wheel.namelist()
+        wheel.extractall(tmp_path / "site")
+    assert not [name for name in names if name.endswith((".so", ".pyd"))]
+    assert {"fused_adamp/py.typed", "fused_adamp/kernels/__init__.py"} <= set(names)
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/", "csrc/"))]
+    script = """
+import torch, fused_adamp, warnings
+p = torch.nn.Parameter(torch.ones(2, 3)); p.grad = torch.ones(2, 3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        fused_adamp.AdamP([p]).step(); fused_adamp.SGDP([p], lr=0.1).step()
+print(fused_adamp.__file__, p.detach().sum().item() < 6, [str(w.message) for w in caught])
+"""
+    # -S keeps the editable installation's finder out; torch comes from where this interpreter has it.
+    site = [str(tmp_path / "site"), *[path for path in sys.path if "site-packages" in path]]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(site)}
+    run = subprocess.run(
+        [sys.executable, "-S", "-c", script], env=environment, capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    where, moved, messages = run.stdout.split(" ", 2)
+    assert where.startswith(str(tmp_path))
+    assert moved == "True"
+    assert messages.count("slow reference path") == 1
+    assert "install a C++17 compiler" in messages
+
+
+def test_one_wheel_serves_every_later_torch_and_python(tmp_path: Path) -> None:
+    """The stable ABI of torch and the limited API of Python, and nothing beyond them."""
+    if not shutil.which("nm"):
+        pytest.skip("nm is not installed")
+    with _wheel(tmp_path, FUSED_ADAMP_REQUIRE_EXTENSION="1") as wheel:
+        assert "-cp310-abi3-" in str(wheel.filename)
+        wheel.extract("fused_adamp/_C.abi3.so", tmp_path)
+    path = tmp_path / "fused_adamp/_C.abi3.so"
+    listing = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    symbols = re.findall(r"\b[Uw] (\w+)", listing)
+    foreign = [s for s in symbols if re.search(r"at[0-9]|c10|torch|aten", s)]
+    assert foreign, "the extension uses torch"
+    assert all(s.startswith(("aoti_torch_", "torch_")) for s in foreign), foreign
+    assert [s for s in symbols if s.startswith("Py")] == ["PyModule_Create2"]
+
+
+def test_import_brings_nothing_but_this_package() -> None:
+    """What makes an import slow is what else it imports."""
+    script = "import sys, torch; before = set(sys.modules); import fused_adamp; print(*(set(sys.modules) - before))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {name.split(".")[0] for name in run.stdout.split()} == {"fused_adamp"}
