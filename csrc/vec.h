@@ -23,17 +23,16 @@ constexpr int register_bytes = 32;
 constexpr int register_bytes = 16;
 #endif
 
-#if defined(__GNUC__)  // gcc and clang
-template <class T>
+template <class T, int bytes>
 struct RegisterOf {
-  typedef T type __attribute__((vector_size(register_bytes)));
+#if defined(__GNUC__)  // gcc and clang
+  typedef T type __attribute__((vector_size(bytes)));
+#else
+  typedef T type;  // other compilers: plain numbers
+#endif
 };
 template <class T>
-using Register = typename RegisterOf<T>::type;
-#else
-template <class T>
-using Register = T;  // other compilers: plain numbers
-#endif
+using Register = typename RegisterOf<T, register_bytes>::type;
 
 FUSED_ADAMP_INLINE float root(float x) { return std::sqrt(x); }
 FUSED_ADAMP_INLINE double root(double x) { return std::sqrt(x); }
@@ -146,6 +145,21 @@ struct Index {
   static constexpr int value = k;
 };
 
+// Adds lane i to lane i + lanes/2, then the halves of that, and so on.
+template <class T, int bytes, class R>
+FUSED_ADAMP_INLINE T sum_of_halves(R x) {
+  if constexpr (bytes == sizeof(T)) {
+    T lane;
+    memcpy(&lane, &x, sizeof lane);
+    return lane;
+  } else {
+    typename RegisterOf<T, bytes / 2>::type low, high;
+    memcpy(&low, &x, sizeof low);
+    memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+    return sum_of_halves<T, bytes / 2>(low + high);
+  }
+}
+
 // A sum kept in 64 bytes of lanes: one AVX-512 register, two AVX2 registers or four of 16 bytes. So it adds the same
 // numbers in the same order on every processor, whatever its vectors' width.
 template <class T>
@@ -158,13 +172,12 @@ struct Accumulator {
   FUSED_ADAMP_INLINE void add(Index<k>, Vec<T> x, Vec<T> y) {
     part[k] = fma(x, y, part[k]);
   }
-  // Lane i is added to lane i + lanes/2, then the halves of that, and so on.
   FUSED_ADAMP_INLINE T sum() const {
-    T lane[lanes];
-    memcpy(lane, part, sizeof lane);
-    for (int half = lanes / 2; half > 0; half /= 2)
-      for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
-    return lane[0];
+    Vec<T> x[registers];
+    memcpy(x, part, sizeof x);
+    for (int half = registers / 2; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
+    return sum_of_halves<T, sizeof(Register<T>)>(x[0].lane);
   }
 };
 
