@@ -132,15 +132,18 @@ FUSED_ADAMP_INLINE RowSums advance_row(const TileData<T>& t, int64_t n, const Co
   return row;
 }
 
-// The second half of a row's update, from u in scratch.
-template <class R, class T>
-FUSED_ADAMP_INLINE void move_row(const TileData<T>& t, const T* u, int64_t n, const Coefficients<T>& c, T projected,
-                                 T shrink) {
-  for_each_vec<T>(0, n, [&](int64_t i, auto, auto extent) {
-    const auto p = Vec<T>::load(t.p + i, extent), y = Vec<T>::load(u + i, extent);
-    if constexpr (R::project_buffer) (y - projected * p).store(t.m + i, extent);
-    weight_update(p, y, c.step_size, shrink).store(t.p + i, extent);
-  });
+// How the weights of a row move once its sums are known.
+template <class T>
+struct Move {
+  T projected, shrink;
+};
+
+// The second half of the update of n elements, from u in scratch.
+template <class R, class T, class Extent>
+FUSED_ADAMP_INLINE void move(const TileData<T>& t, const T* u, int64_t i, Extent extent, T step_size, const Move<T>& by) {
+  const auto p = Vec<T>::load(t.p + i, extent), y = Vec<T>::load(u + i, extent);
+  if constexpr (R::project_buffer) (y - by.projected * p).store(t.m + i, extent);
+  weight_update(p, y, step_size, by.shrink).store(t.p + i, extent);
 }
 
 template <class R, class T>
@@ -151,38 +154,68 @@ FUSED_ADAMP_INLINE void next_row(TileData<T>& t, int64_t cols) {
   if constexpr (R::adaptive) t.v += cols;
 }
 
+// Updates rows that are each projected: move_of(row, sums) says how. u has room for two rows. A row's weights move while
+// the next row's state advances: the first works in cache, the second waits for memory.
+template <class R, class T, class MoveOf>
+FUSED_ADAMP_INLINE void update_rows(TileData<T> t, T* u, int64_t rows, int64_t cols, const Coefficients<T>& c,
+                                    const MoveOf& move_of) {
+  TileData<T> last = t;
+  T *u_now = u, *u_last = u + (cols + 15) / 16 * 16;
+  Move<T> by{};
+  for (int64_t row = 0; row < rows; ++row) {
+    RowSums s;
+    if (row == 0) {
+      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(u_now + i, extent); });
+    } else {
+      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) {
+        y.store(u_now + i, extent);
+        move<R>(last, u_last, i, extent, c.step_size, by);
+      });
+    }
+    by = move_of(row, s);
+    last = t;
+    next_row<R>(t, cols);
+    T* swap = u_now;
+    u_now = u_last;
+    u_last = swap;
+  }
+  for_each_vec<T>(0, cols, [&](int64_t i, auto, auto extent) { move<R>(last, u_last, i, extent, c.step_size, by); });
+}
+
 template <class R, class T>
 FUSED_ADAMP_KERNEL void update_projected(TileData<T> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, T decay) {
-  for (int64_t row = 0; row < rows; ++row, next_row<R>(t, cols)) {
-    const RowSums s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(u + i, extent); });
+  update_rows<R>(t, u, rows, cols, c, [&](int64_t, const RowSums& s) {
     const T projected = T(projection(s.pu, s.sums.pp, double(c.eps)));
-    move_row<R>(t, u, cols, c, projected, decay - c.step_size * projected);
-  }
+    return Move<T>{projected, decay - c.step_size * projected};
+  });
 }
 
 template <class R, class T>
 FUSED_ADAMP_KERNEL void sweep(TileData<T> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, Guess<T> guess,
                               TileSums* tile) {
   TileSums total{};
-  for (int64_t row = 0; row < rows; ++row, next_row<R>(t, cols)) {
-    RowSums s;
-    if (guess.shrink) {
-      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(u + i, extent); });
-      const T shrink = guess.projected_decay - c.step_size * T(projection(s.pu, s.sums.pp, double(c.eps)));
-      const bool safe = shrink <= T(largest_shrink) && shrink >= T(-largest_shrink);  // not NaN
-      guess.shrink[row] = shrink;
-      total.deferred += !safe;
-      move_row<R>(t, u, cols, c, T(0), safe ? shrink : guess.decay);
-    } else {
-      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto p, auto y) {
-        weight_update(p, y, c.step_size, guess.decay).store(t.p + i, extent);
-      });
-    }
+  const auto count = [&](const RowSums& s) {
     total.failed += !below_threshold(s.sums, guess.delta, guess.eps, double(cols));
     total.sums.pg += s.sums.pg;
     total.sums.gg += s.sums.gg;
     total.sums.pp += s.sums.pp;
     total.pu += s.pu;
+  };
+  if (guess.shrink) {
+    update_rows<R>(t, u, rows, cols, c, [&](int64_t row, const RowSums& s) {
+      count(s);
+      const T shrink = guess.projected_decay - c.step_size * T(projection(s.pu, s.sums.pp, double(c.eps)));
+      const bool safe = shrink <= T(largest_shrink) && shrink >= T(-largest_shrink);  // not NaN
+      guess.shrink[row] = shrink;
+      total.deferred += !safe;
+      return Move<T>{T(0), safe ? shrink : guess.decay};
+    });
+  } else {
+    for (int64_t row = 0; row < rows; ++row, next_row<R>(t, cols)) {
+      count(advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto p, auto y) {
+        weight_update(p, y, c.step_size, guess.decay).store(t.p + i, extent);
+      }));
+    }
   }
   *tile = total;
 }
