@@ -154,32 +154,41 @@ FUSED_ADAMP_INLINE void next_row(TileData<T>& t, int64_t cols) {
   if constexpr (R::adaptive) t.v += cols;
 }
 
-// Updates rows that are each projected: move_of(row, sums) says how. u has room for two rows. A row's weights move while
-// the next row's state advances: the first works in cache, the second waits for memory.
+// Updates rows that are each projected: move_of(row, sums) says how. u has room for three rows. A row's weights move while
+// the state of the row after the next advances: moving works in cache, advancing waits for memory, and how to move, a chain
+// of some hundred cycles from the row's sums, is not waited for at all.
 template <class R, class T, class MoveOf>
 FUSED_ADAMP_INLINE void update_rows(TileData<T> t, T* u, int64_t rows, int64_t cols, const Coefficients<T>& c,
                                     const MoveOf& move_of) {
-  TileData<T> last = t;
-  T *u_now = u, *u_last = u + (cols + 15) / 16 * 16;
-  Move<T> by{};
+  struct Row {
+    TileData<T> t;
+    T* u;
+    Move<T> by;
+  };
+  constexpr int64_t line = Accumulator<T>::lanes;
+  const int64_t stride = (cols + line - 1) / line * line;
+  Row older{t, u, {}}, old{t, u + stride, {}}, now{t, u + 2 * stride, {}};
   for (int64_t row = 0; row < rows; ++row) {
     RowSums s;
-    if (row == 0) {
-      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(u_now + i, extent); });
+    if (row < 2) {
+      s = advance_row<R>(now.t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(now.u + i, extent); });
     } else {
-      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) {
-        y.store(u_now + i, extent);
-        move<R>(last, u_last, i, extent, c.step_size, by);
+      s = advance_row<R>(now.t, cols, c, [&](int64_t i, auto extent, auto, auto y) {
+        y.store(now.u + i, extent);
+        move<R>(older.t, older.u, i, extent, c.step_size, older.by);
       });
     }
-    by = move_of(row, s);
-    last = t;
-    next_row<R>(t, cols);
-    T* swap = u_now;
-    u_now = u_last;
-    u_last = swap;
+    now.by = move_of(row, s);
+    Row next{now.t, older.u, {}};
+    next_row<R>(next.t, cols);
+    older = old;
+    old = now;
+    now = next;
   }
-  for_each_vec<T>(0, cols, [&](int64_t i, auto, auto extent) { move<R>(last, u_last, i, extent, c.step_size, by); });
+  for_each_vec<T>(0, cols, [&](int64_t i, auto, auto extent) {
+    if (rows > 1) move<R>(older.t, older.u, i, extent, c.step_size, older.by);
+    move<R>(old.t, old.u, i, extent, c.step_size, old.by);
+  });
 }
 
 template <class R, class T>
