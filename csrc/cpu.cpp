@@ -25,7 +25,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -178,7 +177,7 @@ Plan plan_for(const Parameter& x) {
   const TableRow& t = *x.table;
   if (!t.projected || !(x.scalars->delta > 0)) return Plan::untested;  // with delta = 0 no cosine is below the threshold
   if (t.tiles() <= 1) return Plan::one_tile;
-  const bool recovers = x.direct && x.rule != sgd_project_buffer && std::abs(x.scalars->decay) <= largest_shrink;
+  const bool recovers = x.direct && x.rule != sgd_project_buffer && recoverable(x.scalars->decay);
   return recovers && t.cols >= shortest_row ? Plan::speculative : Plan::split;
 }
 
@@ -391,8 +390,7 @@ void finish(const Kernels<T>& k, const Parameter& x, TileData<T> data, const Til
   if (decision == Decision::channel && sums.deferred == 0) return;
   for (int64_t row = 0; row < tile.rows; ++row) {
     const T shrink = reinterpret_cast<const T*>(x.shrink)[tile.row + row];
-    const bool safe = shrink <= T(largest_shrink) && shrink >= T(-largest_shrink);
-    const T was = safe ? shrink : plain;
+    const T was = recoverable(shrink) ? shrink : plain;
     if (decision == Decision::channel) is = shrink;
     const int64_t offset = row * tile.cols;
     const TileData<T> t{data.p + offset, data.g + offset, data.m ? data.m + offset : nullptr,

@@ -214,7 +214,7 @@ FUSED_ADAMP_KERNEL void sweep(TileData<T> t, T* u, int64_t rows, int64_t cols, C
     update_rows<R>(t, u, rows, cols, c, [&](int64_t row, const RowSums& s) {
       count(s);
       const T shrink = guess.projected_decay - c.step_size * T(projection(s.pu, s.sums.pp, double(c.eps)));
-      const bool safe = shrink <= T(largest_shrink) && shrink >= T(-largest_shrink);  // not NaN
+      const bool safe = recoverable(shrink);
       guess.shrink[row] = shrink;
       total.deferred += !safe;
       return Move<T>{T(0), safe ? shrink : guess.decay};

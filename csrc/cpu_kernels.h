@@ -44,8 +44,11 @@ struct Guess {
   T* shrink;                 // per row, out: the shrink that the projection asks for; null: guess that nothing is projected
 };
 
-// The largest |shrink| from which the old weight is recovered: weight_correction.
-constexpr double largest_shrink = 0.5;
+// Whether weight_correction can recover the old weight from one that was moved with this shrink; false for NaN.
+template <class T>
+FUSED_ADAMP_INLINE bool recoverable(T shrink) {
+  return shrink <= T(0.5) && shrink >= T(-0.5);
+}
 
 // Kernels that depend on the momentum rule. What they read once per tile is passed by value: behind a pointer the
 // compiler would have to read it again after every store.
