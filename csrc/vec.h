@@ -6,11 +6,18 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "algorithm.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
+#endif
+
+#if defined(__has_builtin)
+#define FUSED_ADAMP_HAS_SHUFFLE __has_builtin(__builtin_shufflevector)
+#else
+#define FUSED_ADAMP_HAS_SHUFFLE 0
 #endif
 
 namespace {
@@ -145,6 +152,16 @@ struct Index {
   static constexpr int value = k;
 };
 
+// Lanes first + i of x. Shuffled and not copied by memcpy: that would keep x in memory all through the loop that adds to it.
+template <class R, int first, class X, int... i>
+FUSED_ADAMP_INLINE R lanes_from(X x, std::integer_sequence<int, i...>) {
+#if FUSED_ADAMP_HAS_SHUFFLE
+  return __builtin_shufflevector(x, x, (first + i)...);
+#else
+  return R{x[first + i]...};
+#endif
+}
+
 // Adds lane i to lane i + lanes/2, then the halves of that, and so on.
 template <class T, int bytes, class R>
 FUSED_ADAMP_INLINE T sum_of_halves(R x) {
@@ -153,10 +170,10 @@ FUSED_ADAMP_INLINE T sum_of_halves(R x) {
     memcpy(&lane, &x, sizeof lane);
     return lane;
   } else {
-    typename RegisterOf<T, bytes / 2>::type low, high;
-    memcpy(&low, &x, sizeof low);
-    memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
-    return sum_of_halves<T, bytes / 2>(low + high);
+    using Half = typename RegisterOf<T, bytes / 2>::type;
+    constexpr int lanes = bytes / 2 / sizeof(T);
+    const std::make_integer_sequence<int, lanes> index{};
+    return sum_of_halves<T, bytes / 2>(lanes_from<Half, 0>(x, index) + lanes_from<Half, lanes>(x, index));
   }
 }
 
@@ -174,7 +191,7 @@ struct Accumulator {
   }
   FUSED_ADAMP_INLINE T sum() const {
     Vec<T> x[registers];
-    memcpy(x, part, sizeof x);
+    for (int i = 0; i < registers; ++i) x[i] = part[i];  // memcpy would keep `part` in memory throughout its loop
     for (int half = registers / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) x[i] = x[i] + x[i + half];
     return sum_of_halves<T, sizeof(Register<T>)>(x[0].lane);

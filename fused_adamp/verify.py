@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SHAPES", "TOLERANCE", "Case", "Outcome", "cases", "check", "lay_out", "make_gradient"]
 
-TILE = 8192
+TILE = 32768
 """The CPU backend's tile. Sizes around it are edges there and ordinary elsewhere."""
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -44,8 +44,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "one column": (300, 1),
     "fewer columns than lanes": (40, 3),
     "prime matrix": (127, 131),
-    "rows that fill tiles": (64, 256),
-    "rows that leave a tile part empty": (41, 1111),
+    "rows that fill tiles": (3 * TILE // 256, 256),
+    "rows that leave a tile part empty": (101, 1111),
     "row of exactly a tile": (3, TILE),
     "row one past a tile": (2, TILE + 1),
     "row of many tiles": (2, 4 * TILE + 33),
@@ -53,7 +53,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "tall": (20001, 2),
     "depthwise convolution": (32, 1, 3, 3),
     "convolution": (16, 8, 3, 3),
-    "convolution of many tiles": (64, 32, 3, 3),
+    "convolution of many tiles": (96, 64, 3, 3),
     "five dimensions": (4, 3, 2, 5, 3),
 }
 """Edge shapes by what is special about them."""
