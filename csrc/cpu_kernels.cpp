@@ -101,6 +101,21 @@ FUSED_ADAMP_KERNEL void update(TileData<T> t, int64_t n, Coefficients<T> c, T pr
   });
 }
 
+// Brings the cache line 1 KB ahead closer than the hardware's prefetcher does. Measured where every row is projected: Zen 5
+// with AVX-512 gains 6% (81 to 86 GB/s), Zen 3 with AVX2 loses.
+template <class R, class T>
+FUSED_ADAMP_INLINE void prefetch(const TileData<T>& t, int64_t i) {
+#if defined(__AVX512F__)
+  constexpr int64_t ahead = 1024 / sizeof(T);
+  __builtin_prefetch(t.p + i + ahead);
+  __builtin_prefetch(t.g + i + ahead);
+  if constexpr (R::buffer) __builtin_prefetch(t.m + i + ahead);
+  if constexpr (R::adaptive) __builtin_prefetch(t.v + i + ahead);
+#else
+  (void)t, (void)i;
+#endif
+}
+
 struct RowSums {
   Sums sums{0, 0, 0};
   double pu = 0;
@@ -113,6 +128,7 @@ FUSED_ADAMP_INLINE RowSums advance_row(const TileData<T>& t, int64_t n, const Co
   for_each_block<T>(n, [&](int64_t begin, int64_t end) {
     Accumulator<T> pg, gg, pp, pu;
     for_each_vec<T>(begin, end, [&](int64_t i, auto k, auto extent) {
+      prefetch<R>(t, i);
       const auto p = Vec<T>::load(t.p + i, extent), g = Vec<T>::load(t.g + i, extent);
       State<R, T> s(t, i, extent);
       advance<R>(g, s.m, s.v, c);
@@ -155,8 +171,9 @@ FUSED_ADAMP_INLINE void next_row(TileData<T>& t, int64_t cols) {
 }
 
 // Updates rows that are each projected: move_of(row, sums) says how. u has room for three rows. A row's weights move while
-// the state of the row after the next advances: moving works in cache, advancing waits for memory, and how to move, a chain
-// of some hundred cycles from the row's sums, is not waited for at all.
+// the state of a later one advances: moving works in cache, advancing waits for memory. The next one but one where rows are
+// short, so that how to move, a chain of some hundred cycles from the row's sums, is not waited for; else the next one, so
+// that the row is still in the first-level cache.
 template <class R, class T, class MoveOf>
 FUSED_ADAMP_INLINE void update_rows(TileData<T> t, T* u, int64_t rows, int64_t cols, const Coefficients<T>& c,
                                     const MoveOf& move_of) {
@@ -167,28 +184,26 @@ FUSED_ADAMP_INLINE void update_rows(TileData<T> t, T* u, int64_t rows, int64_t c
   };
   constexpr int64_t line = Accumulator<T>::lanes;
   const int64_t stride = (cols + line - 1) / line * line;
-  Row older{t, u, {}}, old{t, u + stride, {}}, now{t, u + 2 * stride, {}};
-  for (int64_t row = 0; row < rows; ++row) {
+  const int lag = cols <= 512 ? 2 : 1;
+  Row ring[3];
+  for (int64_t row = 0; row < rows; ++row, next_row<R>(t, cols)) {
+    T* const u_now = u + row % 3 * stride;
     RowSums s;
-    if (row < 2) {
-      s = advance_row<R>(now.t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(now.u + i, extent); });
+    if (row < lag) {
+      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(u_now + i, extent); });
     } else {
-      s = advance_row<R>(now.t, cols, c, [&](int64_t i, auto extent, auto, auto y) {
-        y.store(now.u + i, extent);
-        move<R>(older.t, older.u, i, extent, c.step_size, older.by);
+      const Row old = ring[(row - lag) % 3];
+      s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) {
+        y.store(u_now + i, extent);
+        move<R>(old.t, old.u, i, extent, c.step_size, old.by);
       });
     }
-    now.by = move_of(row, s);
-    Row next{now.t, older.u, {}};
-    next_row<R>(next.t, cols);
-    older = old;
-    old = now;
-    now = next;
+    ring[row % 3] = {t, u_now, move_of(row, s)};
   }
-  for_each_vec<T>(0, cols, [&](int64_t i, auto, auto extent) {
-    if (rows > 1) move<R>(older.t, older.u, i, extent, c.step_size, older.by);
-    move<R>(old.t, old.u, i, extent, c.step_size, old.by);
-  });
+  for (int64_t row = rows > lag ? rows - lag : 0; row < rows; ++row) {
+    const Row old = ring[row % 3];
+    for_each_vec<T>(0, cols, [&](int64_t i, auto, auto extent) { move<R>(old.t, old.u, i, extent, c.step_size, old.by); });
+  }
 }
 
 template <class R, class T>
