@@ -64,7 +64,7 @@ class Bucket:
             holds whole rows, or one piece of a row that is wider than a tile.
         tiles: the number of tiles.
         decisions: ``(P,)`` uint8 on the device, the last :class:`~fused_adamp.reference.Decision` of each member.
-        sums: scratch for the sums of the tiles, owned by the backend.
+        scratch: whatever the backend keeps between steps.
     """
 
     def __init__(self, key: BucketKey, params: Sequence[Tensor]) -> None:
@@ -81,16 +81,17 @@ class Bucket:
             end += (p.numel() + line - 1) // line * line
         self.storage = {name: key.backend.zeros(end, key.dtype, key.device) for name in key.moments}
         # Counted in float32 like torch.optim: exact up to 16,777,216 steps.
-        self.steps = torch.zeros(len(self.params), dtype=torch.float32)
+        steps_device = key.backend.steps_device(key.device)
+        self.steps = torch.zeros(len(self.params), dtype=torch.float32, device=steps_device)
         rows, first_tile = [], 0
         for p in self.params:
-            row, tiles = _geometry(p, key.backend.tile)
+            row, tiles = _geometry(p, key.backend)
             rows.append((0, *row, first_tile))
             first_tile += tiles
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, len(COLUMNS))
         self.tiles = first_tile
         self.decisions = torch.zeros(len(self.params), dtype=torch.uint8, device=key.device)
-        self.sums = key.backend.sums(self)
+        self.scratch = key.backend.scratch(self)
 
     def set_groups(self, groups: Sequence[int]) -> None:
         """Say which parameter group each member belongs to, by index."""
@@ -105,7 +106,7 @@ class Bucket:
         """
         p, offset = self.params[index], self._offsets[index]
         if index in self._given:
-            state = {"step": torch.zeros((), dtype=torch.float32)} if count_steps else {}
+            state = {"step": torch.zeros_like(self.steps[index])} if count_steps else {}
             return state | {name: torch.zeros_like(p, requires_grad=False) for name in self.storage}
         self._given.add(index)
         strides = torch.empty_like(p, device="meta").stride()
@@ -201,10 +202,9 @@ def _rows_cols(p: Tensor) -> tuple[int, int]:
     return p.size(0), p.numel() // max(p.size(0), 1)
 
 
-def _geometry(p: Tensor, tile: int) -> tuple[tuple[int, int, int, int, int], int]:
-    """The table's columns from ``projected`` to ``tile_cols``, and the number of tiles of ``tile`` elements."""
+def _geometry(p: Tensor, backend: Backend) -> tuple[tuple[int, int, int, int, int], int]:
+    """The table's columns from ``projected`` to ``tile_cols``, and the number of tiles."""
     rows, cols = _rows_cols(p)
-    tile_cols = max(1, min(cols, tile))
-    tile_rows = max(1, min(rows, tile // tile_cols)) if cols <= tile else 1
+    tile_rows, tile_cols = backend.geometry(max(rows, 1), max(cols, 1))
     tiles = -(-rows // tile_rows) * -(-cols // tile_cols)
     return (int(p.ndim >= 2), rows, cols, tile_rows, tile_cols), tiles

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,37 +26,42 @@ if TYPE_CHECKING:
 
 __all__ = ["SHAPES", "TOLERANCE", "Case", "Outcome", "cases", "check", "lay_out", "make_gradient"]
 
-TILE = 32768
-"""The CPU backend's tile. Sizes around it are edges there and ordinary elsewhere."""
+_TILE = 32768
+"""The CPU backend's tile."""
 
-SHAPES: dict[str, tuple[int, ...]] = {
-    "scalar": (),
-    "empty vector": (0,),
-    "empty rows": (0, 5),
-    "empty columns": (3, 0),
-    "one element": (1,),
-    "one by one": (1, 1),
-    "vector shorter than a register": (5,),
-    "vector of a prime length": (8191,),
-    "vector one past a tile": (TILE + 1,),
-    "vector of many tiles": (3 * TILE + 17,),
-    "one row": (1, 300),
-    "one column": (300, 1),
-    "fewer columns than lanes": (40, 3),
-    "prime matrix": (127, 131),
-    "rows that fill tiles": (3 * TILE // 256, 256),
-    "rows that leave a tile part empty": (101, 1111),
-    "row of exactly a tile": (3, TILE),
-    "row one past a tile": (2, TILE + 1),
-    "row of many tiles": (2, 4 * TILE + 33),
-    "one row of many tiles": (1, 2 * TILE + 5),
-    "tall": (20001, 2),
-    "depthwise convolution": (32, 1, 3, 3),
-    "convolution": (16, 8, 3, 3),
-    "convolution of many tiles": (96, 64, 3, 3),
-    "five dimensions": (4, 3, 2, 5, 3),
-}
-"""Edge shapes by what is special about them."""
+
+def shapes(tile: int = _TILE) -> dict[str, tuple[int, ...]]:
+    """Edge shapes by what is special about them, of a backend whose tiles have that many elements."""
+    return {
+        "scalar": (),
+        "empty vector": (0,),
+        "empty rows": (0, 5),
+        "empty columns": (3, 0),
+        "one element": (1,),
+        "one by one": (1, 1),
+        "vector shorter than a register": (5,),
+        "vector of a prime length": (8191,),
+        "vector one past a tile": (tile + 1,),
+        "vector of many tiles": (3 * tile + 17,),
+        "one row": (1, 300),
+        "one column": (300, 1),
+        "fewer columns than lanes": (40, 3),
+        "prime matrix": (127, 131),
+        "rows that fill tiles": (3 * tile // 256, 256),
+        "rows that leave a tile part empty": (3 * tile // 1111 + 13, 1111),
+        "row of exactly a tile": (3, tile),
+        "row one past a tile": (2, tile + 1),
+        "row of many tiles": (2, 4 * tile + 33),
+        "one row of many tiles": (1, 2 * tile + 5),
+        "tall": (5 * tile // 8, 2),
+        "depthwise convolution": (32, 1, 3, 3),
+        "convolution": (16, 8, 3, 3),
+        "convolution of many tiles": (tile // 341, 64, 3, 3),
+        "five dimensions": (4, 3, 2, 5, 3),
+    }
+
+
+SHAPES = shapes()
 
 LAYOUTS = ("contiguous", "channels_last", "transposed", "gaps", "offset", "gradient transposed")
 """Memory layouts: strides and alignment of the parameter and its gradient, or of the gradient alone."""
@@ -113,6 +118,8 @@ class Case:
     layout: str = "contiguous"
     late: bool = False
     """The first three quarters of the rows pass the cosine test, whatever the decision."""
+    tile: int = _TILE
+    """The backend's tile: sizes around it are edges there and ordinary elsewhere."""
 
     def __str__(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
@@ -136,7 +143,7 @@ class Outcome:
         return agree and all(error <= TOLERANCE[case.dtype] for error in self.error.values())
 
 
-def cases() -> list[Case]:
+def cases(tile: int = _TILE) -> list[Case]:
     """The table: every shape with every decision it allows, then dtypes, layouts and options on a few shapes."""
     table = []
     few = ("prime matrix", "convolution", "row one past a tile", "rows that leave a tile part empty")
@@ -162,7 +169,7 @@ def cases() -> list[Case]:
                         Case(shape, optimizer, options, decision, dtype, late=True)
                         for dtype in (torch.float32, torch.float64)
                     ]
-    return table
+    return [replace(case, tile=tile) for case in table]
 
 
 def possible(shape: tuple[int, ...]) -> tuple[Decision, ...]:
@@ -218,7 +225,7 @@ def check(case: Case, backend: str, device: torch.device | str = "cpu", *, steps
 
 def _check(case: Case, backend: str, device: torch.device | str, steps: int, seed: int, threads: int) -> Outcome:
     generator = torch.Generator().manual_seed(seed)
-    value = torch.randn(SHAPES[case.shape], generator=generator, dtype=torch.float64)
+    value = torch.randn(shapes(case.tile)[case.shape], generator=generator, dtype=torch.float64)
     whole = "contiguous" if case.layout == "gradient transposed" else case.layout
     p = torch.nn.Parameter(lay_out(value.to(device, case.dtype), whole))
     optimizer = (AdamP if case.optimizer == "AdamP" else SGDP)([p], **case.options, backend=backend)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fused_adamp.backends.cpu import CpuBackend
 from fused_adamp.backends.reference import ReferenceBackend
+from fused_adamp.backends.triton import TritonBackend
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +30,6 @@ class Backend(Protocol):
 
     name: str
     fused: bool
-    tile: int
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot step parameters on ``device`` here, with the remedy; None if it can."""
@@ -37,8 +37,14 @@ class Backend(Protocol):
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Flat state storage."""
 
-    def sums(self, bucket: Bucket) -> Tensor:
-        """Scratch for a bucket's sums."""
+    def geometry(self, rows: int, cols: int) -> tuple[int, int]:
+        """Rows and columns of a tile of a parameter that has so many, of both at least 1."""
+
+    def steps_device(self, device: torch.device) -> torch.device:
+        """Where the step counts of parameters on ``device`` are kept."""
+
+    def scratch(self, bucket: Bucket) -> Any:
+        """What the backend wants to keep for a bucket."""
 
     def first_stale(self, batch: Batch) -> int:
         """Index of the first member that does not fit the bucket's table, -1 if all do. Moves nothing."""
@@ -47,7 +53,7 @@ class Backend(Protocol):
         """One optimizer step over the batch, unless :meth:`first_stale` is not -1; returns that index."""
 
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
 """Fastest first; the reference runs wherever torch does."""
 
 _warned: set[str] = set()

@@ -42,7 +42,6 @@ def load() -> str | None:
 class CpuBackend:
     name = "cpu"
     fused = True
-    tile = 32768  # elements: long enough for the memory to stream, small enough to be measured and updated in cache
 
     def unavailable(self, device: torch.device) -> str | None:
         return load() if device.type == "cpu" else "it steps parameters on the CPU only"
@@ -53,7 +52,15 @@ class CpuBackend:
         torch.ops.fused_adamp.advise_huge_pages(storage)
         return storage.zero_()
 
-    def sums(self, bucket: Bucket) -> Tensor:
+    def geometry(self, rows: int, cols: int) -> tuple[int, int]:
+        """Tiles of 32768 elements: enough for the memory to stream, few enough to be measured and updated in cache."""
+        tile_cols = min(cols, 32768)
+        return min(rows, 32768 // tile_cols) if cols <= 32768 else 1, tile_cols
+
+    def steps_device(self, device: torch.device) -> torch.device:
+        return device
+
+    def scratch(self, bucket: Bucket) -> Tensor:
         return torch.empty(bucket.tiles, _SUMS, dtype=torch.float64)
 
     def first_stale(self, batch: Batch) -> int:
@@ -73,7 +80,7 @@ class CpuBackend:
             second,
             batch.steps,
             bucket.decisions,
-            bucket.sums,
+            bucket.scratch,
             bucket.table,
             scalars,
             FLOATING.index(bucket.key.dtype),  # csrc/cpu_kernels.h: StorageType

@@ -19,7 +19,6 @@ __all__ = ["ReferenceBackend"]
 class ReferenceBackend:
     name = "reference"
     fused = False
-    tile = 1 << 62  # one tile per parameter
 
     def unavailable(self, device: torch.device) -> str | None:
         return "parameters on the meta device hold no data" if device.type == "meta" else None
@@ -27,8 +26,14 @@ class ReferenceBackend:
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def sums(self, bucket: Bucket) -> Tensor:
-        return torch.empty(0)
+    def geometry(self, rows: int, cols: int) -> tuple[int, int]:
+        return rows, cols  # one tile per parameter
+
+    def steps_device(self, device: torch.device) -> torch.device:
+        return torch.device("cpu")  # read with item() in every step
+
+    def scratch(self, bucket: Bucket) -> None:
+        return None
 
     def first_stale(self, batch: Batch) -> int:
         return first_stale(batch)

@@ -1,0 +1,105 @@
+"""From a bucket's tables to the elements of a tile.
+
+A tile is whole rows of one parameter, or a piece of one row that is wider than a tile. Its elements are numbered
+e = 0, 1, 2, ... row by row. ``Spec`` says how they lie in memory and is known when a kernel is compiled.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+# fused_adamp/bucket.py, COLUMNS: a parameter's row of the table.
+GROUP = tl.constexpr(0)
+PROJECTED = tl.constexpr(1)
+ROWS = tl.constexpr(2)
+COLS = tl.constexpr(3)
+TILE_ROWS = tl.constexpr(4)
+TILE_COLS = tl.constexpr(5)
+FIRST_TILE = tl.constexpr(6)
+COLUMNS = tl.constexpr(7)
+
+# A parameter's row of the address table.
+P = tl.constexpr(0)
+G = tl.constexpr(1)
+M = tl.constexpr(2)
+V = tl.constexpr(3)
+STEP = tl.constexpr(4)
+ADDRESSES = tl.constexpr(5)
+
+# A parameter's row of the stride table, when the dimensions beyond dim 0 have been merged to two: the size of the last,
+# then for p, g, m and v the strides of dim 0 and of those two.
+STRIDES = tl.constexpr(13)
+
+ALIGNED = tl.constexpr(0)
+FLAT = tl.constexpr(1)
+STRIDED = tl.constexpr(2)
+
+WIDEST_LOAD = tl.constexpr(16)  # bytes, of one thread
+VECTOR = tl.constexpr(8)  # elements: of 16 bits, one load; of 32 bits, two
+
+
+class Spec(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        p, g, state: dtypes in memory.
+        number: the dtype of the math: float32, or float64 for float64 weights.
+        layout: ALIGNED: rows follow each other, the first starts at a multiple of 16 bytes, and their length is a
+            multiple of VECTOR (that of a vector need not be); FLAT: rows follow each other; STRIDED: anything else.
+        adaptive, buffer: the momentum rule.
+        tile, log_tile: elements of a block, in registers at once, and their log2.
+    """
+
+    p: tl.dtype
+    g: tl.dtype
+    state: tl.dtype
+    number: tl.dtype
+    layout: tl.constexpr
+    adaptive: tl.constexpr
+    buffer: tl.constexpr
+    log_tile: tl.constexpr
+    tile: tl.constexpr
+
+
+@triton.jit
+def locate(table, owners, tile):
+    """The parameter x that a tile belongs to, and where in it the tile lies: first row and column, rows and columns."""
+    x = tl.load(owners + tile).to(tl.int64)
+    entry = table + x * COLUMNS
+    tile_rows = tl.load(entry + TILE_ROWS)
+    tile_cols = tl.load(entry + TILE_COLS)
+    cols = tl.load(entry + COLS)
+    index = tile - tl.load(entry + FIRST_TILE)
+    segments = tl.cdiv(cols, tile_cols)
+    row = index // segments * tile_rows
+    col = index % segments * tile_cols
+    rows_here = tl.minimum(tile_rows, tl.load(entry + ROWS) - row).to(tl.int32)
+    cols_here = tl.minimum(tile_cols, cols - col).to(tl.int32)
+    return x, row, col, rows_here, cols_here
+
+
+@triton.jit
+def place(memory, where, e, ROLE: tl.constexpr, TYPE: tl.constexpr, LAYOUT: tl.constexpr):
+    """Pointers to elements e of a tile, in one of its parameter's tensors. ``where`` comes from :func:`locate`."""
+    table, addresses, strides = memory
+    x, row, col, _, cols_here = where
+    start = tl.load(addresses + x * ADDRESSES + ROLE).to(tl.pointer_type(TYPE))
+    if LAYOUT == STRIDED:
+        entry = strides + x * STRIDES
+        stride = entry + 1 + 3 * ROLE
+        last = tl.load(entry).to(tl.int32)
+        # In 32 bits: a division of 64 bits is a subroutine. backends/triton.py refuses rows of 2^31 elements.
+        r = e // cols_here
+        c = e - r * cols_here + col.to(tl.int32)
+        outer = c // last
+        inner = c - outer * last
+        return start + (row + r) * tl.load(stride) + outer * tl.load(stride + 1) + inner * tl.load(stride + 2)
+    first = row * tl.load(table + x * COLUMNS + COLS) + col
+    if LAYOUT == ALIGNED:
+        # The row of a vector is 0, and a tile's first column is a multiple of the tile's width.
+        start = tl.multiple_of(start, WIDEST_LOAD)
+        first = tl.multiple_of(first, VECTOR)
+    return start + first + e

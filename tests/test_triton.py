@@ -1,0 +1,130 @@
+"""The Triton kernels in the interpreter: a stand-in for a GPU that runs every kernel and both plans, slowly."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_adamp.backends import triton
+from fused_adamp.bucket import COLUMNS, Scalars
+from fused_adamp.reference import Decision
+from fused_adamp.verify import LAYOUTS, Case, cases
+
+pytestmark = pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
+
+TILE = 1 << triton._LOG_TILE
+PLANS = ("split", "one_pass")
+
+_CHECK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from test_triton import selection
+from fused_adamp.verify import check
+torch.set_num_threads(1)
+for number, case in enumerate(selection()):
+    outcome = check(case, "triton", steps=2)
+    print(number, outcome.passed(case), outcome, flush=True)
+"""
+
+
+def selection() -> list[Case]:
+    """Of the table for tiles of this backend's size, what the interpreter has time for: every shape with every decision
+    in float32, every dtype, layout and set of options once, and a sample of the rest.
+    """
+    table = cases(TILE)
+    first: dict[object, Case] = {}
+    for case in table:
+        first.setdefault((case.shape, case.decision, case.optimizer == "SGDP" and case.shape == "convolution"), case)
+        first.setdefault((case.optimizer, case.dtype, case.gradient_dtype), case)
+        first.setdefault((case.optimizer, case.layout, case.decision), case)
+        first.setdefault((case.optimizer, str(case.options)), case)
+    return list(dict.fromkeys([*first.values(), *table[::40]]))
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, list[str]]:
+    """Per plan, a line per selected case. The plans run side by side."""
+    runs = {
+        plan: subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _CHECK, str(Path(__file__).parent)],
+            env=os.environ | {"TRITON_INTERPRET": "1", triton.PLAN: plan},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for plan in PLANS
+    }
+    return {plan: run.communicate()[0].splitlines() for plan, run in runs.items()}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_kernel_equals_the_reference(plan: str, verdicts: dict[str, list[str]]) -> None:
+    wrong = [
+        f"{case}: {line}"
+        for number, (case, line) in enumerate(zip(selection(), verdicts[plan], strict=False))
+        if not line.startswith(f"{number} True")
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert len(verdicts[plan]) == len(selection()), "the run broke off"
+
+
+def test_the_selection_meets_everything() -> None:
+    seen = defaultdict(set)
+    for case in selection():
+        seen[case.optimizer].add((case.decision, case.shape == "convolution"))
+        seen["layout"].add(case.layout)
+        seen["dtypes"].add((case.dtype, case.gradient_dtype))
+        seen["options"].add(str(case.options))
+        seen["shape"].add(case.shape)
+    for name in ("layout", "dtypes", "options", "shape"):
+        of = {"layout": lambda c: c.layout, "dtypes": lambda c: (c.dtype, c.gradient_dtype)}
+        of |= {"options": lambda c: str(c.options), "shape": lambda c: c.shape}
+        assert seen[name] == set(map(of[name], cases(TILE))), name
+    assert seen["layout"] == set(LAYOUTS)
+    assert {decision for decision, _ in seen["SGDP"]} == set(Decision)
+
+
+def test_the_tables_have_the_columns_that_the_kernels_read() -> None:
+    from fused_adamp.kernels import stages, tiles
+
+    for index, name in enumerate(COLUMNS):
+        assert getattr(tiles, name.upper()).value == index
+    assert len(COLUMNS) == tiles.COLUMNS.value
+    for index, name in enumerate(Scalars._fields):
+        assert getattr(stages, name.upper()).value == index
+    assert len(Scalars._fields) == stages.SCALARS.value
+    assert [getattr(stages, decision.name).value for decision in Decision] == list(Decision)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5000, 9), (64, 64), (64, 65), (3, 1023), (9, TILE), (9, TILE + 1)])
+def test_a_block_of_registers_holds_a_tile(rows: int, cols: int) -> None:
+    from fused_adamp.kernels.stages import NARROWEST, WIDTH_STEP
+
+    tile_rows, tile_cols = triton.TritonBackend().geometry(rows, cols)
+    assert tile_cols == cols
+    assert 1 <= tile_rows <= rows
+    widths = [min(1 << log, TILE) for log in range(NARROWEST.value, triton._LOG_TILE + 2, WIDTH_STEP.value)]
+    width = next((w for w in widths if w >= cols), None)
+    assert tile_rows * (width or cols) <= TILE or tile_rows == 1
+
+
+def test_very_wide_rows_are_cut_into_tiles() -> None:
+    assert triton.TritonBackend().geometry(2, 100_000) == (1, TILE)
+    assert triton.TritonBackend().geometry(1, 3 * TILE) == (1, TILE)  # a vector
+    assert triton.TritonBackend().geometry(2, 14336) == (1, 14336)
+
+
+def test_dimensions_merge_where_all_tensors_allow_it() -> None:
+    p = torch.empty(4, 6, 5, 5)
+    assert triton._collapse([p, p]) == ([150], [[1], [1]])
+    last = p.contiguous(memory_format=torch.channels_last)
+    assert triton._collapse([last, last]) == ([150], [[1], [1]])
+    assert triton._collapse([p, last]) == ([6, 25], [[25, 1], [1, 6]])
+    assert triton._collapse([torch.empty(7), torch.empty(14)[::2]]) == ([7], [[1], [2]])

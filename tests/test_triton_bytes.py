@@ -1,0 +1,105 @@
+"""The bytes that every plan of the Triton kernels moves, counted access by access, against the ledger.
+
+The interpreter executes each load and store with its addresses and mask, so the count is of what the kernels do, not of
+a formula about them. It does not see caches: what a plan finds there on a GPU counts here all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+from fused_adamp.backends import triton
+
+pytestmark = pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
+
+TILE = 1 << triton._LOG_TILE
+
+# docs/architecture.md, "Bytes": float32, per element.
+MEASURE = 8  # g p
+DOT = 16  # p g m v
+UPDATE = 28  # p g m v, and p m v written
+
+
+class Count(NamedTuple):
+    """A step to count: shape, decision of its gradient, hyperparameters, and what the ledger says of it."""
+
+    shape: tuple[int, ...]
+    decision: str
+    options: dict[str, float]
+    bytes_per_element: int
+
+
+COUNTS = {
+    "vector": Count((3 * TILE + 5,), "NONE", {}, UPDATE),
+    "delta 0": Count((24, 64), "NONE", {"delta": 0.0}, UPDATE),
+    "none": Count((96, 64), "NONE", {}, MEASURE + UPDATE),
+    "channel": Count((96, 64), "CHANNEL", {}, MEASURE + UPDATE),
+    "channel, rows of no whole vectors": Count((40, 147), "CHANNEL", {}, MEASURE + UPDATE),
+    "layer in one tile": Count((16, 64), "LAYER", {}, MEASURE + DOT + UPDATE),
+    "layer": Count((96, 64), "LAYER", {}, MEASURE + DOT + UPDATE),
+    "wide row": Count((2, TILE + 8), "CHANNEL", {}, MEASURE + DOT + UPDATE),
+    "row of several tiles": Count((2, 20 * TILE), "CHANNEL", {}, MEASURE + DOT + UPDATE),
+}
+
+_STEP = """
+import json, sys
+import numpy, torch
+import fused_adamp
+from fused_adamp.reference import Decision
+from fused_adamp.verify import make_gradient
+from triton.runtime import interpreter
+
+counts = json.loads(sys.argv[1])
+builder = interpreter.InterpreterBuilder
+load, store = builder.create_masked_load, builder.create_masked_store
+tensors, moved = [], 0
+
+def count(addresses, mask):
+    global moved
+    inside = numpy.zeros(numpy.shape(addresses), dtype=bool)
+    for t in tensors:
+        inside |= (addresses >= t.data_ptr()) & (addresses < t.data_ptr() + t.nbytes)
+    moved += 4 * int((inside & numpy.broadcast_to(mask, inside.shape)).sum())
+
+def counted_load(self, ptrs, mask, *rest):
+    count(ptrs.data, mask.data)
+    return load(self, ptrs, mask, *rest)
+
+def counted_store(self, ptrs, value, mask, *rest):
+    count(ptrs.data, mask.data)
+    return store(self, ptrs, value, mask, *rest)
+
+builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
+results = {}
+for name, (shape, decision, options, _) in counts.items():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    p.grad = make_gradient(p.detach().double(), Decision[decision], generator).float()
+    optimizer = fused_adamp.AdamP([p], lr=1e-9, backend="triton", **options)
+    optimizer.step()  # makes the state; the weight stays, and with it the decision
+    state = optimizer.state[p]
+    tensors, moved = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]], 0
+    optimizer.step()
+    results[name] = [moved / p.numel(), optimizer.decisions()[p].name]
+print(json.dumps(results))
+"""
+
+
+@pytest.mark.parametrize("plan", ["split", "one_pass"])
+def test_every_plan_moves_the_bytes_of_the_ledger(plan: str) -> None:
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _STEP, json.dumps(COUNTS)],
+        env=os.environ | {"TRITON_INTERPRET": "1", triton.PLAN: plan},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    expected = {name: [count.bytes_per_element, count.decision] for name, count in COUNTS.items()}
+    assert json.loads(run.stdout) == expected
