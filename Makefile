@@ -30,6 +30,12 @@ bench-smoke: $(VENV)/bench.done build  ## the benchmark's machinery on tiny shap
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --smoke --benchmark-json=out/bench-smoke.json
 	$(BIN)/python -m bench.report out/bench-smoke.json
 
+gpu:  ## on a CUDA machine: build, GPU tests, benchmark and profile in nine minutes, with the python at hand
+	$(PYTHON) -m bench.gpu
+
+gpu-dry-run: $(VENV)/bench.done build  ## the same command's machinery on the CPU, in Triton's interpreter
+	$(BIN)/python -m bench.gpu --dry-run
+
 build: $(VENV)/build.done  ## install the package in place, with its extension where there is a compiler
 
 clean:  ## remove everything that was made
@@ -48,4 +54,4 @@ $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo test lint types bench bench-smoke build clean
+.PHONY: help demo test lint types bench bench-smoke gpu gpu-dry-run build clean

@@ -7,8 +7,8 @@ Arguments, of all of them, as pointers:
     owners       (tiles,) int32: the parameter that a tile belongs to
     scalars      (groups, SCALARS) float64: hyperparameters
     coefficients (P, COEFFICIENTS) float64, sums (tiles, SUMS) float64, decisions (P,) uint8, projections (P,) float64
-                 and counters (P + 1, COUNTERS) int64: what the stages tell each other; the counters' last row is the
-                 launch's own
+                 and counters (P, COUNTERS) int64: what the stages tell each other
+    tickets      (TICKETS,) int64: what the programs of a launch tell each other
     active       (n,) int32: parameters of this launch
     jobs         (n, 3) int32: stage, first tile, tiles
 epoch is another number, up from 1, in every step.
@@ -17,23 +17,24 @@ epoch is another number, up from 1, in every step.
 import triton
 import triton.language as tl
 
-from .stages import COUNTERS, announce, count, dot, measure, prepare, update, wait
+from .stages import announce, count, dot, measure, prepare, update, wait
 
 PREPARE = tl.constexpr(0)
 MEASURE = tl.constexpr(1)
 DOT = tl.constexpr(2)
 UPDATE = tl.constexpr(3)
 
-# The launch's own row of the counters.
+# What a launch counts.
 TICKET = tl.constexpr(0)
 PREPARING = tl.constexpr(1)
 PREPARED = tl.constexpr(2)
+TICKETS = tl.constexpr(3)
 
 
-@triton.jit(do_not_specialize=["epoch", "params", "n_active"])
+@triton.jit(do_not_specialize=["epoch", "n_active"])
 def measure_kernel(
-    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, active, jobs,
-    epoch, params, n_active, S: tl.constexpr,
+    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, tickets,
+    active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
     """One program a job: prepares a block of parameters, or measures a tile."""
     memory = (table, addresses, strides)
@@ -45,10 +46,10 @@ def measure_kernel(
         measure(memory, work, epoch, tl.load(job + 1), S)
 
 
-@triton.jit(do_not_specialize=["epoch", "params", "n_active"])
+@triton.jit(do_not_specialize=["epoch", "n_active"])
 def dot_kernel(
-    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, active, jobs,
-    epoch, params, n_active, S: tl.constexpr,
+    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, tickets,
+    active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
     """One program a job."""
     memory = (table, addresses, strides)
@@ -58,10 +59,10 @@ def dot_kernel(
         dot(memory, work, epoch, tl.load(job + 1) + i, S)
 
 
-@triton.jit(do_not_specialize=["epoch", "params", "n_active"])
+@triton.jit(do_not_specialize=["epoch", "n_active"])
 def update_kernel(
-    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, active, jobs,
-    epoch, params, n_active, S: tl.constexpr,
+    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, tickets,
+    active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
     """One program a job, which is one tile."""
     memory = (table, addresses, strides)
@@ -69,10 +70,10 @@ def update_kernel(
     update(memory, work, epoch, tl.load(jobs + tl.program_id(0) * 3 + 1), S)
 
 
-@triton.jit(do_not_specialize=["epoch", "params", "n_active", "n_jobs", "n_blocks"])
+@triton.jit(do_not_specialize=["epoch", "n_active", "n_jobs", "n_blocks"])
 def one_pass_kernel(
-    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, active, jobs,
-    epoch, params, n_active, n_jobs, n_blocks, S: tl.constexpr,
+    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, tickets,
+    active, jobs, epoch, n_active, n_jobs, n_blocks, S: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs draw jobs in their order: the first n_blocks prepare, then tiles are measured a window
     before they are updated.
@@ -82,8 +83,7 @@ def one_pass_kernel(
     """
     memory = (table, addresses, strides)
     work = (owners, scalars, coefficients, sums, decisions, projections, counters)
-    launch = counters + params.to(tl.int64) * COUNTERS
-    ticket = count(launch + TICKET, epoch)
+    ticket = count(tickets + TICKET, epoch)
     while ticket < n_jobs:
         job = jobs + ticket * 3
         stage = tl.load(job)
@@ -93,14 +93,14 @@ def one_pass_kernel(
             tile = first + i
             if stage == PREPARE:
                 prepare(memory, work, active, n_active, tile, S)
-                if count(launch + PREPARING, epoch) + 1 == n_blocks:
-                    announce(launch + PREPARED, epoch)
+                if count(tickets + PREPARING, epoch) + 1 == n_blocks:
+                    announce(tickets + PREPARED, epoch)
             elif stage == MEASURE:
                 measure(memory, work, epoch, tile, S)
             else:
-                wait(launch + PREPARED, epoch)
+                wait(tickets + PREPARED, epoch)
                 if stage == DOT:
                     dot(memory, work, epoch, tile, S)
                 else:
                     update(memory, work, epoch, tile, S)
-        ticket = count(launch + TICKET, epoch)
+        ticket = count(tickets + TICKET, epoch)

@@ -93,7 +93,7 @@ COUNTERS = tl.constexpr(4)
 NARROWEST = tl.constexpr(6)
 WIDTH_STEP = tl.constexpr(2)
 ONE = tl.constexpr(1)  # what is shifted is a constexpr too: so that it also works in the interpreter
-DECIDE_BLOCK = tl.constexpr(256)
+DECIDE_BLOCK = tl.constexpr(512)
 PREPARE_BLOCK = tl.constexpr(128)
 
 

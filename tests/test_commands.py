@@ -30,7 +30,7 @@ def test_doctor_names_versions_devices_and_every_backend() -> None:
 
 
 def test_verify_passes_on_a_few_cases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(commands, "cases", lambda: cases()[::50])
+    monkeypatch.setattr(commands, "cases", lambda *tile: cases(*tile)[::50])
     assert commands.verify() == 0
     assert "0 failures" in capsys.readouterr().out
 
@@ -39,7 +39,7 @@ def test_verify_passes_on_a_few_cases(monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_verify_fails_on_a_wrong_number(
     error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(commands, "cases", lambda: cases()[:1])
+    monkeypatch.setattr(commands, "cases", lambda *tile: cases(*tile)[:1])
     monkeypatch.setattr(commands, "check", lambda *_: Outcome({"p": error}, []))
     assert commands.verify() == 1
     assert "FAILED" in capsys.readouterr().out

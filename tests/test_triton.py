@@ -7,10 +7,12 @@ import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import fused_adamp
 from fused_adamp.backends import triton
 from fused_adamp.bucket import COLUMNS, Scalars
 from fused_adamp.reference import Decision
@@ -128,3 +130,60 @@ def test_dimensions_merge_where_all_tensors_allow_it() -> None:
     assert triton._collapse([last, last]) == ([150], [[1], [1]])
     assert triton._collapse([p, last]) == ([6, 25], [[25, 1], [1, 6]])
     assert triton._collapse([torch.empty(7), torch.empty(14)[::2]]) == ([7], [[1], [2]])
+
+
+def test_on_the_cpu_it_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    p = torch.nn.Parameter(torch.ones(2, 2))
+    p.grad = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="only with TRITON_INTERPRET=1"):
+        fused_adamp.AdamP([p], backend="triton").step()
+    assert torch.equal(p.detach(), torch.ones(2, 2))
+
+
+def test_an_old_triton_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="2.1.0"))
+    assert triton.load.__wrapped__() == "Triton 2.1.0 is too old; pip install 'triton>=3.3'"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "pip install triton" in triton.load.__wrapped__()
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False), ((10, 0), False)])
+def test_an_old_gpu_is_refused(capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    reason = triton._too_old.__wrapped__(0)
+    assert (reason is not None) == refused
+    assert not refused or "7.5" in reason
+
+
+def test_a_kernel_that_does_not_launch_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no room for the kernel")
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(triton, "_run", fail)
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    p.grad = torch.ones(3, 4)
+    optimizer = fused_adamp.AdamP([p], backend="triton")
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert torch.equal(p.detach(), torch.ones(3, 4))
+    assert all(not tensor.any() for tensor in optimizer.state[p].values())
+
+
+def test_rows_in_many_pieces_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    p = torch.nn.Parameter(torch.ones(2, 6, 6, 6)[:, ::2, ::3, ::2])
+    p.grad = torch.ones(2, 3, 2, 3)
+    with pytest.raises(ValueError, match=r"at most 2 dimensions after merging; pass p\.contiguous\(\)"):
+        fused_adamp.AdamP([p], backend="triton").step()
+
+
+def test_an_unknown_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(triton.PLAN, "fastest")
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    p.grad = torch.ones(3, 4)
+    with pytest.raises(ValueError, match="FUSED_ADAMP_PLAN='fastest' is not a plan"):
+        fused_adamp.AdamP([p], backend="triton").step()

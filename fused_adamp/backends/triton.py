@@ -75,7 +75,7 @@ class Workspace:
     """What the launches of one bucket share, on its device."""
 
     def __init__(self, bucket: Bucket) -> None:
-        from fused_adamp.kernels import stages, tiles
+        from fused_adamp.kernels import plans, stages, tiles
 
         device, count = bucket.key.device, len(bucket.params)
         owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), _tiles(bucket.table)[0])
@@ -87,11 +87,13 @@ class Workspace:
         self.coefficients = torch.zeros(count, stages.COEFFICIENTS.value, dtype=torch.float64, device=device)
         self.sums = torch.zeros(max(bucket.tiles, 1), stages.SUMS.value, dtype=torch.float64, device=device)
         self.projections = torch.zeros(count, dtype=torch.float64, device=device)
-        self.counters = torch.zeros(count + 1, stages.COUNTERS.value, dtype=torch.int64, device=device)
+        self.counters = torch.zeros(count, stages.COUNTERS.value, dtype=torch.int64, device=device)
+        self.tickets = torch.zeros(plans.TICKETS.value, dtype=torch.int64, device=device)
         self.scalars = torch.zeros(0, stages.SCALARS.value, dtype=torch.float64, device=device)
         self.seen_tensors: tuple[list[Any], ...] = ()
         self.seen_scalars: list[Any] = []
         self.seen_groups: list[int] = []
+        self.seen_members: dict[Any, list[int]] = {}
         self.launches: list[Launch] = []
         self.epoch = 0
 
@@ -99,6 +101,12 @@ class Workspace:
         """Copies in the order of the current stream, without waiting for it."""
         # The pinned copy returns to its pool only after the stream has read it.
         target.copy_(source.pin_memory() if self.device.type == "cuda" else source, non_blocking=True)
+
+    def uploaded(self, source: Tensor) -> Tensor:
+        """A copy on the device."""
+        target = torch.empty_like(source, device=self.device)
+        self.upload(target, source)
+        return target
 
 
 class Launch(NamedTuple):
@@ -163,7 +171,7 @@ class TritonBackend:
             stale = self.first_stale(batch)
             if stale >= 0:
                 return stale
-            work.launches = _plan(batch)
+            _plan(batch)
             work.seen_tensors = seen
         if bucket.groups != work.seen_groups:
             work.upload(work.table, bucket.table)
@@ -203,22 +211,21 @@ def _tiles(table: Tensor) -> tuple[Tensor, Tensor]:
     return (rows + tile_rows - 1) // tile_rows * segments, segments
 
 
-def _plan(batch: Batch) -> list[Launch]:
-    """Uploads addresses and strides, and sorts the parameters by the kernel they need."""
+def _plan(batch: Batch) -> None:
+    """Uploads addresses and strides, and lines up the launches: parameters by the kernel they need."""
     from fused_adamp.kernels import tiles
 
     bucket, work = batch.bucket, batch.bucket.scratch
-    addresses = torch.zeros(work.addresses.shape, dtype=torch.int64)
+    addresses = [[0] * work.addresses.size(1) for _ in bucket.params]
     strides = torch.zeros(work.strides.shape, dtype=torch.int64)
     members: dict[Any, list[int]] = {}
     for i, (p, g) in enumerate(zip(bucket.params, batch.grads, strict=True)):
         if g is ABSENT or p.numel() == 0:
             continue
         roles = [p, g, *(moment[i] for moment in batch.moments)]
-        for role, tensor in enumerate(roles):
-            addresses[i, role] = tensor.data_ptr()
+        addresses[i][: len(roles)] = [tensor.data_ptr() for tensor in roles]
         if batch.steps:
-            addresses[i, tiles.STEP.value] = batch.steps[i].data_ptr()
+            addresses[i][tiles.STEP.value] = batch.steps[i].data_ptr()
         sizes, inner = _collapse(roles)
         layout = _layout(roles, inner)
         if layout == tiles.STRIDED.value:
@@ -234,9 +241,11 @@ def _plan(batch: Batch) -> list[Launch]:
                 strides[i, 1 + 3 * role :][:3] = torch.tensor([outer, *([0] * (_INNER - len(steps))), *steps])
         state = roles[2].dtype if len(roles) > 2 else p.dtype
         members.setdefault((p.dtype, g.dtype, state, layout), []).append(i)
-    work.upload(work.addresses, addresses)
+    work.upload(work.addresses, torch.tensor(addresses))
     work.upload(work.strides, strides)
-    return [_launch(batch, spec, indices) for spec, indices in members.items()]
+    if members != work.seen_members:  # gradients may lie elsewhere in every step; what there is to do stays the same
+        work.launches = [_launch(batch, spec, indices) for spec, indices in members.items()]
+        work.seen_members = members
 
 
 def _collapse(roles: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
@@ -277,7 +286,7 @@ def _layout(roles: Sequence[Tensor], inner: list[list[int]]) -> int:
 def _launch(batch: Batch, members: tuple[torch.dtype, torch.dtype, torch.dtype, int], indices: list[int]) -> Launch:
     from fused_adamp.kernels import stages
 
-    bucket, device = batch.bucket, batch.bucket.key.device
+    bucket, work = batch.bucket, batch.bucket.scratch
     p, g, state, layout = members
     spec = make_spec(p, g, state, layout, adaptive=batch.rule.adaptive, buffer=bool(batch.moments))
     counts, segments = _tiles(bucket.table)
@@ -287,11 +296,11 @@ def _launch(batch: Batch, members: tuple[torch.dtype, torch.dtype, torch.dtype, 
     width: int = stages.PREPARE_BLOCK.value
     blocks = (len(indices) + width - 1) // width
     order = _Order(counts.tolist(), segments.tolist(), first.tolist(), projected.tolist())
-    plan = os.environ.get(PLAN) or ("one_pass" if int(elements[indices].max()) <= 4 * _WINDOW else "split")
+    plan = _forced_plan() or ("one_pass" if int(elements[indices].max()) <= 4 * _WINDOW else "split")
     prepare = torch.tensor([(0, block, 1) for block in range(blocks)], dtype=torch.int32)
     if plan == "split":
         parts = [prepare, *map(order.measure, indices)], [*map(order.dot, indices)], [*map(order.update, indices)]
-        jobs = tuple(torch.cat(part).to(device) for part in parts)
+        jobs = tuple(work.uploaded(torch.cat(part)) for part in parts)
     else:
         windows: list[list[int]] = [[]]
         filled = 0
@@ -304,8 +313,15 @@ def _launch(batch: Batch, members: tuple[torch.dtype, torch.dtype, torch.dtype, 
         pieces = [prepare]
         for ahead, now in zip([*windows, []], [[], *windows], strict=True):
             pieces += [*map(order.measure, ahead), *map(order.dot, now), *map(order.update, reversed(now))]
-        jobs = (torch.cat(pieces).to(device),)
-    return Launch(spec, plan, torch.tensor(indices, dtype=torch.int32, device=device), jobs, blocks)
+        jobs = (work.uploaded(torch.cat(pieces)),)
+    return Launch(spec, plan, work.uploaded(torch.tensor(indices, dtype=torch.int32)), jobs, blocks)
+
+
+def _forced_plan() -> str | None:
+    plan = os.environ.get(PLAN)
+    if plan not in (None, "", "one_pass", "split"):
+        raise ValueError(f"{PLAN}={plan!r} is not a plan: choose 'one_pass' or 'split', or leave it unset")
+    return plan
 
 
 class _Order(NamedTuple):
@@ -351,6 +367,19 @@ def make_spec(p: torch.dtype, g: torch.dtype, state: torch.dtype, layout: int, *
     return Spec(types[p], types[g], types[state], number, *flags)
 
 
+def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
+    """How a kernel of plans.py is compiled, besides what the spec says."""
+    from fused_adamp.kernels.tiles import ALIGNED
+
+    options = {"num_warps": _WARPS}
+    # Registers. Left to itself, ptxas tries for one program more on a multiprocessor, and spills.
+    if spec.number.primitive_bitwidth == 64:
+        options["maxnreg"] = 255
+    elif spec.layout.value == ALIGNED.value and kernel.__name__ == "update_kernel":
+        options["maxnreg"] = 128
+    return options
+
+
 # From launches to kernels.
 
 
@@ -381,9 +410,10 @@ def _runs(bucket: Bucket, launch: Launch) -> list[_Run]:
         bucket.decisions,
         work.projections,
         work.counters,
+        work.tickets,
         launch.active,
     )
-    numbers = (work.epoch, len(bucket.params), len(launch.active))
+    numbers = (work.epoch, len(launch.active))
     if launch.plan == "one_pass":
         (jobs,) = launch.jobs
         arguments = (*tensors, jobs, *numbers, len(jobs), launch.blocks)
@@ -401,7 +431,7 @@ def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> _Run:
         return _Run(kernel, grid, (*arguments, spec))
     key = (kernel, spec, torch.cuda.current_device())
     if key not in _compiled:
-        compiled = kernel.warmup(*arguments, S=spec, grid=(1,), num_warps=_WARPS)
+        compiled = kernel.warmup(*arguments, S=spec, grid=(1,), **compile_options(kernel, spec))
         compiled._init_handles()  # loads it on the device: what does not fit there fails here
         _compiled[key] = compiled
     return _Run(_compiled[key], grid, (*arguments, spec))

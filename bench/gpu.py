@@ -1,0 +1,818 @@
+"""Everything that needs a GPU, in one command and within its minutes: build, GPU tests, benchmark, DRAM traffic.
+
+    python -m bench.gpu [--dry-run] [--out bench/results] [--minutes 9] [--commit HASH]
+
+Needs torch, Triton and rich; no network and no installation. What is not there (a compiler, pytest, ncu, matplotlib,
+clovaai's adamp) is left out and named. ``--dry-run`` runs the same code on a CPU, on a few small tensors in Triton's
+interpreter, and writes into a temporary folder: what it times means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import gc
+import inspect
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import xml.etree.ElementTree as ElementTree
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+import fused_adamp
+from bench.workloads import WORKLOADS, Workload, expected_decision
+from fused_adamp.backends import triton as triton_backend
+from fused_adamp.reference import Decision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch.optim import Optimizer
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).parent.parent
+MODELS = ("resnet50", "vit_b16", "gpt2", "llama_1b", "llama_8b_layer")
+CLOVAAI_MODELS = ("resnet50", "gpt2", "dry_run")
+"""clovaai's step takes some thirty launches per tensor: two models show what is to be shown."""
+PROFILED = (("vit_b16", "fp32"), ("llama_8b_layer", "fp32"), ("vit_b16", "bf16"))
+"""Workload and dtype whose DRAM traffic ncu counts, as far as time allows: it takes about half a minute for each."""
+
+WARMUP = 3
+ROUNDS = 30
+HOST_ROUNDS = 10
+FLUSH_BYTES = 256 << 20
+"""Written before every timed step: several times the largest L2."""
+MAX_NORM = 1e30
+"""Of gradient clipping: never reached, so that gradients stay as they are; clipping costs the same."""
+
+BUILD_SHARE, TESTS_SHARE, PROFILE_SHARE = 0.2, 0.45, 0.15
+"""Of all minutes, at most; the benchmark takes what the build and the tests leave, less what the profile needs."""
+GROUP_SECONDS = 20.0
+"""The least time in which the optimizers of one group are set up, compiled and measured."""
+
+console = Console(width=160, highlight=False)
+Row = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="the same on the CPU, on a few small tensors")
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench/results"), help="folder for <device>-<date>-<commit>.json"
+    )
+    parser.add_argument("--minutes", type=float, default=9, help="after which the rest is left out (default: 9)")
+    parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
+    parser.add_argument("--steps-only", nargs=3, help=argparse.SUPPRESS)  # what runs under ncu: see dram_bytes
+    arguments = parser.parse_args()
+    if arguments.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    elif not torch.cuda.is_available():
+        console.print("no CUDA device: nothing was measured. --dry-run tries the command itself, on the CPU.")
+        return 1
+    # Only an installation puts kernels/ inside the package (pyproject.toml, package-dir).
+    if find_spec("fused_adamp.kernels") is None:
+        fused_adamp.__path__.append(str(ROOT))
+    machine = Cpu() if arguments.dry_run else Cuda()
+    if arguments.steps_only:
+        step_each(machine, *arguments.steps_only)
+        return 0
+    out = Path(tempfile.mkdtemp(prefix="bench-gpu-")) if arguments.dry_run else arguments.out
+    return Session(machine, arguments.minutes, out, arguments.commit).run()
+
+
+# The two machines: a GPU, and the CPU that stands in for it in a dry run.
+
+
+class Machine(Protocol):
+    """Where steps run and what clock times them."""
+
+    device: torch.device
+    dry: bool
+    rounds: int
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def milliseconds(self, step: Callable[[], object], host_us: float) -> float:
+        """Of one step on the device, from a cold cache; ``host_us`` is about what the call takes on the host."""
+
+    def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
+        """Seconds until the call returns, and until the device is done too; it was idle at the start."""
+
+    def copy_gbps(self) -> float: ...
+
+
+class Cuda:
+    dry = False
+    rounds = ROUNDS
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": torch.cuda.get_device_name(self.device), "cuda": torch.version.cuda or torch.version.hip}
+
+    def milliseconds(self, step: Callable[[], object], host_us: float) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._flush.zero_()
+        # The device sleeps, at about 2000 cycles a microsecond, until the host has queued the whole step: what is timed
+        # is the device alone. At most 50 ms: an optimizer that takes longer is bound by the host anyway.
+        torch.cuda._sleep(int(2000 * min(1.5 * host_us + 50, 50_000)))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end))
+
+    def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
+        self._flush.zero_()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        returned = time.perf_counter()
+        torch.cuda.synchronize()
+        return returned - start, time.perf_counter() - start
+
+    def copy_gbps(self) -> float:
+        source = torch.ones(1 << 30, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        copies = [self.milliseconds(partial(target.copy_, source), 20) for _ in range(10)]
+        return 2 * source.nbytes / statistics.median(copies) / 1e6
+
+
+class Cpu:
+    dry = True
+    rounds = 1
+    device = torch.device("cpu")
+
+    def describe(self) -> dict[str, Any]:
+        return {"device": "dry run", "cuda": None}
+
+    def milliseconds(self, step: Callable[[], object], host_us: float) -> float:
+        return 1e3 * self.host_and_wall(step)[1]
+
+    def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
+        start = time.perf_counter()
+        step()
+        return (time.perf_counter() - start,) * 2
+
+    def copy_gbps(self) -> float:
+        source = torch.ones(1 << 20)
+        return 2 * source.nbytes / self.milliseconds(source.clone, 0) / 1e6
+
+
+# What is measured.
+
+
+class Dtypes(NamedTuple):
+    """Weights and gradients of one dtype, state of another, None for the optimizer's default."""
+
+    name: str
+    weights: torch.dtype
+    state: torch.dtype | None = None
+
+
+DTYPES = (
+    Dtypes("fp32", torch.float32),
+    Dtypes("bf16_fp32_state", torch.bfloat16, torch.float32),
+    Dtypes("bf16", torch.bfloat16),
+)
+
+
+class Family(NamedTuple):
+    """Optimizers with the same moments, and torch's that they are compared with."""
+
+    name: str
+    ours: str
+    peer: str
+    moments: int
+    options: dict[str, float]
+    cases: tuple[Decision, ...]
+
+    @property
+    def ratio(self) -> str:
+        """The key of a row's time over the peer's."""
+        return f"ratio_to_{self.peer.lower()}_fused"
+
+
+# So small a learning rate that no step of a run changes what the cosine test says; the time does not depend on it.
+OPTIONS = {"lr": 1e-8, "weight_decay": 1e-2}
+FAMILIES = (
+    Family("adam", "AdamP", "AdamW", 2, OPTIONS, (Decision.NONE, Decision.CHANNEL)),
+    Family("sgd", "SGDP", "SGD", 1, OPTIONS | {"momentum": 0.9}, (Decision.NONE,)),
+)
+
+
+class Side:
+    """One optimizer with weights, gradients and state of its own, so that those compared share no cache line.
+
+    Attributes:
+        optimizer, backend, plan: as the results name them; ``plan`` is None for what is not ours.
+        params: N(0, 1), the same on every side.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backend: str,
+        plan: str | None,
+        make: Callable[[list[Tensor]], Optimizer],
+        shapes: Sequence[tuple[int, ...]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.name, self.backend, self.plan = name, backend, plan
+        generator = torch.Generator(device).manual_seed(0)
+        weights = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
+        self.params = [w.to(dtype).requires_grad_() for w in weights]
+        self.optimizer = make(self.params)
+        self._generator = generator
+
+    @property
+    def ours(self) -> bool:
+        return self.plan is not None
+
+    def set_gradients(self, case: Decision) -> None:
+        """In place where there are some, so that no address changes."""
+        self._generator.manual_seed(1)
+        for p in self.params:
+            gradient = _gradient(p.detach(), case, self._generator)
+            if p.grad is None:
+                p.grad = gradient
+            else:
+                p.grad.copy_(gradient)
+
+    def clips(self) -> bool:
+        """Whether clipping is timed: torch's own for a peer; in our split plan once the optimizer can."""
+        return not self.ours or (self.plan == "split" and hasattr(self.optimizer, "clip_grad_norm_"))
+
+    def force_plan(self) -> None:
+        """To be called before each step: the backend looks whenever it plans, which it does in the first step."""
+        os.environ[triton_backend.PLAN] = self.plan or ""
+
+    def step(self, clip: bool) -> None:
+        if clip and self.ours:
+            self.optimizer.clip_grad_norm_(MAX_NORM)  # type: ignore[attr-defined]
+        elif clip:
+            torch.nn.utils.clip_grad_norm_(self.params, MAX_NORM)
+        self.optimizer.step()
+
+    def bytes_per_param(self, dtypes: Dtypes, clip: bool, moments: int) -> int | None:
+        """Bytes that a step reads and writes per parameter, caches aside.
+
+            g p and moments + p and moments: 28 for two moments, 20 for one, all float32
+            split: g p once more, to measure before the update: 36 and 28
+            torch's clipping: g, then g in place: 12 more; ours is in the split plan's bytes already
+
+        None where it was not counted: of clovaai's code, which steps tensor by tensor, operation by operation.
+        """
+        if not self.ours and self.backend != "fused":
+            return None
+        number = dtypes.weights.itemsize
+        state = (dtypes.state or dtypes.weights).itemsize
+        extra = 2 if self.plan == "split" else 3 if clip and not self.ours else 0
+        return (3 + extra) * number + 2 * moments * state
+
+
+def _gradient(p: Tensor, case: Decision, generator: torch.Generator) -> Tensor:
+    """About 1e-2 large, such that every tensor with two or more dimensions is decided alike."""
+    noise = torch.randn(p.shape, generator=generator, device=p.device).to(p.dtype)
+    if p.ndim >= 2 and case is Decision.NONE:
+        noise = p + 0.5 * noise  # the cosine of a row is about 0.9
+    elif p.ndim >= 2:
+        # Orthogonal without rounding, in any dtype: each pair of a row's elements turned by 90 degrees.
+        rows, even = p.flatten(1), p[0].numel() // 2 * 2
+        turned = torch.zeros_like(rows)
+        turned[:, 0:even:2] = rows[:, 1:even:2]
+        turned[:, 1:even:2] = -rows[:, 0:even:2]
+        noise = turned.view_as(p)
+    return noise * 2**-7
+
+
+def shapes_of(workload: str) -> list[tuple[int, ...]]:
+    return list(WORKLOADS[workload].shapes())
+
+
+def _dry_run() -> Iterator[tuple[int, ...]]:
+    """What the interpreter has time for: several rows a tile, a vector, a scalar, rows wider than a block."""
+    yield from ((33, 65), (31,), (), (4, 3, 3, 3), (2, 2050))
+
+
+WORKLOADS.setdefault("dry_run", Workload(_dry_run, 5, 6385))
+
+
+def sides_of(family: Family, workload: str, dtypes: Dtypes, device: torch.device) -> Iterator[Side]:
+    """The peer first, where it can keep such state, then ours under both plans, then clovaai's."""
+    place = (shapes_of(workload), dtypes.weights, device)
+    if dtypes.state is None:  # torch's fused optimizers keep state in the weights' dtype only
+        peer = partial(getattr(torch.optim, family.peer), **family.options, fused=True)
+        yield Side(f"torch.{family.peer}", "fused", None, peer, *place)
+    state = {} if dtypes.state is None else {"state_dtype": dtypes.state}
+    ours = partial(getattr(fused_adamp, family.ours), **family.options, **state, backend="triton")
+    for plan in ("one_pass", "split"):
+        yield Side(f"fused_adamp.{family.ours}", "triton", plan, ours, *place)
+    if family.name == "adam" and workload in CLOVAAI_MODELS and dtypes.name == "fp32" and find_spec("adamp"):
+        import adamp
+
+        yield Side("clovaai.AdamP", "forloop", None, partial(adamp.AdamP, **family.options), *place)
+
+
+def supported(family: Family, dtypes: Dtypes) -> bool:
+    """Whether our optimizer has what these dtypes ask for."""
+    arguments = inspect.signature(getattr(fused_adamp, family.ours)).parameters
+    return dtypes.state is None or "state_dtype" in arguments
+
+
+class Session:
+    """One run of the command, from build to plots.
+
+    Attributes:
+        found: the results, complete as far as they go at any time, so that they can be written when time runs out.
+    """
+
+    def __init__(self, machine: Machine, minutes: float, out: Path, commit: str | None) -> None:
+        self.machine = machine
+        self._seconds = 60 * minutes
+        self._begin = time.monotonic()
+        self._out = out
+        self._children: list[subprocess.Popen[str]] = []
+        self.found: dict[str, Any] = {
+            **machine.describe(),
+            "torch": torch.__version__,
+            "triton": _version("triton"),
+            "python": sys.version.split()[0],
+            "commit": commit or _git("rev-parse", "--short=7", "HEAD") or "unknown",
+            "uncommitted_changes": None if (status := _git("status", "--porcelain")) is None else bool(status),
+            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            "copy_gbps": None,
+            "build": None,
+            "tests": None,
+            "profile": None,
+            "left_out": [],
+            "failures": [],
+            "rows": [],
+        }
+
+    def run(self) -> int:
+        console.print(
+            f"{self.found['device']}, torch {self.found['torch']}, Triton {self.found['triton']}, "
+            f"{self._seconds / 60:g} minutes"
+        )
+        # A kernel that never ends cannot be interrupted from Python: what was found until then is written all the same.
+        watchdog = threading.Timer(self._seconds, self._give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        for stage in (self.build, self.test, self.benchmark, self.profile):
+            self.say(f"[bold]{stage.__name__}")
+            try:
+                stage()
+            except Exception as error:
+                self.fail(stage.__name__, error)
+        watchdog.cancel()
+        path = self.write()
+        try:
+            self.plot(path.with_suffix(".png"))
+        except Exception as error:
+            self.fail("plot", error)
+            self.write()
+        self.summary(path)
+        return int(bool(self.found["failures"]))
+
+    # Time and bookkeeping.
+
+    def left(self) -> float:
+        return self._begin + self._seconds - time.monotonic()
+
+    def say(self, text: str) -> None:
+        console.print(f"[dim]{time.monotonic() - self._begin:6.1f} s[/]  {text}")
+
+    def fail(self, what: str, error: BaseException | str) -> None:
+        if isinstance(error, BaseException):
+            console.print("".join(traceback.format_exception(error)), markup=False)
+        self.found["failures"].append({"what": what, "why": str(error)[-2000:]})
+        self.say(f"[red]FAILED[/] {escape(what)}")
+
+    def leave_out(self, what: str, why: str) -> None:
+        self.found["left_out"].append({"what": what, "why": why})
+        self.say(f"[yellow]left out[/] {escape(f'{what}: {why}')}")
+
+    def write(self) -> Path:
+        device = re.sub(r"[^a-z0-9]+", "-", self.found["device"].lower()).strip("-")
+        path = self._out / f"{device}-{self.found['date']}-{self.found['commit']}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.found, indent=1) + "\n")
+        return path
+
+    def _give_up(self) -> None:
+        self.fail("time", f"not done after {self._seconds:.0f} s: something hangs; the rest is left out")
+        for child in self._children:
+            _end(child)
+        console.print(f"wrote {self.write()}")
+        os._exit(1)
+
+    def call(self, command: Sequence[str], seconds: float, **environment: str) -> tuple[int | None, str]:
+        """Exit status, None if time ran out, and output of a command that runs in a process group of its own."""
+        child = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self._children.append(child)
+        try:
+            output, _ = child.communicate(timeout=max(seconds, 1))
+            return child.returncode, output
+        except subprocess.TimeoutExpired:
+            child.send_signal(signal.SIGINT)  # pytest reports what it has
+            try:
+                output, _ = child.communicate(timeout=15)
+            except subprocess.TimeoutExpired:
+                _end(child)
+                output, _ = child.communicate()
+            return None, output
+        finally:
+            self._children.remove(child)
+
+    # The stages.
+
+    def build(self) -> None:
+        """The C++ extension, in place. Nothing on a GPU needs it, so that without it the rest is as good."""
+        command = [sys.executable, "setup.py", *(["--name"] if self.machine.dry else ["build_ext", "--inplace"])]
+        limit = min(BUILD_SHARE * self._seconds, self.left())
+        status, output = self.call(command, limit, FUSED_ADAMP_REQUIRE_EXTENSION="1")
+        self.found["build"] = {"built": status == 0 and not self.machine.dry}
+        if self.machine.dry and status != 0:
+            self.fail("build", output)
+        elif self.machine.dry:
+            self.leave_out("build of the C++ extension", "a dry run leaves the checkout as it is")
+        elif status != 0:
+            self.found["build"]["why"] = output[-2000:] if status is not None else f"took over {limit:.0f} s"
+            self.leave_out("C++ extension", self.found["build"]["why"].strip().rpartition("\n")[2])
+
+    def test(self) -> None:
+        if find_spec("pytest") is None:
+            self.leave_out("tests", "pytest is missing")
+            return
+        # Where pytest-xdist is: most of the time is the compiler's, on the host.
+        processes = min(12, os.cpu_count() or 1)
+        parallel = ["-p", "xdist", "-n", str(processes), "--dist", "loadgroup"] if find_spec("xdist") else []
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder) / "tests.xml"
+            # Warnings are the machine's own, of versions that nobody chose.
+            command = ["-m", "pytest", "tests/gpu", "-q", "-W", "default", "-p", "no:cacheprovider", *parallel]
+            limit = min(TESTS_SHARE * self._seconds, self.left())
+            status, output = self.call(
+                [sys.executable, *command, f"--junit-xml={report}"], limit, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
+            )
+            suites = list(ElementTree.parse(report).iter("testsuite")) if report.exists() else []
+        console.print(output[-3000:].rstrip(), markup=False)
+        failed = 0
+        if suites:
+            total, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped"))
+            failed = sum(int(suite.get(name, 0)) for suite in suites for name in ("failures", "errors"))
+            self.found["tests"] = {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+        if status is None:
+            self.leave_out("the rest of the tests", f"they took over {limit:.0f} s")
+        # Without a GPU the whole module is skipped, which to pytest is as if there were no tests.
+        passed = status in ((0, 5, None) if self.machine.dry else (0, None))
+        if failed or not suites or not passed:
+            self.fail("tests", output)
+
+    def benchmark(self) -> None:
+        self.found["copy_gbps"] = self.machine.copy_gbps()
+        self.say(f"copy {self.found['copy_gbps']:.0f} GB/s")
+        reserve = 0 if self.machine.dry or not shutil.which("ncu") else PROFILE_SHARE * self._seconds
+        for family in FAMILIES:
+            if not hasattr(getattr(fused_adamp, family.ours), "clip_grad_norm_"):
+                self.leave_out(f"clipping with fused_adamp.{family.ours}", "it has no clip_grad_norm_")
+        for dtypes in DTYPES:
+            families = [family for family in FAMILIES if supported(family, dtypes)]
+            for family in FAMILIES:
+                if family not in families:
+                    self.leave_out(f"fused_adamp.{family.ours} {dtypes.name}", "it has no state_dtype")
+            for workload in ("dry_run",) if self.machine.dry else MODELS:
+                for family in families:
+                    what = f"{workload} {dtypes.name} {family.ours}"
+                    if self.left() - reserve < GROUP_SECONDS:
+                        self.leave_out(what, "no time left")
+                        continue
+                    self._measured(what, family, workload, dtypes)
+                    gc.collect()
+                    if self.machine.device.type == "cuda":
+                        torch.cuda.empty_cache()
+
+    def _measured(self, what: str, family: Family, workload: str, dtypes: Dtypes) -> None:
+        """The rows of a group, or why there are none."""
+        try:
+            sides = list(sides_of(family, workload, dtypes, self.machine.device))
+            for case in family.cases:
+                for side in sides:
+                    side.set_gradients(case)
+                measured = []
+                # What clipping costs does not depend on the case.
+                for clip in (False, True) if case is Decision.NONE else (False,):
+                    racing = [side for side in sides if not clip or side.clips()]
+                    rows = race(self.machine, racing, family, dtypes, clip)
+                    about = {"workload": workload, "params": WORKLOADS[workload].params, "dtype": dtypes.name}
+                    measured += [about | {"case": case.name.lower()} | row for row in rows]
+                    for row in rows:
+                        self.say(f"{workload} {dtypes.name} {case.name.lower()} {_line(row, family)}")
+                _check_decisions(sides, case)
+                self.found["rows"] += measured
+        except torch.cuda.OutOfMemoryError:
+            self.leave_out(what, "out of GPU memory")
+        except Exception as error:
+            self.fail(what, error)
+
+    def profile(self) -> None:
+        """DRAM traffic as ncu counts it, into the rows it belongs to."""
+        ncu = shutil.which("ncu")
+        if self.machine.dry:
+            status, output = self.call(_steps_only("dry_run", "fp32", "adam", dry=True), self.left())
+            if status != 0:
+                self.fail("profile", output)
+            self.leave_out("DRAM traffic", "a dry run has no GPU")
+        elif ncu is None:
+            self.leave_out("DRAM traffic", "ncu is not on PATH")
+        else:
+            metrics = "dram__bytes_read.sum,dram__bytes_write.sum"
+            # Clocks are the machine's business, and no time is measured here.
+            options = ["--profile-from-start", "off", "--clock-control", "none", "--csv", "--print-units", "base"]
+            for workload, dtype in PROFILED:
+                for family in FAMILIES:
+                    what = f"DRAM traffic of {workload} {dtype} {family.ours}"
+                    if self.left() < 2 * GROUP_SECONDS:
+                        self.leave_out(what, "no time left")
+                        continue
+                    command = [ncu, "--metrics", metrics, *options, *_steps_only(workload, dtype, family.name)]
+                    status, output = self.call(command, self.left() - GROUP_SECONDS)
+                    counted = dram_bytes(output) if status == 0 else {}
+                    if not counted:
+                        self.leave_out(
+                            what, f"ncu failed: {output.strip()[-300:]}" if status is not None else "no time left"
+                        )
+                        if status is not None:
+                            return  # nor will it the next time
+                    self._put(workload, dtype, family, counted)
+
+    def _put(self, workload: str, dtype: str, family: Family, counted: dict[str | None, float]) -> None:
+        wanted = {"workload": workload, "dtype": dtype, "case": "none", "clip": False}
+        names = {f"fused_adamp.{family.ours}", f"torch.{family.peer}"}
+        for row in self.found["rows"]:
+            if wanted.items() <= row.items() and row["optimizer"] in names and row["plan"] in counted:
+                row["dram_bytes_per_param"] = counted[row["plan"]] / row["params"]
+                self.found["profile"] = "ncu"
+                traffic = f"{row['dram_bytes_per_param']:.2f} bytes per parameter"
+                self.say(f"{workload} {dtype} {row['optimizer']} {row['plan'] or ''}: {traffic} through DRAM")
+
+    # What is shown.
+
+    def plot(self, path: Path) -> None:
+        """Ratios to the peer and bandwidth, of the rows without clipping whose case is none."""
+        if find_spec("matplotlib") is None:
+            self.leave_out("plots", "matplotlib is missing")
+            return
+        rows = [row for row in self.found["rows"] if row["plan"] and row["case"] == "none" and not row["clip"]]
+        if not rows:
+            self.leave_out("plots", "there are no rows")
+            return
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        from matplotlib import pyplot
+
+        figure, (ratios, bandwidth) = pyplot.subplots(2, 1, figsize=(10, 8), sharex=True, layout="constrained")
+        groups = list(dict.fromkeys((row["workload"], row["dtype"]) for row in rows))
+        series = list(dict.fromkeys((row["optimizer"], row["plan"]) for row in rows))
+        width = 0.8 / len(series)
+        for number, (optimizer, plan) in enumerate(series):
+            mine = {
+                (row["workload"], row["dtype"]): row
+                for row in rows
+                if (row["optimizer"], row["plan"]) == (optimizer, plan)
+            }
+            at = [groups.index(group) + width * (number + 0.5) - 0.4 for group in mine]
+            label = f"{optimizer}, {plan}"
+            ratios.bar(at, [_ratio(row) or float("nan") for row in mine.values()], width, label=label)
+            bandwidth.bar(at, [row["gbps"] for row in mine.values()], width, label=label)
+        ratios.axhline(1, color="black", linewidth=1)
+        ratios.set_ylabel("GPU time / torch's fused optimizer")
+        ratios.legend()
+        bandwidth.axhline(self.found["copy_gbps"], color="black", linewidth=1, linestyle="--", label="copy")
+        bandwidth.set_ylabel("GB/s of the bytes that the plan moves")
+        bandwidth.set_xticks(range(len(groups)), [f"{workload}\n{dtype}" for workload, dtype in groups])
+        figure.suptitle(
+            f"{self.found['device']}, torch {self.found['torch']}, {self.found['date']} {self.found['commit']}"
+        )
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+
+    def summary(self, path: Path) -> None:
+        table = Table(title=f"{self.found['device']}: copy {self.found['copy_gbps'] or 0:.0f} GB/s")
+        for name in ("workload", "dtype", "case", "optimizer"):
+            table.add_column(name, no_wrap=True)
+        for name in ("ms p50 (p20-p80)", "ratio", "GB/s", "B/param", "DRAM", "host us", "wall ms", "launches"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in self.found["rows"]:
+            optimizer = " ".join(filter(None, (row["optimizer"], row["plan"], "clip" * row["clip"])))
+            spread = f"{row['ms_p50']:.3f} ({row['ms_p20']:.3f}-{row['ms_p80']:.3f})"
+            numbers = (_ratio(row), row["gbps"], row["bytes_per_param"], row["dram_bytes_per_param"], row["host_us"])
+            shown = (_shown(number, digits) for number, digits in zip(numbers, (2, 0, 0, 1, 0), strict=True))
+            table.add_row(
+                row["workload"], row["dtype"], row["case"], optimizer, spread, *shown, _shown(row["wall_ms"], 3),
+                _shown(row["launches"], 0),
+            )  # fmt: skip
+        console.print(table)
+        console.print(f"tests: {self.found['tests'] or 'not run'}")
+        for kind, colour in (("left_out", "yellow"), ("failures", "red")):
+            for entry in self.found[kind]:
+                text = entry["why"].strip().rpartition("\n")[2]
+                console.print(f"[{colour}]{kind.replace('_', ' ')}[/]: {entry['what']}:", end=" ")
+                console.print(text, markup=False)
+        console.print(f"wrote {path}; {time.monotonic() - self._begin:.0f} s")
+
+
+# Measuring.
+
+
+def race(machine: Machine, sides: Sequence[Side], family: Family, dtypes: Dtypes, clip: bool) -> list[Row]:
+    """One row per side. They step in turns, so that whatever else the machine does disturbs all of them."""
+    for side in sides:
+        for _ in range(1 if machine.dry else WARMUP):
+            side.force_plan()
+            side.step(clip)
+    host: list[list[tuple[float, float]]] = []
+    for side in sides:
+        side.force_plan()
+        rounds = range(1 if machine.dry else HOST_ROUNDS)
+        host.append([machine.host_and_wall(partial(side.step, clip)) for _ in rounds])
+    host_us = [1e6 * statistics.median(called for called, _ in times) for times in host]
+    ms: list[list[float]] = [[] for _ in sides]
+    for _ in range(machine.rounds):
+        for side, about, times in zip(sides, host_us, ms, strict=True):
+            side.force_plan()
+            times.append(machine.milliseconds(partial(side.step, clip), about))
+    rows = []
+    for i, side in enumerate(sides):
+        p20, p50, p80 = _percentiles(ms[i])
+        moved = side.bytes_per_param(dtypes, clip, family.moments)
+        row = {
+            "optimizer": side.name,
+            "backend": side.backend,
+            "plan": side.plan,
+            "clip": clip,
+            "rounds": machine.rounds,
+            "ms_p20": p20,
+            "ms_p50": p50,
+            "ms_p80": p80,
+            "host_us": host_us[i],
+            "wall_ms": 1e3 * statistics.median(done for _, done in host[i]),
+            "bytes_per_param": moved,
+            "gbps": moved * sum(p.numel() for p in side.params) / p50 / 1e6 if moved else None,
+            "dram_bytes_per_param": None,
+            "launches": _launches(side, clip) if side.ours else None,
+        }
+        if side is not sides[0] and sides[0].backend == "fused":
+            row[family.ratio] = statistics.median(map(float.__truediv__, ms[i], ms[0]))
+        rows.append(row)
+    return rows
+
+
+def _launches(side: Side, clip: bool) -> int:
+    """Kernels that one step launches."""
+    launched = 0
+
+    def counting(*arguments: Any) -> list[Any]:
+        nonlocal launched
+        runs = runs_of(*arguments)
+        launched += len(runs)
+        return runs
+
+    runs_of = triton_backend._runs
+    side.force_plan()
+    with mock.patch.object(triton_backend, "_runs", counting):
+        side.step(clip)
+    return launched
+
+
+def _check_decisions(sides: Sequence[Side], case: Decision) -> None:
+    """Whatever the steps did to the weights, the timed ones were of this case."""
+    for side in sides:
+        if side.ours:
+            for p, decision in side.optimizer.decisions().items():  # type: ignore[attr-defined]
+                assert decision is expected_decision(p, case), (side.name, side.plan, tuple(p.shape), decision)
+
+
+def _percentiles(times: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return deciles[1], deciles[4], deciles[7]
+
+
+# DRAM traffic: this module again, under ncu.
+
+
+def _steps_only(workload: str, dtype: str, family: str, dry: bool = False) -> list[str]:
+    dry_run = ["--dry-run"] if dry else []
+    return [sys.executable, "-m", "bench.gpu", *dry_run, "--steps-only", workload, dtype, family]
+
+
+def step_each(machine: Machine, workload: str, dtype: str, family_name: str) -> None:
+    """Steps torch's optimizer and ours under both plans; ncu looks at the last step of each."""
+    (family,) = (family for family in FAMILIES if family.name == family_name)
+    (dtypes,) = (dtypes for dtypes in DTYPES if dtypes.name == dtype)
+    sides = [side for side in sides_of(family, workload, dtypes, machine.device) if side.backend != "forloop"]
+    for side in sides:
+        side.set_gradients(Decision.NONE)
+        side.force_plan()
+        side.step(clip=False)
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+    for side in sides:
+        side.force_plan()
+        side.step(clip=False)
+    if machine.device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+
+
+def dram_bytes(output: str) -> dict[str | None, float]:
+    """Bytes read and written per plan, under None those of torch's optimizer, from what ncu printed as CSV."""
+    plans = dict.fromkeys(("measure_kernel", "dot_kernel", "update_kernel"), "split")
+    plans["one_pass_kernel"] = "one_pass"
+    counted: dict[str | None, float] = {}
+    lines = [line for line in output.splitlines() if line.startswith('"')]
+    for row in csv.DictReader(lines):
+        if row["Metric Name"].startswith("dram__bytes_"):
+            if row["Metric Unit"] != "byte":
+                raise ValueError(f"ncu counts in {row['Metric Unit']!r}, not in bytes")
+            plan = plans.get(row["Kernel Name"].partition("(")[0])
+            counted[plan] = counted.get(plan, 0.0) + float(row["Metric Value"].replace(",", ""))
+    return counted
+
+
+# Odds and ends.
+
+
+def _ratio(row: Row) -> float | None:
+    return next((row[key] for key in row if key.startswith("ratio_to_")), None)
+
+
+def _line(row: Row, family: Family) -> str:
+    ratio = f", {row[family.ratio]:.2f} x {family.peer}" if family.ratio in row else ""
+    plan = " ".join(filter(None, (row["plan"], "clip" * row["clip"])))
+    return f"{row['optimizer']} {plan}: {row['ms_p50']:.3f} ms{ratio}"
+
+
+def _shown(number: float | None, digits: int) -> str:
+    return "-" if number is None else f"{number:.{digits}f}"
+
+
+def _version(package: str) -> str | None:
+    return __import__(package).__version__ if find_spec(package) else None
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the checkout, None if there is none."""
+    try:
+        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """The process and what it started."""
+    if child.poll() is None:
+        os.killpg(child.pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

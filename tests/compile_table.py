@@ -1,0 +1,278 @@
+"""Compiles the kernels for GPUs that need not be here, and says what the compilers made of them.
+
+    python tests/compile_table.py [--json PATH]
+
+What decides the speed of these kernels can be read off the compiled code: whether a program's elements stay in
+registers, how many programs fit on a multiprocessor, and whether memory is accessed in the widest pieces there are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import linecache
+import multiprocessing
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fused_adamp.backends import triton as backend
+
+KERNELS = ("measure", "dot", "update", "one_pass")
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+RULES = {"AdamP": (True, True), "SGDP": (False, True), "SGDP without buffer": (False, False)}
+"""Of each: whether it is adaptive, and whether it keeps a momentum buffer."""
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_ARGUMENTS = {
+    "table": "*i64",
+    "addresses": "*i64",
+    "strides": "*i64",
+    "owners": "*i32",
+    "scalars": "*fp64",
+    "coefficients": "*fp64",
+    "sums": "*fp64",
+    "decisions": "*u8",
+    "projections": "*fp64",
+    "counters": "*i64",
+    "tickets": "*i64",
+    "active": "*i32",
+    "jobs": "*i32",
+    "epoch": "i32",
+    "n_active": "i32",
+    "n_jobs": "i32",
+    "n_blocks": "i32",
+    "S": "constexpr",
+}
+_PROCESSES = 2
+WIDEST = 16
+"""Bytes: the widest load of one thread on all targets but sm_100, where there are twice as wide ones."""
+
+
+class Variant(NamedTuple):
+    """One kernel, compiled for one target and one kind of parameter."""
+
+    kernel: str
+    target: str = "sm_90"
+    layout: str = "ALIGNED"
+    dtypes: tuple[str, str, str] = ("fp32", "fp32", "fp32")
+    """Of weight, gradient and state."""
+    rule: str = "AdamP"
+
+    def __str__(self) -> str:
+        return "-".join((self.kernel, self.target, self.layout, "/".join(self.dtypes), self.rule))
+
+
+def variants() -> list[Variant]:
+    """All targets in the most usual case, and all cases on one target."""
+    found = [Variant(kernel, target) for target in TARGETS for kernel in KERNELS]
+    for kernel in KERNELS:
+        found += [Variant(kernel, layout=layout) for layout in ("FLAT", "STRIDED")]
+        found += [Variant(kernel, rule=rule) for rule in RULES if rule != "AdamP"]
+        found += [Variant(kernel, dtypes=("bf16", "bf16", state)) for state in ("fp32", "bf16")]
+        found += [Variant(kernel, dtypes=(dtype, dtype, dtype)) for dtype in ("fp16", "fp64")]
+    return found
+
+
+Accesses = dict[str, dict[int, int]]
+"""Of each of the tensors p, g, m and v that are accessed: how many instructions move how many bytes of one thread."""
+
+
+class Row(NamedTuple):
+    """What a compiler made of a variant.
+
+    Attributes:
+        threads: of a program.
+        registers: of a thread; vector registers on AMD GPUs.
+        spill_bytes: of a thread, moved to memory for want of registers: stored or loaded, whichever is more.
+        scalar_spills: on AMD GPUs, scalar registers moved to lanes of vector registers: no memory, and so no harm.
+        shared_bytes: of a program.
+    """
+
+    kernel: str
+    target: str
+    layout: str
+    dtypes: tuple[str, str, str]
+    rule: str
+    threads: int
+    registers: int
+    spill_bytes: int
+    scalar_spills: int
+    shared_bytes: int
+    loads: Accesses
+    stores: Accesses
+    seconds: float
+
+
+def compile_variant(variant: Variant) -> Row:
+    from fused_adamp.kernels import plans, tiles
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.compiler import compile as triton_compile
+
+    began = perf_counter()
+    kernel = getattr(plans, f"{variant.kernel}_kernel")
+    target = GPUTarget(*TARGETS[variant.target])
+    adaptive, buffer = RULES[variant.rule]
+    p, g, state = (DTYPES[dtype] for dtype in variant.dtypes)
+    spec = backend.make_spec(p, g, state, getattr(tiles, variant.layout).value, adaptive=adaptive, buffer=buffer)
+    names = kernel.arg_names
+    # As at a launch: the bookkeeping's tensors start at multiples of 16 bytes (D) and are smaller than 2 GB (S).
+    attributes = make_backend(target).parse_attr("DS")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: _ARGUMENTS[name] for name in names},
+        constexprs={(names.index("S"),): spec},
+        attrs={(i,): attributes for i, name in enumerate(names) if _ARGUMENTS[name].startswith("*")},
+    )
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton_compile(source, target=target, options=backend.compile_options(kernel, spec))
+    nvidia = target.backend == "cuda"
+    assembly = compiled.asm["ptx" if nvidia else "amdgcn"]
+    registers, spill_bytes, scalar_spills = _ptxas_usage(log.getvalue()) if nvidia else _amd_usage(assembly)
+    loads, stores = _accesses(assembly)
+    return Row(
+        *variant,
+        threads=backend._WARPS * target.warp_size,
+        registers=registers,
+        spill_bytes=spill_bytes,
+        scalar_spills=scalar_spills,
+        shared_bytes=compiled.metadata.shared,
+        loads=loads,
+        stores=stores,
+        seconds=perf_counter() - began,
+    )
+
+
+def _ptxas_usage(log: str) -> tuple[int, int, int]:
+    """Of the run of ptxas that wrote the cubin, not of one more run that could have had other options."""
+    registers = re.findall(r"Used (\d+) registers", log)
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
+    if not registers or not spills:
+        raise RuntimeError(f"ptxas did not say how many registers it used: {log!r}")
+    return max(map(int, registers)), max(map(int, spills)), 0
+
+
+def _amd_usage(assembly: str) -> tuple[int, int, int]:
+    counts = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count|sgpr_spill_count):\s+(\d+)", assembly))
+    return int(counts["vgpr_count"]), 4 * int(counts["vgpr_spill_count"]), int(counts["sgpr_spill_count"])
+
+
+_FILE = re.compile(r'^\s*\.file\s+(\d+) "([^"]*)"(?: "([^"]*)")?', re.MULTILINE)
+_LINE = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
+_STREAM = re.compile(r"place\(memory, where, e, ([PGMV]),")
+_PTX = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d+))?\.[bfsu](\d+)\b")
+_AMD = re.compile(r"\s*(?:global|buffer|flat)_(load|store)_(?:dwordx(\d)|(dword)|\w*?(short|byte))")
+_AMD_BYTES = {"dword": 4, "short": 2, "byte": 1}
+
+
+def _accesses(assembly: str) -> tuple[Accesses, Accesses]:
+    """Loads and stores of the parameters' tensors.
+
+    The line of source that an instruction stands for tells them from those of tables, which can be as wide.
+    """
+    files = {number: Path(folder, name) for number, folder, name in _FILE.findall(assembly)}
+    counted: dict[str, dict[str, Counter[int]]] = {"l": {}, "s": {}}  # the first letters of both assembly languages
+    stream = None
+    for line in assembly.splitlines():
+        if place := _LINE.match(line):
+            found = _STREAM.search(linecache.getline(str(files[place[1]]), int(place[2])))
+            stream = found[1].lower() if found else None
+        elif stream is None:
+            continue
+        elif access := _PTX.search(line):
+            counted[access[1][0]].setdefault(stream, Counter())[int(access[2] or 1) * int(access[3]) // 8] += 1
+        elif access := _AMD.match(line):
+            size = 4 * int(access[2]) if access[2] else _AMD_BYTES[access[3] or access[4]]
+            counted[access[1][0]].setdefault(stream, Counter())[size] += 1
+    loads, stores = ({name: dict(streams[name]) for name in "pgmv" if name in streams} for streams in counted.values())
+    return loads, stores
+
+
+def _set_up_process(cache: str) -> None:
+    os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
+
+
+def compile_all() -> list[Row]:
+    """With an empty cache: ptxas reports what it compiles, not what is found compiled."""
+    context = multiprocessing.get_context("spawn")  # Triton may have threads, which a fork would lose
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        ProcessPoolExecutor(_PROCESSES, context, _set_up_process, (cache,)) as pool,
+    ):
+        return list(pool.map(compile_variant, variants()))
+
+
+def count(accesses: Accesses, *, wide: bool) -> dict[str, int]:
+    """Of each tensor, how many accesses are as wide as can be, or how many are not."""
+    return {
+        stream: sum(n for size, n in sizes.items() if (size >= WIDEST) == wide) for stream, sizes in accesses.items()
+    }
+
+
+def _cell(accesses: Accesses) -> str:
+    """``pg 12x16 1x4``: p and g are accessed by 12 instructions of 16 bytes and one of 4, each."""
+    alike: dict[str, str] = {}
+    for stream, sizes in accesses.items():
+        widths = " ".join(f"{n}x{size}" for size, n in sorted(sizes.items(), reverse=True))
+        alike[widths] = alike.get(widths, "") + stream
+    return ", ".join(f"{streams} {widths}" for widths, streams in alike.items())
+
+
+def print_table(rows: list[Row]) -> None:
+    table = Table(
+        title="Compiled kernels; loads and stores of p, g, m and v: instructions x bytes of one thread",
+        box=box.SIMPLE_HEAD,
+    )
+    for heading in ("kernel", "target", "layout", "p/g/state", "rule"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("registers", "spill bytes", "scalar spills", "shared bytes", "16-byte loads", "16-byte stores"):
+        table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for heading in ("loads", "stores"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("s", justify="right")
+    for row in rows:
+        wide = [str(sum(count(accesses, wide=True).values())) for accesses in (row.loads, row.stores)]
+        numbers = map(str, (row.registers, row.spill_bytes, row.scalar_spills, row.shared_bytes))
+        names = row.kernel, row.target, row.layout, "/".join(row.dtypes), row.rule
+        table.add_row(*names, *numbers, *wide, _cell(row.loads), _cell(row.stores), f"{row.seconds:.1f}")
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there too, one JSON object a line")
+    arguments = parser.parse_args()
+    if backend.interpreted():
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+    if reason := backend.load():
+        parser.error(reason)
+    began = perf_counter()
+    rows = compile_all()
+    print_table(rows)
+    print(f"{len(rows)} variants in {perf_counter() - began:.0f} s")
+    if arguments.json:
+        arguments.json.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""The Triton backend on a GPU under both plans: numbers, size, repeatability, streams, waiting and compilation."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+import fused_adamp
+from fused_adamp.backends import triton as triton_backend
+from fused_adamp.reference import Decision, adamp_ref
+from fused_adamp.verify import Case, cases, check, lay_out, make_gradient, shapes
+
+if TYPE_CHECKING:
+    from fused_adamp.projected import ProjectedOptimizer
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device: nothing here was checked", allow_module_level=True)
+
+PLANS = ("one_pass", "split")
+TILE = 1 << triton_backend._LOG_TILE
+CASES = cases() + [case for case in cases(TILE) if shapes()[case.shape] != shapes(TILE)[case.shape]]
+"""Sizes around the widest row that a tile takes whole are in the first, around a block of registers in the second."""
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(params=PLANS)
+def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces each plan in turn."""
+    monkeypatch.setenv(triton_backend.PLAN, request.param)
+    return str(request.param)
+
+
+def _compiled_together(plan: str, case: Case) -> str:
+    """Names what a case's kernels are compiled for, so that parallel test processes do not compile the same ones."""
+    rule = "AdamP" if case.optimizer == "AdamP" else f"SGDP momentum {bool(case.options.get('momentum'))}"
+    return f"{plan} {rule} {case.dtype} {case.gradient_dtype} {case.layout}"
+
+
+@pytest.mark.parametrize(
+    ("plan", "case"),
+    [
+        pytest.param(
+            plan,
+            case,
+            id=f"{plan} {case} tile {case.tile}",
+            marks=pytest.mark.xdist_group(_compiled_together(plan, case)),
+        )
+        for plan, case in product(PLANS, CASES)
+    ],
+    indirect=["plan"],
+)
+def test_every_step_equals_the_reference(plan: str, case: Case) -> None:
+    outcome = check(case, "triton", "cuda")
+    assert outcome.passed(case), outcome
+    if "delta" not in case.options:
+        assert {theirs for _, theirs in outcome.decisions} == {case.decision}, "the case is not what it says"
+
+
+# Parameters whose elements 32 bits cannot number.
+
+ROWS = (2**31 // 4096 + 1, 4096)
+VECTOR = (2**31 + 17,)
+LARGE = {
+    # The second slice lies around 2^31 bytes, the third around 2^31 elements.
+    "rows": (ROWS, (slice(0, 2), slice(ROWS[0] // 2 - 1, ROWS[0] // 2 + 1), slice(ROWS[0] - 2, None))),
+    "vector": (VECTOR, (slice(0, 64), slice(2**30 - 32, 2**30 + 32), slice(2**31 - 32, None))),
+}
+
+
+@pytest.mark.xdist_group("large")
+@pytest.mark.parametrize(("shape", "slices"), LARGE.values(), ids=LARGE)
+def test_a_parameter_of_more_than_two_to_the_31_elements(
+    plan: str, shape: tuple[int, ...], slices: tuple[slice, ...]
+) -> None:
+    torch.cuda.empty_cache()
+    needed = 6 * torch.bfloat16.itemsize * math.prod(shape)  # weight, gradient, two moments, room for two more
+    free, _ = torch.cuda.mem_get_info()
+    if free < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of GPU memory, {free / 2**30:.0f} are free")
+    p = Parameter(torch.randn(shape, dtype=torch.bfloat16, device="cuda"))
+    g = _quarter_turn(p.detach()) if p.ndim == 2 else torch.randn_like(p.detach())
+    p.grad = g
+    options = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "delta": 0.1, "wd_ratio": 0.1}
+    optimizer = fused_adamp.AdamP([p], **options, backend="triton")  # type: ignore[arg-type]
+    before = [(p.detach()[part].double(), g[part].double()) for part in slices]
+    optimizer.step()
+    decision = Decision.CHANNEL if p.ndim == 2 else Decision.NONE
+    assert optimizer.decisions()[p] is decision
+    state = optimizer.state[p]
+    for part, (weight, gradient) in zip(slices, before, strict=True):
+        m, v = torch.zeros_like(weight), torch.zeros_like(weight)
+        # Rows are tested and projected by themselves: those of a slice as if they were the whole.
+        assert adamp_ref(weight, gradient, m, v, 1, **options) is decision  # type: ignore[arg-type]
+        for got, want in ((p.detach(), weight), (state["exp_avg"], m), (state["exp_avg_sq"], v)):
+            torch.testing.assert_close(got[part].double(), want, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+    assert torch.count_nonzero(state["exp_avg_sq"]) == torch.count_nonzero(g), "elements were left out"
+
+
+def _quarter_turn(p: Tensor) -> Tensor:
+    """Orthogonal to ``p`` in every row, without rounding: each pair of elements turned by 90 degrees."""
+    g = torch.empty_like(p)
+    g[:, 0::2] = p[:, 1::2]
+    g[:, 1::2] = p[:, 0::2]
+    g[:, 1::2].neg_()
+    return g
+
+
+# Small models.
+
+MODEL: tuple[tuple[tuple[int, ...], Decision, str], ...] = (
+    ((), Decision.NONE, "contiguous"),
+    ((2049,), Decision.NONE, "contiguous"),
+    ((300, 1), Decision.LAYER, "contiguous"),
+    ((33, 65), Decision.CHANNEL, "offset"),
+    ((96, 64, 3, 3), Decision.CHANNEL, "channels_last"),
+    ((101, 1111), Decision.LAYER, "contiguous"),
+    ((127, 131), Decision.NONE, "transposed"),
+    ((3, 2056), Decision.CHANNEL, "contiguous"),
+    ((2, 40001), Decision.CHANNEL, "contiguous"),
+    ((513, 512), Decision.LAYER, "contiguous"),
+)
+"""Shape, decision and layout: the edges of tiles and every path through the kernels."""
+
+
+def _model(seed: int, optimizer: str = "AdamP", backend: str = "triton") -> ProjectedOptimizer:
+    """An optimizer on the device whose parameters have gradients, not stepped yet."""
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for shape, decision, layout in MODEL:
+        value = torch.randn(shape, generator=generator, dtype=torch.float64)
+        p = Parameter(lay_out(value.to("cuda", torch.float32), layout))
+        # In float64 and of the rounded weight, so that the cosine is that of rounding once.
+        gradient = make_gradient(p.detach().cpu().double(), decision, generator)
+        p.grad = lay_out(gradient.to("cuda", torch.float32), layout)
+        params.append(p)
+    if optimizer == "AdamP":
+        return fused_adamp.AdamP(params, lr=1e-4, weight_decay=0.1, backend=backend)
+    return fused_adamp.SGDP(params, lr=1e-4, momentum=0.9, weight_decay=0.1, backend=backend)
+
+
+def _results(optimizer: ProjectedOptimizer) -> list[Tensor]:
+    """Weights and state, in a fixed order."""
+    params = optimizer.param_groups[0]["params"]
+    return [t for p in params for t in (p.detach(), *(optimizer.state[p][k] for k in sorted(optimizer.state[p])))]
+
+
+@pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
+def test_a_small_model_equals_the_reference(plan: str, optimizer: str) -> None:
+    """All kinds of parameters in one launch; also what runs under compute-sanitizer below."""
+    ours, reference = _model(0, optimizer), _model(0, optimizer, "reference")
+    for _ in range(2):
+        ours.step()
+        reference.step()
+    assert list(ours.decisions().values()) == [decision for _, decision, _ in MODEL]
+    for a, b in zip(_results(ours), _results(reference), strict=True):
+        torch.testing.assert_close(a, b.to(a.device), rtol=2e-5, atol=2e-6)
+
+
+def test_results_are_bitwise_equal_over_a_hundred_runs(plan: str) -> None:
+    optimizer = _model(0)
+    params = optimizer.param_groups[0]["params"]
+    weights = [p.detach().clone() for p in params]
+
+    def run() -> list[Tensor]:
+        optimizer.state.clear()
+        for p, weight in zip(params, weights, strict=True):
+            p.detach().copy_(weight)
+        optimizer.step()
+        optimizer.step()
+        return [t.clone() for t in _results(optimizer)]
+
+    first = run()
+    for number in range(1, 100):
+        assert all(map(torch.equal, first, run())), f"run {number} differs from the first"
+
+
+def test_two_streams_do_not_disturb_each_other(plan: str) -> None:
+    steps, seeds = 20, (1, 2)
+    alone = []
+    for seed in seeds:
+        optimizer = _model(seed)
+        for _ in range(steps):
+            optimizer.step()
+        alone.append(_results(optimizer))
+    optimizers = [_model(seed) for seed in seeds]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in seeds]
+    for _ in range(steps):
+        for stream, optimizer in zip(streams, optimizers, strict=True):
+            with torch.cuda.stream(stream):
+                optimizer.step()
+    torch.cuda.synchronize()
+    for want, optimizer in zip(alone, optimizers, strict=True):
+        assert all(map(torch.equal, want, _results(optimizer)))
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # said once when it is switched on
+@pytest.mark.parametrize("change", ["nothing", "lr", "gradients elsewhere", "a gradient missing"])
+@pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
+def test_later_steps_do_not_synchronize(plan: str, optimizer: str, change: str) -> None:
+    model = _model(0, optimizer)
+    model.step()
+    (group,) = model.param_groups
+    held = []  # so that the allocator does not hand out the same addresses again
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3):
+            if change == "lr":
+                group["lr"] *= 0.5
+            elif change == "gradients elsewhere":
+                held += [p.grad for p in group["params"]]
+                for p in group["params"]:
+                    p.grad = p.grad.clone()
+            elif change == "a gradient missing":
+                group["params"][number].grad = None
+            model.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_another_learning_rate_does_not_recompile(plan: str) -> None:
+    model = _model(0)
+    model.step()
+    compiled = len(triton_backend._compiled)
+    assert compiled > 0
+    for lr in (1e-3, 1.0, 0, 1e-5):
+        model.param_groups[0]["lr"] = lr
+        model.step()
+    assert len(triton_backend._compiled) == compiled
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(plan: str, tool: str) -> None:
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        pytest.skip("compute-sanitizer is not on PATH: memory accesses and races were not checked")
+    # torch asks the driver for what it may lack; that is no error of a kernel.
+    options = ["--report-api-errors", "no"] if tool == "memcheck" else []
+    sanitizer = [program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all", *options]
+    case = f"test_a_small_model_equals_the_reference and {plan}"
+    run = subprocess.run(
+        [
+            *sanitizer,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "default",
+            __file__,
+            "-k",
+            case,
+        ],
+        cwd=ROOT,
+        # The allocator hands out pieces of large blocks, between which a stray access is not seen.
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    if "Device not supported" in run.stdout:
+        pytest.skip(f"compute-sanitizer does not know this device: {tool} was not run")
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert "2 passed" in run.stdout, run.stdout[-4000:]

@@ -1,0 +1,106 @@
+"""What the compilers make of the kernels, as far as speed and alignment depend on it. No GPU takes part."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compile_table import DTYPES, RULES, TARGETS, Row, Variant, count, variants
+
+from fused_adamp.backends import triton as backend
+
+pytestmark = pytest.mark.skipif(backend.load() is not None, reason=str(backend.load()))
+
+Rows = dict[Variant, Row]
+
+NVIDIA_REGISTERS = 65536
+"""Of a multiprocessor."""
+AMD_REGISTERS = 4 * 512 * 64
+"""Of a compute unit: four vector units, each with 512 registers of 64 lanes."""
+MOST_REGISTERS = 255
+"""That a thread of 256 can have: one program on a multiprocessor."""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """In a process of its own: this one may run the kernels in Triton's interpreter, which compiles nothing."""
+    path = tmp_path_factory.mktemp("compile") / "rows.jsonl"
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("compile_table.py")), "--json", str(path)],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    print(run.stdout)
+    found = [Row(**json.loads(line, object_hook=_with_numbers)) for line in path.read_text().splitlines()]
+    return dict(zip(variants(), found, strict=True))
+
+
+def _with_numbers(fields: dict[str, object]) -> dict[str | int, object]:
+    """JSON's keys are strings, also those that were sizes."""
+    return {int(key) if key.isdecimal() else key: value for key, value in fields.items()}
+
+
+def _tensors(variant: Variant, *always: str) -> set[str]:
+    adaptive, buffer = RULES[variant.rule]
+    return {*always, *(["m"] if buffer else []), *(["v"] if adaptive else [])}
+
+
+def _loaded(variant: Variant) -> set[str]:
+    return {"p", "g"} if variant.kernel == "measure" else _tensors(variant, "p", "g")
+
+
+def _stored(variant: Variant) -> set[str]:
+    return set() if variant.kernel in ("measure", "dot") else _tensors(variant, "p")
+
+
+every_variant = pytest.mark.parametrize("variant", variants(), ids=str)
+aligned = pytest.mark.parametrize("variant", [v for v in variants() if v.layout == "ALIGNED"], ids=str)
+unaligned = pytest.mark.parametrize("variant", [v for v in variants() if v.layout != "ALIGNED"], ids=str)
+
+
+@every_variant
+def test_nothing_is_spilled_to_memory(variant: Variant, rows: Rows) -> None:
+    row = rows[variant]
+    assert row.spill_bytes == 0, f"{variant}: {row.spill_bytes} bytes a thread, at {row.registers} registers"
+
+
+@every_variant
+def test_as_many_programs_fit_as_are_counted_on(variant: Variant, rows: Rows) -> None:
+    row = rows[variant]
+    most = MOST_REGISTERS
+    if variant.layout == "ALIGNED" and "fp64" not in variant.dtypes:
+        available = AMD_REGISTERS if TARGETS[variant.target][0] == "hip" else NVIDIA_REGISTERS
+        most = available // (row.threads * backend._PROGRAMS_PER_MULTIPROCESSOR)
+    assert row.registers <= most, f"{variant}: {row.registers} registers a thread, {most} would do"
+
+
+@every_variant
+def test_each_kernel_accesses_the_tensors_it_says(variant: Variant, rows: Rows) -> None:
+    row = rows[variant]
+    assert set(row.loads) == _loaded(variant), variant
+    assert set(row.stores) == _stored(variant), variant
+
+
+@aligned
+def test_aligned_tensors_are_accessed_16_bytes_at_a_time(variant: Variant, rows: Rows) -> None:
+    row = rows[variant]
+    for what, accesses in (("loads", row.loads), ("stores", row.stores)):
+        assert all(count(accesses, wide=True).values()), f"{variant}: {what} {accesses}"
+        # Only the end of a vector, which fills no whole 16 bytes, is narrower; only update comes to it on its own.
+        narrow = 1 if variant.kernel in ("update", "one_pass") else 0
+        assert all(n <= narrow for n in count(accesses, wide=False).values()), f"{variant}: {what} {accesses}"
+
+
+@unaligned
+def test_other_tensors_are_accessed_element_by_element(variant: Variant, rows: Rows) -> None:
+    """Anything wider would be an error where the address is no multiple of it."""
+    row = rows[variant]
+    sizes = {size for accesses in (row.loads, row.stores) for widths in accesses.values() for size in widths}
+    assert sizes == {DTYPES[dtype].itemsize for dtype in variant.dtypes}, f"{variant}: {row.loads} {row.stores}"
