@@ -40,7 +40,7 @@ from rich.table import Table
 from torch import Tensor
 
 import fused_adamp
-from bench.workloads import WORKLOADS, Workload, expected_decision
+from bench.workloads import WORKLOADS, expected_decision
 from fused_adamp.backends import triton as triton_backend
 from fused_adamp.reference import Decision
 
@@ -312,14 +312,6 @@ def _gradient(p: Tensor, case: Decision, generator: torch.Generator) -> Tensor:
 
 def shapes_of(workload: str) -> list[tuple[int, ...]]:
     return list(WORKLOADS[workload].shapes())
-
-
-def _dry_run() -> Iterator[tuple[int, ...]]:
-    """What the interpreter has time for: several rows a tile, a vector, a scalar, rows wider than a block."""
-    yield from ((33, 65), (31,), (), (4, 3, 3, 3), (2, 2050))
-
-
-WORKLOADS.setdefault("dry_run", Workload(_dry_run, 5, 6385))
 
 
 def sides_of(family: Family, workload: str, dtypes: Dtypes, device: torch.device) -> Iterator[Side]:

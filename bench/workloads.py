@@ -102,6 +102,11 @@ def tiny() -> Iterator[Shape]:
     yield from ((7, 1), (1, 7), (), (1,), (5, 3, 3, 3), (31,), (3, 1009), (257, 33), (2, 8193))
 
 
+def dry_run() -> Iterator[Shape]:
+    """What Triton's interpreter has time for: several rows a tile, a vector, a scalar, rows wider than a block."""
+    yield from ((33, 65), (31,), (), (4, 3, 3, 3), (2, 2050))
+
+
 def linear(out: int, features: int) -> Iterator[Shape]:
     yield from ((out, features), (out,))
 
@@ -118,6 +123,7 @@ def llama_layer(hidden: int, kv: int, ffn: int) -> Iterator[Shape]:
 
 WORKLOADS: dict[str, Workload] = {
     "tiny": Workload(tiny, 9, 28_076),
+    "dry_run": Workload(dry_run, 5, 6_385),
     "resnet50": Workload(resnet50, 161, 25_557_032),
     "vit_b16": Workload(vit_b16, 152, 86_567_656),
     "gpt2": Workload(gpt2, 148, 124_439_808),

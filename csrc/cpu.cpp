@@ -238,7 +238,7 @@ void scatter(const Kernels<T>& k, const Parameter& x, Role role, const Tile& til
   });
 }
 
-// A thread's scratch: u of three rows, and for tiles that have to be gathered one tile of each role.
+// A thread's scratch: u of the rows in flight, and for tiles that have to be gathered one tile of each role.
 struct Scratch {
   char* base;
   int64_t tile_bytes;
@@ -249,7 +249,7 @@ struct Scratch {
   }
   template <class T>
   T* gathered(Role role) const {
-    return reinterpret_cast<T*>(base + (3 + role) * tile_bytes);
+    return reinterpret_cast<T*>(base + (rows_in_flight + role) * tile_bytes);
   }
 };
 
@@ -616,7 +616,7 @@ void Step::run() {
   schedule();
   const int64_t threads = std::max<int64_t>(
       1, std::min<int64_t>({torch::stable::get_num_threads(), jobs(), elements_ / elements_per_thread}));
-  const int64_t scratch_bytes = tile_bytes_ * (gathers_ ? 3 + role_count : 3);
+  const int64_t scratch_bytes = tile_bytes_ * (rows_in_flight + (gathers_ ? role_count : 0));
   std::unique_ptr<char[]> memory(new char[threads * scratch_bytes + shrink_bytes_ + 64]);
   char* scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
 

@@ -170,7 +170,7 @@ FUSED_ADAMP_INLINE void next_row(TileData<T>& t, int64_t cols) {
   if constexpr (R::adaptive) t.v += cols;
 }
 
-// Updates rows that are each projected: move_of(row, sums) says how. u has room for three rows. A row's weights move while
+// Updates rows that are each projected: move_of(row, sums) says how. A row's weights move while
 // the state of a later one advances: moving works in cache, advancing waits for memory. The next one but one where rows are
 // short, so that how to move, a chain of some hundred cycles from the row's sums, is not waited for; else the next one, so
 // that the row is still in the first-level cache.
@@ -185,23 +185,23 @@ FUSED_ADAMP_INLINE void update_rows(TileData<T> t, T* u, int64_t rows, int64_t c
   constexpr int64_t line = Accumulator<T>::lanes;
   const int64_t stride = (cols + line - 1) / line * line;
   const int lag = cols <= 512 ? 2 : 1;
-  Row ring[3];
+  Row ring[rows_in_flight];
   for (int64_t row = 0; row < rows; ++row, next_row<R>(t, cols)) {
-    T* const u_now = u + row % 3 * stride;
+    T* const u_now = u + row % rows_in_flight * stride;
     RowSums s;
     if (row < lag) {
       s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) { y.store(u_now + i, extent); });
     } else {
-      const Row old = ring[(row - lag) % 3];
+      const Row old = ring[(row - lag) % rows_in_flight];
       s = advance_row<R>(t, cols, c, [&](int64_t i, auto extent, auto, auto y) {
         y.store(u_now + i, extent);
         move<R>(old.t, old.u, i, extent, c.step_size, old.by);
       });
     }
-    ring[row % 3] = {t, u_now, move_of(row, s)};
+    ring[row % rows_in_flight] = {t, u_now, move_of(row, s)};
   }
   for (int64_t row = rows > lag ? rows - lag : 0; row < rows; ++row) {
-    const Row old = ring[row % 3];
+    const Row old = ring[row % rows_in_flight];
     for_each_vec<T>(0, cols, [&](int64_t i, auto, auto extent) { move<R>(old.t, old.u, i, extent, c.step_size, old.by); });
   }
 }

@@ -50,6 +50,9 @@ FUSED_ADAMP_INLINE bool recoverable(T shrink) {
   return shrink <= T(0.5) && shrink >= T(-0.5);
 }
 
+// Rows that update_projected and sweep work on at once: their scratch u has room for so many.
+constexpr int rows_in_flight = 3;
+
 // Kernels that depend on the momentum rule. What they read once per tile is passed by value: behind a pointer the
 // compiler would have to read it again after every store.
 template <class T>

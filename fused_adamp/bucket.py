@@ -31,6 +31,7 @@ __all__ = [
     "Scalars",
     "first_stale",
     "overlaps",
+    "rows_cols",
 ]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -179,7 +180,7 @@ def first_stale(batch: Batch) -> int:
             t.layout is torch.strided and t.shape == p.shape and t.device == p.device and t.dtype in FLOATING
             for t in (g, *(moment[i] for moment in batch.moments))
         )
-        fits = p.device == bucket.key.device and p.dtype == bucket.key.dtype and [*_rows_cols(p)] == shapes[i]
+        fits = p.device == bucket.key.device and p.dtype == bucket.key.dtype and [*rows_cols(p)] == shapes[i]
         if not (same and fits) or any(overlaps(t) for t in (p, *(moment[i] for moment in batch.moments))):
             return i
     return -1
@@ -196,7 +197,8 @@ def overlaps(t: Tensor) -> bool:
     return False
 
 
-def _rows_cols(p: Tensor) -> tuple[int, int]:
+def rows_cols(p: Tensor) -> tuple[int, int]:
+    """R and K of a parameter; a vector or scalar is one row."""
     if p.ndim < 2:
         return 1, p.numel()
     return p.size(0), p.numel() // max(p.size(0), 1)
@@ -204,7 +206,7 @@ def _rows_cols(p: Tensor) -> tuple[int, int]:
 
 def _geometry(p: Tensor, backend: Backend) -> tuple[tuple[int, int, int, int, int], int]:
     """The table's columns from ``projected`` to ``tile_cols``, and the number of tiles."""
-    rows, cols = _rows_cols(p)
+    rows, cols = rows_cols(p)
     tile_rows, tile_cols = backend.geometry(max(rows, 1), max(cols, 1))
     tiles = -(-rows // tile_rows) * -(-cols // tile_cols)
     return (int(p.ndim >= 2), rows, cols, tile_rows, tile_cols), tiles

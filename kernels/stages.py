@@ -167,7 +167,7 @@ def load_weight_and_gradient(memory, where, e, mask, sign, S: tl.constexpr):
 
 @triton.jit
 def load_state(memory, where, e, mask, S: tl.constexpr):
-    """M and v. Outside the mask v is 1, so that u is 0 there, never 0 / 0."""
+    """Loads m and v. Outside the mask v is 1, so that u is 0 there, never 0 / 0."""
     m = tl.zeros(e.shape, S.number)
     v = tl.zeros(e.shape, S.number)
     if S.buffer:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adamp.bucket import ABSENT, COLUMNS, first_stale
+from fused_adamp.bucket import ABSENT, COLUMNS, first_stale, rows_cols
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -78,7 +78,7 @@ class Workspace:
         from fused_adamp.kernels import plans, stages, tiles
 
         device, count = bucket.key.device, len(bucket.params)
-        owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), _tiles(bucket.table)[0])
+        owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), _tiles(bucket.table))
         self.device = device
         self.owners = owners.to(device)
         self.table = torch.empty_like(bucket.table, device=device)
@@ -204,11 +204,10 @@ def _fingerprint(batch: Batch) -> tuple[list[Any], ...]:
     )
 
 
-def _tiles(table: Tensor) -> tuple[Tensor, Tensor]:
-    """Per parameter of a bucket's table: tiles, and tiles of one row."""
+def _tiles(table: Tensor) -> Tensor:
+    """The number of tiles of each parameter of a bucket's table."""
     rows, cols, tile_rows, tile_cols = (table[:, COLUMNS.index(n)] for n in ("rows", "cols", "tile_rows", "tile_cols"))
-    segments = (cols + tile_cols - 1) // tile_cols
-    return (rows + tile_rows - 1) // tile_rows * segments, segments
+    return (rows + tile_rows - 1) // tile_rows * ((cols + tile_cols - 1) // tile_cols)
 
 
 def _plan(batch: Batch) -> None:
@@ -242,7 +241,8 @@ def _plan(batch: Batch) -> None:
         state = roles[2].dtype if len(roles) > 2 else p.dtype
         members.setdefault((p.dtype, g.dtype, state, layout), []).append(i)
     work.upload(work.addresses, torch.tensor(addresses))
-    work.upload(work.strides, strides)
+    if strides.any():
+        work.upload(work.strides, strides)
     if members != work.seen_members:  # gradients may lie elsewhere in every step; what there is to do stays the same
         work.launches = [_launch(batch, spec, indices) for spec, indices in members.items()]
         work.seen_members = members
@@ -274,8 +274,7 @@ def _layout(roles: Sequence[Tensor], inner: list[list[int]]) -> int:
     from fused_adamp.kernels import tiles
 
     p = roles[0]
-    rows = p.size(0) if p.ndim >= 2 else 1
-    cols = p.numel() // rows
+    rows, cols = rows_cols(p)
     if any(s != [1] or (rows > 1 and t.stride(0) != cols) for s, t in zip(inner, roles, strict=True)):
         return int(tiles.STRIDED.value)
     at_vectors = all(t.data_ptr() % tiles.WIDEST_LOAD.value == 0 for t in roles)
@@ -284,20 +283,24 @@ def _layout(roles: Sequence[Tensor], inner: list[list[int]]) -> int:
 
 
 def _launch(batch: Batch, members: tuple[torch.dtype, torch.dtype, torch.dtype, int], indices: list[int]) -> Launch:
-    from fused_adamp.kernels import stages
+    from fused_adamp.kernels import plans, stages
 
     bucket, work = batch.bucket, batch.bucket.scratch
     p, g, state, layout = members
     spec = make_spec(p, g, state, layout, adaptive=batch.rule.adaptive, buffer=bool(batch.moments))
-    counts, segments = _tiles(bucket.table)
     elements = bucket.table[:, COLUMNS.index("rows")] * bucket.table[:, COLUMNS.index("cols")]
     projected = bucket.table[:, COLUMNS.index("projected")].bool()
     first = bucket.table[:, COLUMNS.index("first_tile")]
     width: int = stages.PREPARE_BLOCK.value
     blocks = (len(indices) + width - 1) // width
-    order = _Order(counts.tolist(), segments.tolist(), first.tolist(), projected.tolist())
+    order = _Order(
+        (plans.MEASURE.value, plans.DOT.value, plans.UPDATE.value),
+        _tiles(bucket.table).tolist(),
+        first.tolist(),
+        projected.tolist(),
+    )
     plan = _forced_plan() or ("one_pass" if int(elements[indices].max()) <= 4 * _WINDOW else "split")
-    prepare = torch.tensor([(0, block, 1) for block in range(blocks)], dtype=torch.int32)
+    prepare = torch.tensor([(plans.PREPARE.value, block, 1) for block in range(blocks)], dtype=torch.int32)
     if plan == "split":
         parts = [prepare, *map(order.measure, indices)], [*map(order.dot, indices)], [*map(order.update, indices)]
         jobs = tuple(work.uploaded(torch.cat(part)) for part in parts)
@@ -327,20 +330,21 @@ def _forced_plan() -> str | None:
 class _Order(NamedTuple):
     """The jobs of one parameter in one stage: rows of (stage, first tile, tiles)."""
 
+    stages: tuple[int, int, int]
+    """The numbers of measure, dot and update."""
     counts: list[int]
-    segments: list[int]
     first: list[int]
     projected: list[bool]
 
     def measure(self, i: int) -> Tensor:
-        return self._jobs(1, i, 1 if self.projected[i] else None)
+        return self._jobs(self.stages[0], i, 1 if self.projected[i] else None)
 
     def dot(self, i: int) -> Tensor:
-        return self._jobs(2, i, _DOT_TILES if self.projected[i] and self.counts[i] > 1 else None)
+        return self._jobs(self.stages[1], i, _DOT_TILES if self.projected[i] and self.counts[i] > 1 else None)
 
     def update(self, i: int) -> Tensor:
         """Backwards: what was measured last is still in cache."""
-        return self._jobs(3, i, 1).flip(0)
+        return self._jobs(self.stages[2], i, 1).flip(0)
 
     def _jobs(self, stage: int, i: int, width: int | None) -> Tensor:
         if width is None:
@@ -396,8 +400,9 @@ _compiled: dict[Any, Any] = {}
 
 
 def _runs(bucket: Bucket, launch: Launch) -> list[_Run]:
+    from fused_adamp.kernels import plans
+
     work = bucket.scratch
-    plans = _kernels()
     work.epoch += 1
     tensors = (
         work.table,
@@ -435,13 +440,6 @@ def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> _Run:
         compiled._init_handles()  # loads it on the device: what does not fit there fails here
         _compiled[key] = compiled
     return _Run(_compiled[key], grid, (*arguments, spec))
-
-
-@lru_cache(maxsize=1)
-def _kernels() -> Any:
-    from fused_adamp.kernels import plans
-
-    return plans
 
 
 @cache
