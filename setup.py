@@ -73,7 +73,7 @@ setup(
         Extension(
             "fused_adamp._C",
             sources=[str(CSRC / name) for name in SOURCES],
-            depends=[str(path) for path in sorted(CSRC.glob("*.h"))],
+            depends=[str(path) for path in sorted(CSRC.iterdir())],
             py_limited_api=True,
             optional="FUSED_ADAMP_REQUIRE_EXTENSION" not in os.environ,
         )

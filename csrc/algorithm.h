@@ -19,10 +19,14 @@ namespace fused_adamp {
 
 // A row of the hyperparameter table, in the order of fused_adamp/bucket.py, Scalars.
 struct Scalars {
-  double lr, momentum, gain, nesterov_gain, beta2, gain2, eps, decay, delta, wd_ratio, sign, nesterov, project_buffer;
+  double lr, momentum, gain, nesterov_gain, beta2, gain2, eps, decay, delta, wd_ratio, sign, nesterov, project_buffer,
+      projection;
 };
 
 enum class Decision : uint8_t { none = 0, channel = 1, layer = 2 };
+
+// fused_adamp/bucket.py, PROJECTIONS.
+enum class Projection { automatic = 0, channel = 1, layer = 2, none = 3 };
 
 // Which momentum rule, at compile time.
 template <bool adaptive_, bool nesterov_, bool buffer_, bool project_buffer_>
@@ -36,18 +40,18 @@ struct Rule {
 // The numbers of one parameter in one step.
 template <class T>
 struct Coefficients {
-  T momentum, gain, nesterov_gain, beta2, gain2, sign, inverse_bias2, eps, step_size;
+  T momentum, gain, nesterov_gain, beta2, gain2, scale, inverse_bias2, eps, step_size;
 
   Coefficients() = default;
 
-  // t is the 1-based step. Bias corrections and 1 - beta come in double: in float32, 1 - 0.999f is off by 1e-5.
-  Coefficients(const Scalars& s, bool adaptive, double t)
+  // t is the 1-based step; scale is what loss scaling and clipping multiply the gradient by. Bias corrections and 1 - beta come in double: in float32, 1 - 0.999f is off by 1e-5.
+  Coefficients(const Scalars& s, bool adaptive, double t, double scale_)
       : momentum(T(s.momentum)),
         gain(T(s.gain)),
         nesterov_gain(T(s.nesterov_gain)),
         beta2(T(s.beta2)),
         gain2(T(s.gain2)),
-        sign(T(s.sign)),
+        scale(T(s.sign * scale_)),
         inverse_bias2(adaptive ? T(1 / std::sqrt(1 - std::pow(s.beta2, t))) : T(1)),
         eps(T(s.eps)),
         step_size(T(adaptive ? s.lr / (1 - std::pow(s.momentum, t)) : s.lr)) {}
@@ -59,7 +63,7 @@ struct Coefficients {
 //   SGDP   m = mu m + (1-dampening) g
 template <class R, class T, class N>
 FUSED_ADAMP_INLINE void advance(N g, N& m, N& v, const Coefficients<T>& c) {
-  g = c.sign * g;
+  g = c.scale * g;
   if constexpr (R::buffer) {
     m = fma(c.momentum, m, c.gain * g);
   } else {
@@ -76,7 +80,7 @@ FUSED_ADAMP_INLINE void advance(N g, N& m, N& v, const Coefficients<T>& c) {
 template <class R, class T, class N>
 FUSED_ADAMP_INLINE N direction(N g, N m, N v, const Coefficients<T>& c) {
   N u = m;
-  if constexpr (R::nesterov) u = fma(c.momentum, m, c.nesterov_gain * (c.sign * g));
+  if constexpr (R::nesterov) u = fma(c.momentum, m, c.nesterov_gain * (c.scale * g));
   if constexpr (R::adaptive) u = u / fma(c.inverse_bias2, sqrt(v), c.eps);
   return u;
 }
@@ -107,13 +111,23 @@ struct Sums {
   double pg, gg, pp;
 };
 
-// cos(g, p) = |p.g| / (max(|p|, eps) max(|g|, eps)) < delta / sqrt(dim), squared: neither side is ever negative, and
-// max(|p|, eps)^2 = max(p.p, eps^2). Written so that a NaN, which every broken gradient leaves in p.g, gives false.
-FUSED_ADAMP_INLINE bool below_threshold(const Sums& s, double delta, double eps, double dim) {
-  const double floor = eps * eps;
-  const double pp = s.pp > floor ? s.pp : floor;
-  const double gg = s.gg > floor ? s.gg : floor;
-  return s.pg * s.pg < delta * delta / dim * pp * gg;
+// What the cosine test compares with. Sums are of gradients that are still to be multiplied by `scale`.
+struct Test {
+  double delta2 = 0, least_pp = 0, least_gg = 0;
+
+  Test() = default;
+  Test(double delta, double eps, double scale)
+      : delta2(delta * delta), least_pp(eps * eps), least_gg(eps / scale * (eps / scale)) {}
+};
+
+// The square of cos(s g, p) = |p.g| s / (max(|p|, eps) max(s |g|, eps)) over its threshold delta / sqrt(dim): the test is
+// passed below 1. max(s |g|, eps) / s = max(|g|, eps / s), and max(|p|, eps)^2 = max(p.p, eps^2).
+// A NaN, which every broken gradient leaves in p.g, becomes infinity, so that a maximum of these does not lose it.
+FUSED_ADAMP_INLINE double cosine_ratio(const Sums& s, const Test& test, double dim) {
+  const double pp = s.pp > test.least_pp ? s.pp : test.least_pp;
+  const double gg = s.gg > test.least_gg ? s.gg : test.least_gg;
+  const double ratio = s.pg * s.pg * dim / (test.delta2 * pp * gg);
+  return ratio == ratio ? ratio : HUGE_VAL;
 }
 
 // c of weight_update.

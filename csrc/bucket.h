@@ -13,32 +13,21 @@
 
 namespace fused_adamp {
 
-// A borrowed tensor of an operator's tensor list. Reads the fields a step needs, through the stable C interface.
-class TensorRef {
- public:
-  explicit TensorRef(AtenTensorHandle handle) : handle_(handle) {}
+// What a step needs to know of a tensor, read through the stable C interface. No data: there is none.
+struct TensorRef {
+  TensorRef() = default;
+  explicit TensorRef(AtenTensorHandle handle);
 
-  void* data() const { return get<void*>(aoti_torch_get_data_ptr); }
-  int64_t dim() const { return get<int64_t>(aoti_torch_get_dim); }
-  int64_t numel() const { return get<int64_t>(aoti_torch_get_numel); }
-  const int64_t* sizes() const { return get<int64_t*>(aoti_torch_get_sizes); }
-  const int64_t* strides() const { return get<int64_t*>(aoti_torch_get_strides); }
-  int32_t dtype() const { return get<int32_t>(aoti_torch_get_dtype); }
-  bool is_dense_on_cpu() const {
-    return get<int32_t>(aoti_torch_get_device_type) == aoti_torch_device_type_cpu() &&
-           get<int32_t>(aoti_torch_get_layout) == aoti_torch_layout_strided();
-  }
+  bool exists = false;
+  bool on_cpu = false;  // and dense
+  char* data = nullptr;
+  int32_t dtype = 0;
+  int64_t dim = 0, numel = 0;
+  const int64_t* sizes = nullptr;
+  const int64_t* strides = nullptr;
+
   bool same_sizes(const TensorRef& other) const;
   bool overlaps() const;  // elements may share memory: fused_adamp/bucket.py
-
- private:
-  template <class T, class Getter>
-  T get(Getter getter) const {
-    T value;
-    TORCH_ERROR_CODE_CHECK(getter(handle_, &value));
-    return value;
-  }
-  AtenTensorHandle handle_;
 };
 
 // An operator's argument of type Tensor[], owned until the end of the call.
@@ -50,14 +39,15 @@ class TensorList {
   TensorList& operator=(const TensorList&) = delete;
 
   bool empty() const { return handles_.empty(); }
-  TensorRef operator[](int64_t i) const { return TensorRef(handles_[i]); }
+  size_t size() const { return handles_.size(); }
+  TensorRef operator[](int64_t i) const { return empty() ? TensorRef() : TensorRef(handles_[i]); }
 
  private:
   std::vector<AtenTensorHandle> handles_;
 };
 
 // Counted up whenever TableRow, TileSums, Scalars or the operators change: fused_adamp/backends/cpu.py compares it.
-constexpr int64_t layout_version = 1;
+constexpr int64_t layout_version = 3;
 
 // One row of the bucket's table: fused_adamp/bucket.py, COLUMNS.
 struct TableRow {
@@ -67,34 +57,44 @@ struct TableRow {
   int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows * segments(); }
 };
 
-// One of a parameter's tensors (p, g, m or v). `inner` are the strides of the collapsed dimensions beyond dim 0.
+// One of a parameter's tensors.
 struct Operand {
   char* data = nullptr;
-  StorageType type = storage_f32;
-  int64_t row_stride = 0;
-  std::vector<int64_t> inner;
-
-  int64_t itemsize() const { return type == storage_f64 ? 8 : type == storage_f32 ? 4 : 2; }
+  StorageType type = storage_f32;  // of a remainder: that of the weight, which is as large
 };
 
-enum Role { role_p, role_g, role_m, role_v, role_count };
+// How a parameter's tensors lie in memory, when the dimensions beyond dim 0 have been merged where all of them allow it.
+struct Layout {
+  std::vector<int64_t> inner_sizes;
+  int64_t row_stride[role_count] = {};
+  std::vector<int64_t> inner[role_count];  // strides
+};
 
 // How a parameter passes through the stages: cpu.cpp.
-enum class Plan { untested, one_tile, split, speculative };
+enum class Plan { settled, one_tile, split, speculative };
 
 struct Parameter {
   const TableRow* table;
   TileSums* tiles;  // this parameter's
   uint8_t* decision;
+  double* results;  // fused_adamp/bucket.py, RESULTS
   RuleIndex rule;
   const Scalars* scalars;
-  float* step;       // t, kept in the state; null where the rule counts no steps
-  double t = 0;      // the step being taken, 1-based
-  bool is_double;    // computed in double, else in float
-  bool direct;       // tiles lie in memory as the kernels want them, else they are gathered into scratch
+  Test test;
+  bool tested;             // by the cosine test; else the decision is settled:
+  Decision settled;        // by the projection that the group names, or by there being none
+  float* step;             // t, kept in the state; null where the rule counts no steps
+  int64_t* seed;           // of stochastic rounding; null where there is none
+  uint32_t key[2] = {0, 0};  // of this step's chance
+  double t = 0;            // the step being taken, 1-based
+  Coefficients<float> coefficients;
+  Coefficients<double> coefficients_f64;
+  bool is_double;          // computed in double, else in float
+  bool dense;              // tiles lie in memory row by row, else they are gathered into scratch
+  bool in_place;           // stored as computed, else they pass through the stage
   Plan plan;
   Operand operand[role_count];
-  std::vector<int64_t> inner_sizes;  // of the collapsed dimensions beyond dim 0
+  std::unique_ptr<Layout> layout;    // null: all tensors are contiguous
   int64_t shrink_offset = 0;         // bytes into the step's scratch: speculative, one number per row
   char* shrink = nullptr;
 

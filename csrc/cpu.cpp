@@ -2,12 +2,12 @@
 //
 // A parameter's tiles pass through stages, by one of four plans:
 //
-//   untested     update                                a vector, or delta = 0: nothing is ever projected
+//   settled      update                                the decision needs no test: a vector, delta = 0, a forced projection
 //   one_tile     measure, decide, update               at once, in cache
 //   split        measure, decide, dot, update          any storage
-//   speculative  predict, sweep, decide, finish        float32 or float64 in place
+//   speculative  predict, sweep, decide, finish        weight and state keep what was computed
 //
-//   measure  per row p.g, g.g and p.p; the rows that fail the cosine test                         reads p g
+//   measure  per row p.g, g.g and p.p; the largest cosine of a row                                 reads p g
 //   decide   by the thread that ends the parameter's last tile: sums in tile order, decision
 //   dot      p.u, where the chosen view is wider than a tile                                      reads p g m v
 //   update   momentum, projection, weight decay, weight                                          reads p g m v, writes p m v
@@ -27,6 +27,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -44,19 +45,39 @@ namespace fused_adamp {
 
 // Tensors.
 
+TensorRef::TensorRef(AtenTensorHandle handle) : exists(true) {
+  int32_t device, layout;
+  int64_t *its_sizes, *its_strides;
+  void* its_data;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(handle, &device));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(handle, &layout));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(handle, &dtype));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dim(handle, &dim));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_sizes(handle, &its_sizes));
+  sizes = its_sizes;
+  numel = 1;
+  for (int64_t d = 0; d < dim; ++d) numel *= sizes[d];
+  static const int32_t cpu = aoti_torch_device_type_cpu(), strided = aoti_torch_layout_strided();
+  on_cpu = device == cpu && layout == strided;
+  if (!on_cpu) return;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(handle, &its_strides));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &its_data));
+  strides = its_strides;
+  data = static_cast<char*>(its_data);
+}
+
 bool TensorRef::same_sizes(const TensorRef& other) const {
-  const int64_t n = dim();
-  return n == other.dim() && std::equal(sizes(), sizes() + n, other.sizes());
+  return dim == other.dim && std::equal(sizes, sizes + dim, other.sizes);
 }
 
 bool TensorRef::overlaps() const {
   std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < dim(); ++d)
-    if (sizes()[d] > 1) dims.emplace_back(strides()[d], sizes()[d]);
+  for (int64_t d = 0; d < dim; ++d)
+    if (sizes[d] > 1) dims.emplace_back(strides[d], sizes[d]);
   std::sort(dims.begin(), dims.end());
   int64_t end = 0;
   for (const auto& [stride, size] : dims) {
-    if (stride <= end) return numel() > 0;
+    if (stride <= end) return numel > 0;
     end += (size - 1) * stride;
   }
   return false;
@@ -87,6 +108,8 @@ StorageType storage_type(int32_t dtype) {
   return StorageType(std::find(known, known + storage_count, dtype) - known);
 }
 
+int64_t itemsize(StorageType type) { return type == storage_f64 ? 8 : type == storage_f32 ? 4 : 2; }
+
 // The instruction set to run: the widest that the processor has, or the one that FUSED_ADAMP_CPU names.
 
 const InstructionSet* find_instructions(const std::string& wish) {
@@ -112,13 +135,6 @@ const InstructionSet& instructions() {
   return *found;
 }
 
-template <class T>
-const Kernels<T>& kernels_of(const InstructionSet& set);
-template <>
-const Kernels<float>& kernels_of(const InstructionSet& set) { return set.f32; }
-template <>
-const Kernels<double>& kernels_of(const InstructionSet& set) { return set.f64; }
-
 // From tensors to parameters.
 
 RuleIndex rule_index(bool adaptive, const Scalars& s, bool stateful) {
@@ -128,45 +144,64 @@ RuleIndex rule_index(bool adaptive, const Scalars& s, bool stateful) {
   return s.project_buffer ? sgd_project_buffer : sgd;
 }
 
+bool is_contiguous(int64_t dim, const int64_t* sizes, const int64_t* strides) {
+  int64_t expected = 1;
+  for (int64_t d = dim - 1; d >= 0; --d) {
+    if (sizes[d] != 1 && strides[d] != expected) return false;
+    expected *= sizes[d];
+  }
+  return true;
+}
+
 // Sets strides, merging the dimensions beyond dim 0 wherever all of the parameter's tensors allow it. The order within a
 // row means nothing to the algorithm as long as all tensors agree on it, so dimensions are sorted by p's stride first.
-void collapse(Parameter& x, const TensorRef (&tensor)[role_count], int roles) {
-  const int64_t dim = tensor[role_p].dim();
-  const int64_t* sizes = tensor[role_p].sizes();
+void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
+  const int64_t dim = tensor[role_p].dim;
+  const int64_t* sizes = tensor[role_p].sizes;
+  x.dense = true;
+  for (int r = 0; x.dense && r < role_count; ++r)
+    x.dense = !tensor[r].exists || is_contiguous(dim, sizes, tensor[r].strides);
+  if (x.dense) return;  // as most are
   const int64_t outer = dim >= 2 ? 1 : 0;  // a vector is one row
   std::vector<int64_t> order;
   for (int64_t d = outer; d < dim; ++d)
     if (sizes[d] != 1) order.push_back(d);
-  const int64_t* p_strides = tensor[role_p].strides();
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p_strides[a] > p_strides[b]; });
-
-  x.inner_sizes.clear();
-  for (int r = 0; r < roles; ++r) {
-    x.operand[r].row_stride = outer ? tensor[r].strides()[0] : 0;
-    x.operand[r].inner.clear();
+  const int64_t* strides[role_count] = {};
+  for (int r = 0; r < role_count; ++r) strides[r] = tensor[r].strides;
+  if (!x.seed) {  // of which every element of a row draws its own number
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[role_p][a] > strides[role_p][b]; });
   }
+
+  x.layout.reset(new Layout);
+  Layout& layout = *x.layout;
+  const auto merges = [&](int64_t d) {
+    if (layout.inner_sizes.empty()) return false;
+    for (int r = 0; r < role_count; ++r)
+      if (strides[r] && layout.inner[r].back() != sizes[d] * strides[r][d]) return false;
+    return true;
+  };
   for (int64_t d : order) {
-    bool merges = !x.inner_sizes.empty();
-    for (int r = 0; merges && r < roles; ++r)
-      merges = x.operand[r].inner.back() == sizes[d] * tensor[r].strides()[d];
-    if (merges) {
-      x.inner_sizes.back() *= sizes[d];
-      for (int r = 0; r < roles; ++r) x.operand[r].inner.back() = tensor[r].strides()[d];
+    const bool merged = merges(d);
+    if (merged) {
+      layout.inner_sizes.back() *= sizes[d];
     } else {
-      x.inner_sizes.push_back(sizes[d]);
-      for (int r = 0; r < roles; ++r) x.operand[r].inner.push_back(tensor[r].strides()[d]);
+      layout.inner_sizes.push_back(sizes[d]);
+    }
+    for (int r = 0; r < role_count; ++r) {
+      if (!strides[r]) continue;
+      if (merged) layout.inner[r].pop_back();
+      layout.inner[r].push_back(strides[r][d]);
     }
   }
-  if (x.inner_sizes.empty()) {  // one column
-    x.inner_sizes.push_back(1);
-    for (int r = 0; r < roles; ++r) x.operand[r].inner.push_back(1);
+  if (order.empty()) {  // one column
+    layout.inner_sizes.push_back(1);
+    for (auto& inner : layout.inner) inner.push_back(1);
   }
-
-  const StorageType wanted = x.is_double ? storage_f64 : storage_f32;
-  x.direct = x.inner_sizes.size() == 1;
-  for (int r = 0; x.direct && r < roles; ++r) {
-    const Operand& o = x.operand[r];
-    x.direct = o.type == wanted && o.inner[0] == 1 && (x.table->rows == 1 || o.row_stride == x.table->cols);
+  x.dense = layout.inner_sizes.size() == 1;
+  for (int r = 0; r < role_count; ++r) {
+    if (!strides[r]) continue;
+    layout.row_stride[r] = outer ? strides[r][0] : 0;
+    x.dense &= layout.inner[r][0] == 1 && (x.table->rows == 1 || layout.row_stride[r] == x.table->cols);
   }
 }
 
@@ -175,9 +210,15 @@ void collapse(Parameter& x, const TensorRef (&tensor)[role_count], int roles) {
 Plan plan_for(const Parameter& x) {
   constexpr int64_t shortest_row = 64;
   const TableRow& t = *x.table;
-  if (!t.projected || !(x.scalars->delta > 0)) return Plan::untested;  // with delta = 0 no cosine is below the threshold
+  if (!x.tested) {
+    const bool spans = x.settled == Decision::layer ? t.tiles() > 1 : x.settled == Decision::channel && t.segments() > 1;
+    return spans ? Plan::split : Plan::settled;
+  }
   if (t.tiles() <= 1) return Plan::one_tile;
-  const bool recovers = x.direct && x.rule != sgd_project_buffer && recoverable(x.scalars->decay);
+  const StorageType wanted = x.is_double ? storage_f64 : storage_f32;
+  const auto exact = [&](Role role) { return !x.operand[role].data || x.operand[role].type == wanted; };
+  const bool keeps = (exact(role_p) || x.operand[role_remainder].data) && exact(role_m) && exact(role_v);
+  const bool recovers = keeps && x.dense && x.rule != sgd_project_buffer && recoverable(x.scalars->lr * x.scalars->decay);
   return recovers && t.cols >= shortest_row ? Plan::speculative : Plan::split;
 }
 
@@ -203,87 +244,123 @@ Tile tile_at(const TableRow& t, int64_t index) {
 
 // Calls run(offset in operand, its stride, offset in tile, its stride, count) for runs of elements that cover the tile.
 template <class Run>
-void for_each_run(const Parameter& x, const Operand& o, const Tile& tile, const Run& run) {
-  const auto& sizes = x.inner_sizes;
+void for_each_run(const Layout& layout, int role, const Tile& tile, const Run& run) {
+  const auto& sizes = layout.inner_sizes;
+  const auto& inner = layout.inner[role];
+  const int64_t row_stride = layout.row_stride[role];
   const int last = int(sizes.size()) - 1;
-  if (last == 0 && o.row_stride < o.inner[0]) {  // columns lie further apart than rows: run along the rows
+  if (last == 0 && row_stride < inner[0]) {  // columns lie further apart than rows: run along the rows
     for (int64_t c = 0; c < tile.cols; ++c)
-      run(tile.row * o.row_stride + (tile.col + c) * o.inner[0], o.row_stride, c, tile.cols, tile.rows);
+      run(tile.row * row_stride + (tile.col + c) * inner[0], row_stride, c, tile.cols, tile.rows);
     return;
   }
   for (int64_t r = 0; r < tile.rows; ++r) {
     for (int64_t c = 0; c < tile.cols;) {
-      int64_t rest = tile.col + c, offset = (tile.row + r) * o.row_stride;
+      int64_t rest = tile.col + c, offset = (tile.row + r) * row_stride;
       const int64_t count = std::min(sizes[last] - rest % sizes[last], tile.cols - c);
-      for (int d = last; d >= 0; rest /= sizes[d], --d) offset += rest % sizes[d] * o.inner[d];
-      run(offset, o.inner[last], r * tile.cols + c, 1, count);
+      for (int d = last; d >= 0; rest /= sizes[d], --d) offset += rest % sizes[d] * inner[d];
+      run(offset, inner[last], r * tile.cols + c, 1, count);
       c += count;
     }
   }
 }
 
-template <class T>
-void gather(const Kernels<T>& k, const Parameter& x, Role role, const Tile& tile, T* to) {
+// n elements of one size, so many elements apart on either side.
+void copy(int64_t size, const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t n) {
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    for (int64_t i = 0; i < n; ++i)
+      std::memcpy(to + i * to_stride * sizeof(Element), from + i * from_stride * sizeof(Element), sizeof(Element));
+  };
+  if (from_stride == 1 && to_stride == 1) {
+    std::memcpy(to, from, n * size);
+  } else if (size == 2) {
+    run(uint16_t());
+  } else if (size == 4) {
+    run(uint32_t());
+  } else {
+    run(uint64_t());
+  }
+}
+
+void gather(const Parameter& x, int role, const Tile& tile, char* to) {
   const Operand& o = x.operand[role];
-  for_each_run(x, o, tile, [&](int64_t at, int64_t stride, int64_t place, int64_t step, int64_t n) {
-    k.gather[o.type](o.data + at * o.itemsize(), stride, to + place, step, n);
+  const int64_t size = itemsize(o.type);
+  for_each_run(*x.layout, role, tile, [&](int64_t at, int64_t stride, int64_t place, int64_t step, int64_t n) {
+    copy(size, o.data + at * size, stride, to + place * size, step, n);
   });
 }
 
-template <class T>
-void scatter(const Kernels<T>& k, const Parameter& x, Role role, const Tile& tile, const T* from) {
+void scatter(const Parameter& x, int role, const Tile& tile, const char* from) {
   const Operand& o = x.operand[role];
-  for_each_run(x, o, tile, [&](int64_t at, int64_t stride, int64_t place, int64_t step, int64_t n) {
-    k.scatter[o.type](from + place, step, o.data + at * o.itemsize(), stride, n);
+  const int64_t size = itemsize(o.type);
+  for_each_run(*x.layout, role, tile, [&](int64_t at, int64_t stride, int64_t place, int64_t step, int64_t n) {
+    copy(size, from + place * size, step, o.data + at * size, stride, n);
   });
 }
 
-// A thread's scratch: u of the rows in flight, and for tiles that have to be gathered one tile of each role.
+// A thread's scratch: u of the rows in flight, the stage, and for tiles that have to be gathered one tile of each role.
 struct Scratch {
   char* base;
-  int64_t tile_bytes;
+  int64_t tile_bytes, stage_bytes;
 
   template <class T>
   T* u() const {
     return reinterpret_cast<T*>(base);
   }
   template <class T>
-  T* gathered(Role role) const {
-    return reinterpret_cast<T*>(base + (rows_in_flight + role) * tile_bytes);
+  T* stage() const {
+    return reinterpret_cast<T*>(base + rows_in_flight * tile_bytes);
   }
+  char* gathered(int role) const { return base + (rows_in_flight + role) * tile_bytes + stage_bytes; }
 };
+
+// Which of a tile's tensors a stage reads.
+constexpr int only_g = 1 << role_g, p_and_g = only_g | 1 << role_p | 1 << role_remainder, everything = (1 << role_count) - 1;
 
 // The tile as the kernels want it. What a gathered tile writes reaches the parameter with store().
 template <class T>
 class TileAccess {
  public:
-  TileAccess(const Kernels<T>& k, const Parameter& x, const Tile& tile, const Scratch& scratch, bool with_state)
-      : kernels_(k), parameter_(x), tile_(tile) {
-    data.p = get(role_p, scratch);
-    data.g = get(role_g, scratch);
-    data.m = with_state ? get(role_m, scratch) : nullptr;
-    data.v = with_state ? get(role_v, scratch) : nullptr;
+  TileAccess(const Parameter& x, const Tile& tile, const Scratch& scratch, int roles)
+      : parameter_(x), tile_(tile), storage_{} {
+    const int64_t first = tile.row * x.table->cols + tile.col;
+    for (int role = 0; role < role_count; ++role) {
+      const Operand& o = x.operand[role];
+      if (!o.data || !(roles >> role & 1)) continue;
+      storage_.type[role] = o.type;
+      if (x.dense) {
+        storage_.data[role] = o.data + first * itemsize(o.type);
+      } else {
+        storage_.data[role] = scratch.gathered(role);
+        gather(x, role, tile, storage_.data[role]);
+      }
+    }
+    if (x.in_place) {
+      const auto at = [&](Role role) { return reinterpret_cast<T*>(storage_.data[role]); };
+      data = {at(role_p), at(role_g), at(role_m), at(role_v), nullptr, nullptr};
+    } else {
+      storage_.stochastic = x.seed != nullptr;
+      storage_.key[0] = x.key[0];
+      storage_.key[1] = x.key[1];
+      storage_.first = uint32_t(first);
+      data = {nullptr, nullptr, nullptr, nullptr, &storage_, scratch.stage<T>()};
+    }
   }
+  TileAccess(const TileAccess&) = delete;
+  TileAccess& operator=(const TileAccess&) = delete;
+
   void store() const {
-    if (parameter_.direct) return;
-    scatter(kernels_, parameter_, role_p, tile_, data.p);
-    if (data.m) scatter(kernels_, parameter_, role_m, tile_, data.m);
-    if (data.v) scatter(kernels_, parameter_, role_v, tile_, data.v);
+    if (parameter_.dense) return;
+    for (Role role : {role_p, role_m, role_v, role_remainder})
+      if (storage_.data[role]) scatter(parameter_, role, tile_, storage_.data[role]);
   }
   TileData<T> data;
 
  private:
-  T* get(Role role, const Scratch& scratch) {
-    const Operand& o = parameter_.operand[role];
-    if (!o.data) return nullptr;
-    if (parameter_.direct) return reinterpret_cast<T*>(o.data) + tile_.row * parameter_.table->cols + tile_.col;
-    T* to = scratch.gathered<T>(role);
-    gather(kernels_, parameter_, role, tile_, to);
-    return to;
-  }
-  const Kernels<T>& kernels_;
   const Parameter& parameter_;
   const Tile tile_;
+  Storage storage_;
 };
 
 // The stages.
@@ -292,26 +369,32 @@ Decision decision_of(const Parameter& x) { return Decision(*x.decision); }
 
 // w, scaled down where the weight is projected.
 double decay_of(const Parameter& x, Decision decision) {
-  return x.scalars->decay * (decision == Decision::none ? 1 : x.scalars->wd_ratio);
+  return x.scalars->lr * x.scalars->decay * (decision == Decision::none ? 1 : x.scalars->wd_ratio);
 }
 
 template <class T>
-Coefficients<T> coefficients_of(const Parameter& x) {
-  return Coefficients<T>(*x.scalars, x.operand[role_v].data != nullptr, x.t);
+const Coefficients<T>& coefficients_of(const Parameter& x) {
+  if constexpr (sizeof(T) == 8) {
+    return x.coefficients_f64;
+  } else {
+    return x.coefficients;
+  }
 }
 
 template <class T>
 TileSums measure(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile) {
   TileSums s{};
-  s.sums = k.measure(data.p, data.g, tile.rows, tile.cols, x.scalars->delta, x.scalars->eps, &s.failed);
+  s.sums = k.measure(data, tile.rows, tile.cols, x.test, &s.largest);
   return s;
 }
 
-// For rows of several tiles the tiles of a row are added up here, in tile order, else whole tiles.
+// The decision, and what the user may ask of the test. For rows of several tiles the tiles of a row are added up here, in
+// tile order, else whole tiles.
 Decision decide(const Parameter& x) {
+  if (!x.tested) return x.settled;
   const TableRow& t = *x.table;
   const int64_t segments = t.segments(), tiles = t.tiles();
-  double failed = 0;
+  double largest = 0;
   Sums layer{0, 0, 0};
   for (int64_t i = 0; i < tiles; i += segments) {
     Sums row{0, 0, 0};
@@ -320,14 +403,15 @@ Decision decide(const Parameter& x) {
       row.gg += x.tiles[j].sums.gg;
       row.pp += x.tiles[j].sums.pp;
     }
-    failed += segments == 1 ? x.tiles[i].failed : !below_threshold(row, x.scalars->delta, x.scalars->eps, double(t.cols));
+    largest = std::max(largest, segments == 1 ? x.tiles[i].largest : cosine_ratio(row, x.test, double(t.cols)));
     layer.pg += row.pg;
     layer.gg += row.gg;
     layer.pp += row.pp;
   }
-  if (failed == 0) return Decision::channel;
-  const bool below = below_threshold(layer, x.scalars->delta, x.scalars->eps, double(t.rows) * double(t.cols));
-  return below ? Decision::layer : Decision::none;
+  x.results[0] = std::sqrt(largest);
+  x.results[1] = std::sqrt(layer.pp);
+  if (largest < 1) return Decision::channel;
+  return cosine_ratio(layer, x.test, double(t.rows) * double(t.cols)) < 1 ? Decision::layer : Decision::none;
 }
 
 // Whether the chosen view is wider than a tile.
@@ -370,8 +454,7 @@ template <class T>
 void sweep(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile, const Scratch& scratch,
            TileSums* sums) {
   T* shrink = x.predict_channel ? reinterpret_cast<T*>(x.shrink) + tile.row : nullptr;
-  const Guess<T> guess{x.scalars->delta, x.scalars->eps, T(decay_of(x, Decision::none)), T(decay_of(x, Decision::channel)),
-                       shrink};
+  const Guess<T> guess{x.test, T(decay_of(x, Decision::none)), T(decay_of(x, Decision::channel)), shrink};
   k.rule[x.rule].sweep(data, scratch.u<T>(), tile.rows, tile.cols, coefficients_of<T>(x), guess, sums);
 }
 
@@ -384,7 +467,7 @@ void finish(const Kernels<T>& k, const Parameter& x, TileData<T> data, const Til
   T is = T(decay_of(x, decision));
   if (view_spans_tiles(x)) is -= c.step_size * T(sums.projection);
   if (!x.predict_channel) {
-    if (decision != Decision::none) k.rule[x.rule].finish(data, tile.size(), c, plain, is);
+    if (decision != Decision::none) k.rule[x.rule].finish(data, 0, tile.size(), c, plain, is);
     return;
   }
   if (decision == Decision::channel && sums.deferred == 0) return;
@@ -392,10 +475,7 @@ void finish(const Kernels<T>& k, const Parameter& x, TileData<T> data, const Til
     const T shrink = reinterpret_cast<const T*>(x.shrink)[tile.row + row];
     const T was = recoverable(shrink) ? shrink : plain;
     if (decision == Decision::channel) is = shrink;
-    const int64_t offset = row * tile.cols;
-    const TileData<T> t{data.p + offset, data.g + offset, data.m ? data.m + offset : nullptr,
-                        data.v ? data.v + offset : nullptr};
-    if (was != is) k.rule[x.rule].finish(t, tile.cols, c, was, is);
+    if (was != is) k.rule[x.rule].finish(data, row * tile.cols, tile.cols, c, was, is);
   }
 }
 
@@ -417,7 +497,7 @@ bool is_last(std::atomic<int64_t>& finished, int64_t tiles) {
   return finished.fetch_add(1, std::memory_order_acq_rel) + 1 == tiles;
 }
 
-enum class Stage { update, measure_update, measure, dot, update_measured, predict, sweep, finish };
+enum class Stage { update, measure_update, measure, dot, update_measured, predict, sweep, finish, square_norm };
 
 // One stage of one parameter: a run of jobs, one per tile.
 struct Segment {
@@ -436,13 +516,13 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
   TileSums& sums = x.tiles[index];
   switch (stage) {
     case Stage::update: {
-      const TileAccess<T> access(k, x, tile, scratch, true);
+      const TileAccess<T> access(x, tile, scratch, everything);
       update(k, x, access.data, tile, scratch, 0);
       access.store();
       break;
     }
     case Stage::measure_update: {
-      const TileAccess<T> access(k, x, tile, scratch, true);
+      const TileAccess<T> access(x, tile, scratch, everything);
       sums = measure(k, x, access.data, tile);
       *x.decision = uint8_t(decide(x));
       update(k, x, access.data, tile, scratch, 0);
@@ -450,7 +530,7 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
       break;
     }
     case Stage::measure: {
-      sums = measure(k, x, TileAccess<T>(k, x, tile, scratch, false).data, tile);
+      sums = measure(k, x, TileAccess<T>(x, tile, scratch, p_and_g).data, tile);
       if (!is_last(x.measured_tiles, tiles)) break;
       *x.decision = uint8_t(decide(x));
       x.decided.store(true, std::memory_order_release);
@@ -459,7 +539,7 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
     case Stage::dot: {
       wait_for(x.decided);
       if (!view_spans_tiles(x)) break;
-      sums.pu = k.rule[x.rule].dot(TileAccess<T>(k, x, tile, scratch, true).data, tile.size(), coefficients_of<T>(x));
+      sums.pu = k.rule[x.rule].dot(TileAccess<T>(x, tile, scratch, everything).data, tile.size(), coefficients_of<T>(x));
       if (!is_last(x.dotted_tiles, tiles)) break;
       project_views(x);
       x.dotted.store(true, std::memory_order_release);
@@ -469,20 +549,20 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
       wait_for(x.decided);
       const bool spans = view_spans_tiles(x);
       if (spans) wait_for(x.dotted);
-      const TileAccess<T> access(k, x, tile, scratch, true);
+      const TileAccess<T> access(x, tile, scratch, everything);
       update(k, x, access.data, tile, scratch, spans ? sums.projection : 0);
       access.store();
       break;
     }
     case Stage::predict: {
-      if (measure(k, x, TileAccess<T>(k, x, tile, scratch, false).data, tile).failed > 0)
+      if (!(measure(k, x, TileAccess<T>(x, tile, scratch, p_and_g).data, tile).largest < 1))
         x.predict_channel.store(false, std::memory_order_relaxed);
       if (is_last(x.predicted_tiles, predicted_tiles(t))) x.predicted.store(true, std::memory_order_release);
       break;
     }
     case Stage::sweep: {
       wait_for(x.predicted);
-      sweep(k, x, TileAccess<T>(k, x, tile, scratch, true).data, tile, scratch, &sums);
+      sweep(k, x, TileAccess<T>(x, tile, scratch, everything).data, tile, scratch, &sums);
       if (!is_last(x.measured_tiles, tiles)) break;
       *x.decision = uint8_t(decide(x));
       if (view_spans_tiles(x)) project_views(x);
@@ -491,79 +571,143 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
     }
     case Stage::finish: {
       wait_for(x.decided);
-      finish(k, x, TileAccess<T>(k, x, tile, scratch, true).data, tile, sums);
+      finish(k, x, TileAccess<T>(x, tile, scratch, everything).data, tile, sums);
+      break;
+    }
+    case Stage::square_norm: {
+      sums.sums.gg = k.square_norm(TileAccess<T>(x, tile, scratch, only_g).data, tile.size());
       break;
     }
   }
 }
 
-// One step over a bucket.
+// What an operator is given: registration.cpp.
+struct Arguments {
+  explicit Arguments(StableIValue* stack);
+
+  const TensorList params, grads, moments[2], remainders, steps, seeds;
+  const torch::stable::Tensor decisions, results, sums, table, offsets, scalars;
+  const double scale;
+  const StorageType dtype;
+  const bool adaptive;
+};
+
+// One pass over a bucket.
 class Step {
  public:
   // Returns the index of the first parameter that does not fit its row of the table, -1 if all do. Writes nothing.
-  int64_t bind(const TensorList& params, const TensorList& grads, const TensorList (&moments)[2], const TensorList& steps,
-               const TableRow* table, int64_t size, const Scalars* scalars, StorageType dtype, bool adaptive,
-               uint8_t* decisions, TileSums* sums);
-  void run();
+  int64_t bind(const Arguments& a);
+  void step();
+  double square_norm();
 
  private:
   void schedule();
   void add(Parameter* x, Stage stage, int64_t jobs);
+  void prepare();
+  void run();
   int64_t jobs() const { return segments_.empty() ? 0 : segments_.back().end; }
+  int64_t threads() const;
+  int64_t scratch_bytes() const {
+    return tile_bytes_ * (rows_in_flight + (gathers_ ? role_count : 0)) + stage_bytes_;
+  }
 
   std::unique_ptr<Parameter[]> parameters_;
+  std::unique_ptr<char[]> memory_;
+  char* scratch_ = nullptr;
   std::vector<Segment> segments_;
-  int64_t count_ = 0, elements_ = 0, tile_bytes_ = 0, shrink_bytes_ = 0;
+  std::deque<std::vector<int64_t>> strides_;  // of parts of flat storage
+  double scale_ = 1;
+  bool adaptive_ = false;
+  int64_t count_ = 0, elements_ = 0, tile_bytes_ = 0, stage_bytes_ = 0, shrink_bytes_ = 0;
   bool gathers_ = false;
 };
 
-int64_t Step::bind(const TensorList& params, const TensorList& grads, const TensorList (&moments)[2],
-                   const TensorList& steps, const TableRow* table, int64_t size, const Scalars* scalars, StorageType dtype,
-                   bool adaptive, uint8_t* decisions, TileSums* sums) {
+int64_t tiles_of(const Parameter* x) { return x && x->table->rows * x->table->cols > 0 ? x->table->tiles() : 0; }
+
+int64_t Step::bind(const Arguments& a) {
+  const int64_t size = a.table.size(0);
+  const auto* table = static_cast<const TableRow*>(a.table.const_data_ptr());
+  const auto* scalars = static_cast<const Scalars*>(a.scalars.const_data_ptr());
+  auto* sums = static_cast<TileSums*>(a.sums.mutable_data_ptr());
   parameters_.reset(new Parameter[size]);
-  const int roles = 2 + !moments[0].empty() + !moments[1].empty();
-  const bool is_double = dtype == storage_f64;
+  scale_ = a.scale;
+  adaptive_ = a.adaptive;
+  const bool is_double = a.dtype == storage_f64;
+  const int32_t no_gradient = aoti_torch_dtype_bool(), int16 = aoti_torch_dtype_int16();
+  const auto* offsets = static_cast<const int64_t*>(a.offsets.const_data_ptr());
+  // State of the members, or the bucket's flat storage, of which they are contiguous parts.
+  const auto state = [&](const TensorList& list, int64_t i, const TensorRef& p) {
+    if (list.size() != 1 || size == 1) return list[i];
+    TensorRef part = list[0];
+    part.data += offsets[i] * (part.dtype == int16 ? 2 : itemsize(storage_type(part.dtype)));
+    part.dim = p.dim;
+    part.numel = p.numel;
+    part.sizes = p.sizes;
+    part.strides = p.strides;
+    if (!is_contiguous(p.dim, p.sizes, p.strides)) {
+      strides_.emplace_back(p.dim);
+      int64_t stride = 1;
+      for (int64_t d = p.dim - 1; d >= 0; stride *= std::max<int64_t>(p.sizes[d--], 1)) strides_.back()[d] = stride;
+      part.strides = strides_.back().data();
+    }
+    return part;
+  };
   for (int64_t i = 0; i < size; ++i) {
     const TableRow& row = table[i];
-    const TensorRef none(nullptr);
-    const TensorRef tensor[role_count] = {params[i], grads[i], roles > 2 ? moments[0][i] : none,
-                                          roles > 3 ? moments[1][i] : none};
-    const int64_t numel = tensor[role_p].numel();
-    if (tensor[role_g].dtype() == aoti_torch_dtype_bool() && tensor[role_g].numel() == 0) continue;  // no gradient
+    const TensorRef p = a.params[i], g = a.grads[i];
+    if (g.dtype == no_gradient && g.numel == 0) continue;
+    const TensorRef tensor[role_count] = {p, g, state(a.moments[0], i, p), state(a.moments[1], i, p),
+                                          state(a.remainders, i, p)};
+    const TensorRef step = a.steps.size() == 1 ? a.steps[0] : a.steps[i], seed = a.seeds[i];
+    const int64_t count = a.steps.size() == 1 ? size : 1;  // one tensor may hold the counts of all members
 
-    const int64_t dim = tensor[role_p].dim();
-    const int64_t rows = dim < 2 ? 1 : tensor[role_p].sizes()[0];
-    bool fits = storage_type(tensor[role_p].dtype()) == dtype && row.projected == (dim >= 2) && row.rows == rows &&
-                row.rows * row.cols == numel;
-    for (int r = 0; fits && r < roles; ++r)
-      fits = tensor[r].is_dense_on_cpu() && tensor[r].same_sizes(tensor[role_p]) &&
-             storage_type(tensor[r].dtype()) < storage_count;
-    if (fits && !steps.empty())
-      fits = steps[i].is_dense_on_cpu() && steps[i].numel() == 1 && steps[i].dtype() == aoti_torch_dtype_float32();
+    const int64_t rows = p.dim < 2 ? 1 : p.sizes[0];
+    bool fits = storage_type(p.dtype) == a.dtype && row.projected == (p.dim >= 2) && row.rows == rows &&
+                row.rows * row.cols == p.numel;
+    for (int r = 0; fits && r < role_count; ++r) {
+      if (!tensor[r].exists) continue;
+      fits = tensor[r].on_cpu && tensor[r].same_sizes(p) &&
+             (r == role_remainder ? tensor[r].dtype == int16 : storage_type(tensor[r].dtype) < storage_count);
+    }
+    fits = fits && (!step.exists || (step.on_cpu && step.numel == count && step.dtype == aoti_torch_dtype_float32()));
+    fits = fits && (!seed.exists || (seed.on_cpu && seed.numel == 1 && seed.dtype == aoti_torch_dtype_int64()));
     if (!fits) return i;
 
     Parameter& x = parameters_[count_++];
     x.table = &row;
     x.tiles = sums + row.first_tile;
-    x.decision = decisions + i;
+    x.decision = static_cast<uint8_t*>(a.decisions.mutable_data_ptr()) + i;
+    x.results = static_cast<double*>(a.results.mutable_data_ptr()) + 2 * i;
     x.scalars = scalars + row.group;
-    x.rule = rule_index(adaptive, *x.scalars, roles > 2);
-    x.step = steps.empty() ? nullptr : static_cast<float*>(steps[i].data());
+    x.test = Test(x.scalars->delta, x.scalars->eps, a.scale);
+    const auto wish = Projection(int(x.scalars->projection));
+    x.tested = row.projected && wish == Projection::automatic && x.scalars->delta > 0;  // at 0 no cosine is below
+    x.settled = !row.projected               ? Decision::none
+                : wish == Projection::channel ? Decision::channel
+                : wish == Projection::layer   ? Decision::layer
+                                              : Decision::none;
+    x.rule = rule_index(a.adaptive, *x.scalars, !a.moments[0].empty());
+    x.step = step.exists ? reinterpret_cast<float*>(step.data) + (count > 1 ? i : 0) : nullptr;
+    x.seed = seed.exists ? reinterpret_cast<int64_t*>(seed.data) : nullptr;
     x.is_double = is_double;
-    for (int r = 0; r < roles; ++r) {
-      x.operand[r].data = static_cast<char*>(tensor[r].data());
-      x.operand[r].type = storage_type(tensor[r].dtype());
+    x.in_place = !tensor[role_remainder].exists && !seed.exists;
+    for (int r = 0; r < role_count; ++r) {
+      if (!tensor[r].exists) continue;
+      x.operand[r].data = tensor[r].data;
+      x.operand[r].type = r == role_remainder ? storage_bf16 : storage_type(tensor[r].dtype);
+      x.in_place &= x.operand[r].type == (is_double ? storage_f64 : storage_f32);
     }
-    collapse(x, tensor, roles);
-    for (int r = 0; !x.direct && r < roles; ++r)  // rows in a row never share memory
-      if (r != role_g && tensor[r].overlaps()) return i;
+    collapse(x, tensor);
+    for (int r = 0; !x.dense && r < role_count; ++r)  // rows in a row never share memory
+      if (r != role_g && tensor[r].exists && tensor[r].overlaps()) return i;
     x.plan = plan_for(x);
     if (x.plan == Plan::speculative) {
       x.shrink_offset = shrink_bytes_;
       shrink_bytes_ += (row.rows * (is_double ? 8 : 4) + 63) / 64 * 64;
     }
-    elements_ += numel;
-    gathers_ |= !x.direct;
+    elements_ += p.numel;
+    gathers_ |= !x.dense;
+    if (!x.in_place) stage_bytes_ = staged_blocks * block_size<char>;
     tile_bytes_ = std::max<int64_t>(tile_bytes_, (row.tile_rows * row.tile_cols * (is_double ? 8 : 4) + 63) / 64 * 64);
   }
   return -1;
@@ -577,27 +721,26 @@ void Step::add(Parameter* x, Stage stage, int64_t count) {
 // the next one, so that no thread waits for the last tiles of another.
 void Step::schedule() {
   Parameter *swept = nullptr, *predicted = nullptr;
-  const auto tiles = [](const Parameter* x) { return x && x->table->rows * x->table->cols > 0 ? x->table->tiles() : 0; };
   const auto proceed = [&](Parameter* x) {
     if (x) add(x, Stage::predict, predicted_tiles(*x->table));
-    add(predicted, Stage::sweep, tiles(predicted));
-    add(swept, Stage::finish, tiles(swept));
+    add(predicted, Stage::sweep, tiles_of(predicted));
+    add(swept, Stage::finish, tiles_of(swept));
     swept = predicted;
     predicted = x;
   };
   for (int64_t i = 0; i < count_; ++i) {
     Parameter* x = &parameters_[i];
     switch (x->plan) {
-      case Plan::untested:
-        add(x, Stage::update, tiles(x));
+      case Plan::settled:
+        add(x, Stage::update, tiles_of(x));
         break;
       case Plan::one_tile:
-        add(x, Stage::measure_update, tiles(x));
+        add(x, Stage::measure_update, tiles_of(x));
         break;
       case Plan::split:
-        add(x, Stage::measure, tiles(x));
-        add(x, Stage::dot, tiles(x));
-        add(x, Stage::update_measured, tiles(x));
+        add(x, Stage::measure, tiles_of(x));
+        add(x, Stage::dot, tiles_of(x));
+        add(x, Stage::update_measured, tiles_of(x));
         break;
       case Plan::speculative:
         proceed(x);
@@ -608,28 +751,24 @@ void Step::schedule() {
   proceed(nullptr);
 }
 
-void Step::run() {
+int64_t Step::threads() const {
   // Below so many elements a second thread costs more than it brings: the grain that torch uses too.
   constexpr int64_t elements_per_thread = 32768;
-  const InstructionSet& set = instructions();
-  // Everything that can fail comes before the first write.
-  schedule();
-  const int64_t threads = std::max<int64_t>(
+  return std::max<int64_t>(
       1, std::min<int64_t>({torch::stable::get_num_threads(), jobs(), elements_ / elements_per_thread}));
-  const int64_t scratch_bytes = tile_bytes_ * (rows_in_flight + (gathers_ ? role_count : 0));
-  std::unique_ptr<char[]> memory(new char[threads * scratch_bytes + shrink_bytes_ + 64]);
-  char* scratch = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+}
 
-  for (int64_t i = 0; i < count_; ++i) {
-    Parameter& x = parameters_[i];
-    if (x.step) x.t = *x.step += 1;
-    *x.decision = uint8_t(Decision::none);
-    x.shrink = scratch + threads * scratch_bytes + x.shrink_offset;
-    if (x.table->segments() > 1) x.predict_channel = false;  // a row's shrink is not known before its last tile
-  }
+// Everything that can fail comes before the first write.
+void Step::prepare() {
+  memory_.reset(new char[threads() * scratch_bytes() + shrink_bytes_ + 64]);
+  scratch_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
+}
+
+void Step::run() {
+  const InstructionSet& set = instructions();
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
-    const Scratch mine{scratch + begin * scratch_bytes, tile_bytes_};
+  torch::stable::parallel_for(0, threads(), 1, [&](int64_t begin, int64_t) {
+    const Scratch mine{scratch_ + begin * scratch_bytes(), tile_bytes_, stage_bytes_};
     auto segment = segments_.begin();
     for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs();) {
       while (job >= segment->end) ++segment;
@@ -643,29 +782,96 @@ void Step::run() {
   });
 }
 
+// fused_adamp/precision.py, step_key: SplitMix64's finalizer.
+void make_key(uint64_t seed, uint32_t (&key)[2]) {
+  uint64_t z = (seed + 1) * 0x9e3779b97f4a7c15u;
+  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
+  z ^= z >> 31;
+  key[0] = uint32_t(z);
+  key[1] = uint32_t(z >> 32);
+}
+
+void Step::step() {
+  schedule();
+  prepare();
+  for (int64_t i = 0; i < count_; ++i) {
+    Parameter& x = parameters_[i];
+    if (x.step) x.t = *x.step += 1;
+    if (x.seed) make_key(uint64_t((*x.seed)++), x.key);
+    const Parameter* last = i > 0 ? &parameters_[i - 1] : nullptr;
+    if (last && last->scalars == x.scalars && last->t == x.t) {  // saves two powers
+      x.coefficients = last->coefficients;
+      x.coefficients_f64 = last->coefficients_f64;
+    } else {
+      x.coefficients = Coefficients<float>(*x.scalars, adaptive_, x.t, scale_);
+      x.coefficients_f64 = Coefficients<double>(*x.scalars, adaptive_, x.t, scale_);
+    }
+    *x.decision = uint8_t(tiles_of(&x) ? x.settled : Decision::none);
+    x.results[0] = x.results[1] = std::nan("");
+    x.shrink = scratch_ + threads() * scratch_bytes() + x.shrink_offset;
+    if (x.table->segments() > 1) x.predict_channel = false;  // a row's shrink is not known before its last tile
+  }
+  run();
+}
+
+double Step::square_norm() {
+  for (int64_t i = 0; i < count_; ++i) add(&parameters_[i], Stage::square_norm, tiles_of(&parameters_[i]));
+  prepare();
+  run();
+  double sum = 0;
+  for (const Segment& s : segments_)
+    for (int64_t i = 0; i < s.end - s.begin; ++i) sum += s.parameter->tiles[i].sums.gg;
+  return sum;
+}
+
 }  // namespace
 
 int64_t layout() { return layout_version; }
 
 std::string instruction_set() { return instructions().name; }
 
-void step(StableIValue* stack, uint64_t, uint64_t) {
-  using torch::stable::Tensor;
-  using torch::stable::detail::to;
-  const TensorList params(stack[0]), grads(stack[1]), moments[2] = {TensorList(stack[2]), TensorList(stack[3])},
-                   steps(stack[4]);
-  const Tensor decisions = to<Tensor>(stack[5]), sums = to<Tensor>(stack[6]), table = to<Tensor>(stack[7]),
-               scalars = to<Tensor>(stack[8]);
-  const auto dtype = StorageType(to<int64_t>(stack[9]));
-  const bool adaptive = to<bool>(stack[10]), check_only = to<bool>(stack[11]);
+namespace {
 
+using torch::stable::detail::to;
+
+Arguments::Arguments(StableIValue* stack)
+    : params(stack[0]),
+      grads(stack[1]),
+      moments{TensorList(stack[2]), TensorList(stack[3])},
+      remainders(stack[4]),
+      steps(stack[5]),
+      seeds(stack[6]),
+      decisions(to<torch::stable::Tensor>(stack[7])),
+      results(to<torch::stable::Tensor>(stack[8])),
+      sums(to<torch::stable::Tensor>(stack[9])),
+      table(to<torch::stable::Tensor>(stack[10])),
+      offsets(to<torch::stable::Tensor>(stack[11])),
+      scalars(to<torch::stable::Tensor>(stack[12])),
+      scale(to<double>(stack[13])),
+      dtype(StorageType(to<int64_t>(stack[14]))),
+      adaptive(to<bool>(stack[15])) {}
+
+}  // namespace
+
+void step(StableIValue* stack, uint64_t, uint64_t) {
+  const Arguments arguments(stack);
   Step step;
-  const int64_t stale = step.bind(
-      params, grads, moments, steps, static_cast<const TableRow*>(table.const_data_ptr()), table.size(0),
-      static_cast<const Scalars*>(scalars.const_data_ptr()), dtype, adaptive,
-      static_cast<uint8_t*>(decisions.mutable_data_ptr()), static_cast<TileSums*>(sums.mutable_data_ptr()));
-  if (stale < 0 && !check_only) step.run();
+  const int64_t stale = step.bind(arguments);
+  if (stale < 0) step.step();
   stack[0] = torch::stable::detail::from(stale);
+}
+
+void first_stale(StableIValue* stack, uint64_t, uint64_t) {
+  const Arguments arguments(stack);
+  stack[0] = torch::stable::detail::from(Step().bind(arguments));
+}
+
+void square_norm(StableIValue* stack, uint64_t, uint64_t) {
+  const Arguments arguments(stack);
+  Step step;
+  if (step.bind(arguments) >= 0) throw std::runtime_error("fused_adamp::square_norm: a parameter does not fit its bucket");
+  stack[0] = torch::stable::detail::from(step.square_norm());
 }
 
 void advise_huge_pages(torch::stable::Tensor storage) {

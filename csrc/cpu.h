@@ -9,8 +9,10 @@
 
 namespace fused_adamp {
 
-// fused_adamp::step, with its arguments on the stack: registration.cpp has its schema.
+// The operators over a bucket, with their arguments on the stack: registration.cpp has their schemas.
 void step(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
+void first_stale(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
+void square_norm(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 
 // Asks the system to back the storage with huge pages: fewer address translations on the way to memory.
 void advise_huge_pages(torch::stable::Tensor storage);

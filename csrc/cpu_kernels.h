@@ -18,18 +18,36 @@ enum RuleIndex { adam, adam_nesterov, sgd, sgd_nesterov, sgd_project_buffer, sgd
 
 enum StorageType { storage_f32, storage_f64, storage_bf16, storage_f16, storage_count };
 
-// One tile in memory, or in scratch, as numbers of the type it is computed in. Rows follow each other without a gap.
+enum Role { role_p, role_g, role_m, role_v, role_remainder, role_count };
+
+// Where a tile's numbers lie if they are not stored as they are computed: csrc/storage.h.
+struct Storage {
+  char* data[role_count];
+  StorageType type[role_count];  // of the remainder: none
+  bool stochastic;               // bfloat16 is rounded up or down by chance,
+  uint32_t key[2];               // of which these are the keys,
+  uint32_t first;                // and this the number of the tile's first element
+};
+
+// One tile. Rows follow each other without a gap.
 template <class T>
 struct TileData {
-  T* p;
+  T* p;  // in place
   const T* g;
   T* m;
   T* v;
+  const Storage* storage;  // null: in place
+  T* stage;                // room for blocks of numbers on their way from and to the storage
 };
+
+// Elements that are added up in T, and pass through the stage, at once; and how many of them the stage holds.
+template <class T>
+constexpr int64_t block_size = 4096 / sizeof(T);
+constexpr int64_t staged_blocks = 8;
 
 // What the stages know of a tile: a row of the bucket's scratch.
 struct TileSums {
-  double failed;      // rows that fail the cosine test
+  double largest;     // of its rows' cosine_ratio
   Sums sums;          // over the tile
   double pu;          // p.u over the tile
   double projection;  // c of weight_update, where a view is wider than a tile
@@ -39,7 +57,7 @@ struct TileSums {
 // What sweep needs to take and to test a guess.
 template <class T>
 struct Guess {
-  double delta, eps;
+  Test test;
   T decay, projected_decay;  // w of a parameter that is not projected, and of one that is
   T* shrink;                 // per row, out: the shrink that the projection asks for; null: guess that nothing is projected
 };
@@ -66,19 +84,18 @@ struct RuleKernels {
   void (*update_projected)(TileData<T>, T* u, int64_t rows, int64_t cols, Coefficients<T>, T decay);
   // Measures and updates at once, as if the decision were the guess. Reads p g m v, writes p m v (28).
   void (*sweep)(TileData<T>, T* u, int64_t rows, int64_t cols, Coefficients<T>, Guess<T>, TileSums*);
-  // n elements that were updated with one shrink and should have been with another. Reads p g m v, writes p (20; g only
-  // for nesterov and for SGDP without momentum, else 16).
-  void (*finish)(TileData<T>, int64_t n, Coefficients<T>, T was, T is);
+  // n elements from `first` on that were updated with one shrink and should have been with another. Reads p g m v, writes
+  // p (20; g only for nesterov and for SGDP without momentum, else 16).
+  void (*finish)(TileData<T>, int64_t first, int64_t n, Coefficients<T>, T was, T is);
 };
 
 template <class T>
 struct Kernels {
-  // Per row p.g, g.g and p.p; adds up the rows' sums and the count of rows that fail the cosine test. Reads p g (8).
-  Sums (*measure)(const T* p, const T* g, int64_t rows, int64_t cols, double delta, double eps, double* failed);
+  // Per row p.g, g.g and p.p; adds up the rows' sums and finds the largest cosine_ratio. Reads p g (8).
+  Sums (*measure)(TileData<T>, int64_t rows, int64_t cols, Test, double* largest);
+  // g.g of n elements, in double. Reads g (4).
+  double (*square_norm)(TileData<T>, int64_t n);
   RuleKernels<T> rule[rule_count];
-  // n elements, so many elements apart on either side, from the storage type to T and back (rounded to nearest even).
-  void (*gather[storage_count])(const void* from, int64_t from_stride, T* to, int64_t to_stride, int64_t n);
-  void (*scatter[storage_count])(const T* from, int64_t from_stride, void* to, int64_t to_stride, int64_t n);
 };
 
 struct InstructionSet {

@@ -3,13 +3,21 @@
 
 #include "cpu.h"
 
-// `step` returns the index of the first parameter that does not fit the bucket's table and then has written nothing;
-// -1 after a step. The tensors that stand for a parameter without gradient have no elements.
+// A bucket's tensors in one step, fused_adamp/bucket.py, Batch. A list is empty where the members have none of that kind;
+// what stands for a member without gradient has no elements. Instead of the members' state, a list may hold the flat
+// tensor that all of it is part of.
+#define FUSED_ADAMP_BATCH(weight, m, v, remainder, step, seed, decisions, results)                                          \
+  "(Tensor" weight "[] params, Tensor[] grads, Tensor" m "[] first_moments, Tensor" v "[] second_moments, "                 \
+  "Tensor" remainder "[] remainders, Tensor" step "[] steps, Tensor" seed "[] seeds, Tensor" decisions " decisions, "       \
+  "Tensor" results " results, Tensor(i!) sums, Tensor table, Tensor offsets, Tensor scalars, float scale, int dtype, "        \
+  "bool adaptive)"
+
+// `step` and `first_stale` return the index of the first member that does not fit the bucket's table, -1 if all do; `step`
+// has moved nothing then. `square_norm` returns the sum of the squares of the gradients.
 STABLE_TORCH_LIBRARY(fused_adamp, m) {
-  m.def(
-      "step(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
-      "Tensor(d!)[] steps, Tensor(e!) decisions, Tensor(f!) sums, Tensor table, Tensor scalars, int dtype, "
-      "bool adaptive, bool check_only) -> int");
+  m.def("step" FUSED_ADAMP_BATCH("(a!)", "(b!)", "(c!)", "(d!)", "(e!)", "(f!)", "(g!)", "(h!)") " -> int");
+  m.def("first_stale" FUSED_ADAMP_BATCH("", "", "", "", "", "", "", "") " -> int");
+  m.def("square_norm" FUSED_ADAMP_BATCH("", "", "", "", "", "", "", "") " -> float");
   m.def("advise_huge_pages(Tensor storage) -> ()");
   m.def("layout() -> int");
   m.def("instruction_set() -> str");
@@ -17,6 +25,8 @@ STABLE_TORCH_LIBRARY(fused_adamp, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fused_adamp, CompositeExplicitAutograd, m) {
   m.impl("step", &fused_adamp::step);
+  m.impl("first_stale", &fused_adamp::first_stale);
+  m.impl("square_norm", &fused_adamp::square_norm);
   m.impl("advise_huge_pages", TORCH_BOX(&fused_adamp::advise_huge_pages));
   m.impl("layout", TORCH_BOX(&fused_adamp::layout));
   m.impl("instruction_set", TORCH_BOX(&fused_adamp::instruction_set));

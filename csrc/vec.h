@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "algorithm.h"
@@ -198,6 +199,43 @@ struct Accumulator {
   }
 };
 
+// A sum of squares of T, kept in double in the same pattern: as many lanes as Accumulator<T> has.
+template <class T>
+struct DoubleAccumulator {
+  Accumulator<double> part[sizeof(double) / sizeof(T)] = {};
+
+  template <int k>
+  FUSED_ADAMP_INLINE void add_square(Index<k>, Vec<T> x) {
+    if constexpr (sizeof(T) == sizeof(double)) {
+      part[0].add(Index<k>{}, x, x);
+    } else {
+      add_half<2 * k, 0>(x);
+      add_half<2 * k + 1, Vec<double>::lanes>(x);
+    }
+  }
+  FUSED_ADAMP_INLINE double sum() const {
+    double total = 0;
+    for (const auto& p : part) total += p.sum();
+    return total;
+  }
+
+ private:
+  template <int k, int first>
+  FUSED_ADAMP_INLINE void add_half(Vec<T> x) {
+#if defined(__GNUC__)
+    using Half = typename RegisterOf<T, register_bytes / 2>::type;
+    const std::make_integer_sequence<int, Vec<double>::lanes> index{};
+    const Vec<double> y{__builtin_convertvector(lanes_from<Half, first>(x.lane, index), Register<double>)};
+    part[k / Accumulator<double>::registers].add(Index<k % Accumulator<double>::registers>{}, y, y);
+#else
+    if constexpr (first == 0) {  // one lane is all there is
+      const Vec<double> y{double(x.lane)};
+      part[k / 2 / Accumulator<double>::registers].add(Index<k / 2 % Accumulator<double>::registers>{}, y, y);
+    }
+#endif
+  }
+};
+
 template <class T, int k = 0, class Body>
 FUSED_ADAMP_INLINE void for_each_register(const Body& body) {
   if constexpr (k < Accumulator<T>::registers) {
@@ -206,15 +244,15 @@ FUSED_ADAMP_INLINE void for_each_register(const Body& body) {
   }
 }
 
-// Covers elements [begin, end) with vectors: body(i, index of the accumulator's register, Whole{} or Part{count}).
+// Covers n elements with vectors: body(i, index of the accumulator's register, Whole{} or Part{count}).
 template <class T, class Body>
-FUSED_ADAMP_INLINE void for_each_vec(int64_t begin, int64_t end, const Body& body) {
+FUSED_ADAMP_INLINE void for_each_vec(int64_t n, const Body& body) {
   constexpr int step = Accumulator<T>::lanes, width = Vec<T>::lanes;
-  int64_t i = begin;
-  for (; i + step <= end; i += step) for_each_register<T>([&](auto k) { body(i + k.value * width, k, Whole{}); });
+  int64_t i = 0;
+  for (; i + step <= n; i += step) for_each_register<T>([&](auto k) { body(i + k.value * width, k, Whole{}); });
   for_each_register<T>([&](auto k) {
     const int64_t at = i + k.value * width;
-    if (at < end) body(at, k, Part{end - at < width ? end - at : width});
+    if (at < n) body(at, k, Part{n - at < width ? n - at : width});
   });
 }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fused_adamp.bucket import Scalars
-from fused_adamp.projected import ProjectedOptimizer, Range
+import torch
+
+from fused_adamp.bucket import PROJECTIONS, Scalars
+from fused_adamp.projected import ProjectedOptimizer, Range, number
 from fused_adamp.reference import Decision, adamp_ref
 
 if TYPE_CHECKING:
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AdamP"]
 
-_BETA = Range(0, 1, False, "pass a decay rate of at least 0 and below 1")
+_BETA = Range(0, 1, False, "pass a decay rate of at least 0 and below 1", on_device=True)
 
 
 class AdamP(ProjectedOptimizer):
@@ -53,8 +55,18 @@ class AdamP(ProjectedOptimizer):
         nesterov: as in the authors' code.
         foreach: True takes the unfused reference path.
         maximize: ascend instead of descend.
-        fused: None takes the fastest backend there is, True requires a fused one, False takes the reference path.
+        capturable: on a GPU, the step can be captured in a CUDA graph; pass ``lr`` as a tensor on it to change it
+            between replays. Nothing else differs, and the CPU ignores it.
         differentiable: not supported; present so that the error can say so.
+        fused: None takes the fastest backend there is, True requires a fused one, False takes the reference path.
+        projection: "auto" (the paper's test), or "channel", "layer" or "none": always project in that view, untested.
+        channel_dim: the dimension whose indices are the output channels: 1 for transposed convolutions; a tuple merges
+            several, such as (0, 1) for the stacked matrices of experts. Vectors have none.
+        state_dtype: dtype of the moments; None takes the weight's (float32 with a remainder) or a loaded state's.
+        rounding: how bfloat16 is written: "nearest"; "stochastic", up or down by chance but right on average; or
+            "remainder", which keeps the other 16 bits of the float32 weight in the state and so loses nothing.
+        amp_scaling: GradScaler hands over its scale, and the step unscales as it reads. False for frameworks that
+            refuse to clip with such an optimizer: GradScaler then unscales by itself.
         backend: force one by name; see ``python -m fused_adamp doctor``.
 
     Raises:
@@ -84,8 +96,14 @@ class AdamP(ProjectedOptimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
-        fused: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
+        projection: str = "auto",
+        channel_dim: int | tuple[int, ...] = 0,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        amp_scaling: bool = True,
         backend: str | None = None,
     ) -> None:
         defaults = {
@@ -98,8 +116,14 @@ class AdamP(ProjectedOptimizer):
             "nesterov": nesterov,
             "foreach": foreach,
             "maximize": maximize,
-            "fused": fused,
+            "capturable": capturable,
             "differentiable": differentiable,
+            "fused": fused,
+            "projection": projection,
+            "channel_dim": channel_dim,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "amp_scaling": amp_scaling,
             "backend": backend,
         }
         super().__init__(params, defaults)
@@ -109,7 +133,7 @@ class AdamP(ProjectedOptimizer):
 
     def scalars(self, group: dict[str, Any]) -> Scalars:
         numbers = self.numbers(group)
-        beta1, beta2 = map(float, group["betas"])
+        beta1, beta2 = map(number, group["betas"])
         return Scalars(
             lr=numbers["lr"],
             momentum=beta1,
@@ -118,12 +142,13 @@ class AdamP(ProjectedOptimizer):
             beta2=beta2,
             gain2=1 - beta2,
             eps=numbers["eps"],
-            decay=numbers["lr"] * numbers["weight_decay"],
+            decay=numbers["weight_decay"],
             delta=numbers["delta"],
             wd_ratio=numbers["wd_ratio"],
             sign=-1.0 if group["maximize"] else 1.0,
             nesterov=float(group["nesterov"]),
             project_buffer=0.0,
+            projection=PROJECTIONS.index(group["projection"]),
         )
 
     def reference_step(
@@ -132,8 +157,19 @@ class AdamP(ProjectedOptimizer):
         assert step is not None, "AdamP counts steps"
         beta1, beta2 = map(float, group["betas"])
         exp_avg, exp_avg_sq = moments
-        options = self.numbers(group) | {name: group[name] for name in ("nesterov", "maximize")}
+        options: dict[str, Any] = {name: float(group[name]) for name in self.ranges}
+        options |= {name: group[name] for name in ("nesterov", "maximize", "projection")}
         return adamp_ref(p, g, exp_avg, exp_avg_sq, step.item(), betas=(beta1, beta2), **options)
+
+    def direction(
+        self, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | float]:
+        assert step is not None, "AdamP counts steps"
+        m, v = moments
+        t = step.to(m.device, torch.float64, non_blocking=True)
+        beta1, beta2 = map(number, group["betas"])
+        u = m / (v.sqrt() / (1 - beta2**t).sqrt() + number(group["eps"]))
+        return u, number(group["lr"]) / (1 - beta1**t)
 
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)

@@ -9,10 +9,14 @@ fits the table.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
+import torch.utils.dlpack
 from torch import Tensor
+
+from fused_adamp.reference import rows_first
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +28,9 @@ __all__ = [
     "ABSENT",
     "COLUMNS",
     "FLOATING",
+    "PROJECTIONS",
+    "RESULTS",
+    "UNDECIDED",
     "Batch",
     "Bucket",
     "BucketKey",
@@ -40,16 +47,48 @@ FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COLUMNS = ("group", "projected", "rows", "cols", "tile_rows", "tile_cols", "first_tile")
 """The columns of :attr:`Bucket.table`. csrc/bucket.h reads them by the same names in the same order."""
 
+RESULTS = ("cosine", "norm")
+"""The columns of :attr:`Bucket.results`."""
+
+PROJECTIONS = ("auto", "channel", "layer", "none")
+"""How a parameter group decides; a row of Scalars has the index."""
+
+UNDECIDED = 255
+"""The decision of a parameter that has not been stepped."""
+
 _ALIGN = 64  # bytes: a cache line, and the widest vector register
 
 
 class BucketKey(NamedTuple):
-    """What the members of one bucket have in common."""
+    """What the members of one bucket have in common.
+
+    ``moments`` are stored as ``state_dtype``; ``rounding`` is one of :data:`fused_adamp.precision.ROUNDINGS`, "nearest"
+    wherever nothing is stored in bfloat16; ``channel_dim`` is the dimension whose indices are rows.
+    """
 
     backend: Backend
     device: torch.device
     dtype: torch.dtype
     moments: tuple[str, ...]
+    state_dtype: torch.dtype
+    rounding: str = "nearest"
+    channel_dim: int | tuple[int, ...] = 0
+    adaptive: bool = True
+
+    @property
+    def storage(self) -> dict[str, torch.dtype]:
+        """The state that has the parameter's shape: key and dtype."""
+        remainder = {"remainder": torch.int16} if self.rounding == "remainder" else {}
+        return dict.fromkeys(self.moments, self.state_dtype) | remainder
+
+    @property
+    def counters(self) -> dict[str, torch.dtype]:
+        """The state that is one number, counted up in every step: key and dtype.
+
+        Steps are counted in float32 like in torch.optim: exact up to 16,777,216.
+        """
+        step = {"step": torch.float32} if self.adaptive else {}
+        return step | ({"rounding_seed": torch.int64} if self.rounding == "stochastic" else {})
 
 
 class Bucket:
@@ -58,13 +97,19 @@ class Bucket:
     Attributes:
         params: the members.
         groups: the members' parameter groups, by index.
-        storage: per moment, the flat tensor that the members' state is a view of.
-        steps: ``(P,)``, the members' step counts, of which ``state["step"]`` are views.
+        storage: per key of :attr:`BucketKey.storage`, the flat tensor that the members' state is a view of.
+        counters: per key of :attr:`BucketKey.counters`, ``(P,)``: the members' counts, of which their state is a view.
         table: ``(P, len(COLUMNS))`` int64 on the CPU: group index; 1 where the parameter has two or more dimensions;
             R rows of K columns; rows and columns of a tile; index of the first tile. A tile never spans parameters. It
             holds whole rows, or one piece of a row that is wider than a tile.
         tiles: the number of tiles.
-        decisions: ``(P,)`` uint8 on the device, the last :class:`~fused_adamp.reference.Decision` of each member.
+        given: per key, the state that members were given.
+        offsets: ``(P,)`` int64 on the CPU, where each member's part of the storage starts.
+        addresses: per key, the data pointers of the state that members are given, where all of it is contiguous.
+        decisions: ``(P,)`` uint8 on the device, the last :class:`~fused_adamp.reference.Decision` of each member, or
+            :data:`UNDECIDED`.
+        results: ``(P, len(RESULTS))`` float64 on the device, of the last step of each member that was tested: the
+            largest cosine of a row over its threshold, and the weight's norm before the step. NaN where nothing was.
         scratch: whatever the backend keeps between steps.
     """
 
@@ -74,24 +119,30 @@ class Bucket:
         self.params = list(params)
         self.groups = [0] * len(self.params)
         self._given: set[int] = set()
-        line = _ALIGN // key.dtype.itemsize
-        self._offsets: list[int] = []
+        self.given: dict[str, list[Tensor | None]] = {
+            name: [None] * len(self.params) for name in (*key.storage, *key.counters)
+        }
+        widest = min((dtype.itemsize for dtype in key.storage.values()), default=1)
+        line = _ALIGN // widest
+        offsets = []
         end = 0
         for p in self.params:
-            self._offsets.append(end)
+            offsets.append(end)
             end += (p.numel() + line - 1) // line * line
-        self.storage = {name: key.backend.zeros(end, key.dtype, key.device) for name in key.moments}
-        # Counted in float32 like torch.optim: exact up to 16,777,216 steps.
-        steps_device = key.backend.steps_device(key.device)
-        self.steps = torch.zeros(len(self.params), dtype=torch.float32, device=steps_device)
+        self.offsets = torch.tensor(offsets, dtype=torch.int64)
+        self.storage = {name: key.backend.zeros(end, dtype, key.device) for name, dtype in key.storage.items()}
+        device = key.backend.counters_device(key.device)
+        self.counters = {n: torch.zeros(len(self.params), dtype=d, device=device) for n, d in key.counters.items()}
         rows, first_tile = [], 0
         for p in self.params:
-            row, tiles = _geometry(p, key.backend)
+            row, tiles = _geometry(rows_first(p, key.channel_dim), key.backend)
             rows.append((0, *row, first_tile))
             first_tile += tiles
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, len(COLUMNS))
         self.tiles = first_tile
-        self.decisions = torch.zeros(len(self.params), dtype=torch.uint8, device=key.device)
+        self.addresses = self._addresses()
+        self.decisions = torch.full((len(self.params),), UNDECIDED, dtype=torch.uint8, device=key.device)
+        self.results = torch.full((len(self.params), len(RESULTS)), math.nan, dtype=torch.float64, device=key.device)
         self.scratch = key.backend.scratch(self)
 
     def set_groups(self, groups: Sequence[int]) -> None:
@@ -99,20 +150,49 @@ class Bucket:
         self.groups = list(groups)
         self.table[:, COLUMNS.index("group")] = torch.tensor(self.groups, dtype=torch.int64)
 
-    def state(self, index: int, count_steps: bool) -> dict[str, Tensor]:
-        """Zeros for member ``index``, with its shape, and its strides where they are dense.
+    def _addresses(self) -> dict[str, list[int]]:
+        """Where the state lies that members are given, of keys under which all of it is contiguous."""
+        if len(self.params) == 1 or self.key.channel_dim != 0:
+            return {}
+        addresses = {
+            name: [counts.data_ptr() + i * counts.itemsize for i in range(len(counts))]
+            for name, counts in self.counters.items()
+        }
+        if all(p.is_contiguous() for p in self.params):
+            starts = [(p.numel() > 0, offset) for p, offset in zip(self.params, self.offsets.tolist(), strict=True)]
+            for name, flat in self.storage.items():
+                addresses[name] = [flat.data_ptr() + start * flat.itemsize if some else 0 for some, start in starts]
+        return addresses
+
+    def flat(self, name: str) -> Tensor:
+        """What the members' state under that key is part of."""
+        return self.storage[name] if name in self.storage else self.counters[name]
+
+    def state(self, index: int) -> dict[str, Tensor]:
+        """New state for member ``index``: zeros with its shape, and its strides where they are dense, and counts.
 
         The first time they are its part of the storage. Whoever got that may still hold it, so a member whose state
         was taken away gets tensors of its own.
         """
-        p, offset = self.params[index], self._offsets[index]
+        p, offset = self.params[index], int(self.offsets[index])
         if index in self._given:
-            state = {"step": torch.zeros_like(self.steps[index])} if count_steps else {}
-            return state | {name: torch.zeros_like(p, requires_grad=False) for name in self.storage}
-        self._given.add(index)
+            counters = {name: torch.zeros_like(counter[index]) for name, counter in self.counters.items()}
+            dtypes = self.key.storage
+            return counters | {n: torch.zeros_like(p, dtype=d, requires_grad=False) for n, d in dtypes.items()}
         strides = torch.empty_like(p, device="meta").stride()
-        state = {"step": self.steps[index]} if count_steps else {}
-        return state | {name: flat.as_strided(p.shape, strides, offset) for name, flat in self.storage.items()}
+        counters = {name: _own(counter[index]) for name, counter in self.counters.items()}
+        state = counters | {n: _own(flat.as_strided(p.shape, strides, offset)) for n, flat in self.storage.items()}
+        self._given.add(index)
+        for name, tensor in state.items():
+            self.given[name][index] = tensor
+        return state
+
+
+def _own(view: Tensor) -> Tensor:
+    """The same memory under a torch storage that ends where the view does, so that pickling it writes no more."""
+    if view.device.type in {"cpu", "cuda"} and view.numel():
+        return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(view))  # type: ignore[attr-defined]
+    return view
 
 
 class Rule(Protocol):
@@ -132,37 +212,61 @@ class Rule(Protocol):
 class Scalars(NamedTuple):
     """A row of the hyperparameter table, computed in double. csrc/algorithm.h reads it in the same order.
 
-    ``m = momentum m + gain g``; with nesterov ``u = momentum m + nesterov_gain g`` in place of ``m``; the adaptive rule
-    (AdamP) divides u by its denominator and corrects both biases. ``decay`` is w of a parameter that is not projected.
+    ``m = momentum m + gain g``; with nesterov ``u = momentum m + nesterov_gain g`` in place of ``m``; the adaptive
+    rule (AdamP) divides u by its denominator and corrects both biases. ``lr * decay`` is w of a parameter that is not
+    projected. ``projection`` is an index of :data:`PROJECTIONS`. Where the hyperparameter is a tensor that is not on
+    the CPU, so are the numbers made from it: 0-dim float64.
     """
 
-    lr: float
-    momentum: float
-    gain: float
-    nesterov_gain: float
-    beta2: float
-    gain2: float
-    eps: float
-    decay: float
-    delta: float
-    wd_ratio: float
+    lr: float | Tensor
+    momentum: float | Tensor
+    gain: float | Tensor
+    nesterov_gain: float | Tensor
+    beta2: float | Tensor
+    gain2: float | Tensor
+    eps: float | Tensor
+    decay: float | Tensor
+    delta: float | Tensor
+    wd_ratio: float | Tensor
     sign: float
     nesterov: float
     project_buffer: float
+    projection: float
 
 
 class Batch(NamedTuple):
     """One bucket's tensors in one step. A member without gradient has :data:`ABSENT` in place of all its tensors.
 
-    ``moments[k][i]`` is member i's state under ``bucket.key.moments[k]``; ``steps`` is empty if the rule counts none.
+    Attributes:
+        bucket: where they belong.
+        params, grads: the members' weights and gradients, with rows first (dim 0 is the output channel).
+        moments: ``moments[k][i]`` is member i's state under ``bucket.key.moments[k]``, with rows first.
+        steps, seeds, remainders: the members' other state; empty if they have none of that kind.
+        groups: the optimizer's parameter groups.
+        rule: the optimizer.
+        scale: what gradients are multiplied with before anything else (AMP's unscaling, clipping), as a float64 tensor
+            of one element on the bucket's device; None is 1.
+        found_inf: a tensor of one element on the bucket's device: where it is not 0, nothing moves. None is 0.
+        measured: nothing in the batch has changed since :meth:`Backend.square_norm` saw it.
     """
 
     bucket: Bucket
+    params: list[Tensor]
     grads: list[Tensor]
     moments: list[list[Tensor]]
     steps: list[Tensor]
+    seeds: list[Tensor]
+    remainders: list[Tensor]
     groups: list[dict[str, Any]]
     rule: Rule
+    scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    measured: bool = False
+
+    @property
+    def stored(self) -> list[list[Tensor]]:
+        """Per kind of tensor that has the parameters' shape, gradients included, the members' tensors."""
+        return [self.params, self.grads, *self.moments, *([self.remainders] if self.remainders else [])]
 
 
 ABSENT = torch.empty(0, dtype=torch.bool)
@@ -173,16 +277,21 @@ def first_stale(batch: Batch) -> int:
     """Index of the first member whose tensors do not fit the bucket's table, -1 if all do. Moves nothing."""
     bucket = batch.bucket
     shapes = bucket.table[:, COLUMNS.index("rows") : COLUMNS.index("cols") + 1].tolist()
-    for i, (p, g) in enumerate(zip(bucket.params, batch.grads, strict=True)):
+    for i, (p, g, *state) in enumerate(zip(*batch.stored, strict=True)):
         if g is ABSENT:
             continue
-        same = all(
-            t.layout is torch.strided and t.shape == p.shape and t.device == p.device and t.dtype in FLOATING
-            for t in (g, *(moment[i] for moment in batch.moments))
-        )
+        same = all(t.layout is torch.strided and t.shape == p.shape and t.device == p.device for t in (g, *state))
+        known = g.dtype in FLOATING and all(moment[i].dtype in FLOATING for moment in batch.moments)
+        known &= all(remainders[i].dtype == torch.int16 for remainders in [batch.remainders] if remainders)
         fits = p.device == bucket.key.device and p.dtype == bucket.key.dtype and [*rows_cols(p)] == shapes[i]
-        if not (same and fits) or any(overlaps(t) for t in (p, *(moment[i] for moment in batch.moments))):
+        if not (same and known and fits) or any(overlaps(t) for t in (p, *state)):
             return i
+        for name, counts in (("step", batch.steps), ("rounding_seed", batch.seeds)):
+            own = bucket.counters.get(name)
+            if own is not None and not (
+                counts[i].dtype == own.dtype and counts[i].device == own.device and counts[i].numel() == 1
+            ):
+                return i
     return -1
 
 

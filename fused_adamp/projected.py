@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from itertools import repeat
+from collections import defaultdict
+from copy import deepcopy
+from itertools import chain, repeat
 from numbers import Real
 from operator import is_, is_not
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -11,17 +13,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.weak import TensorWeakRef
 
 from fused_adamp.backends import check_name, choose
-from fused_adamp.bucket import ABSENT, FLOATING, Batch, Bucket, BucketKey, Scalars, overlaps
-from fused_adamp.reference import Decision
+from fused_adamp.bucket import ABSENT, FLOATING, PROJECTIONS, UNDECIDED, Batch, Bucket, BucketKey, Scalars, overlaps
+from fused_adamp.checkpoint import check, to_ours
+from fused_adamp.compiled import register
+from fused_adamp.precision import ROUNDINGS
+from fused_adamp.reference import Decision, rows_first
+from fused_adamp.report import ProjectionReport, projection_report
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
 
     from torch.optim.optimizer import ParamsT
+    from typing_extensions import Self
 
-__all__ = ["ProjectedOptimizer", "Range"]
+    from fused_adamp.backends import Backend
+
+__all__ = ["ProjectedOptimizer", "Range", "number"]
 
 
 class Range(NamedTuple):
@@ -31,13 +41,17 @@ class Range(NamedTuple):
     high: float
     closed: bool
     remedy: str
+    on_device: bool = False
+    """Whether a tensor may lie on another device than the CPU. It is not read then."""
 
     def check(self, name: str, value: Any) -> None:
-        """Raises TypeError for what is no number, ValueError for what is outside. Reads no tensor off the CPU."""
+        """Raises TypeError for what is no number, ValueError for what is outside."""
         if isinstance(value, Tensor):
             if value.numel() != 1:
                 raise ValueError(f"{name} is a tensor of {value.numel()} elements; pass a number or a 1-element tensor")
             if value.device.type != "cpu":
+                if not self.on_device:
+                    raise TypeError(f"{name} is a tensor on {value.device}; pass a number or a tensor on the CPU")
                 return
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -48,6 +62,20 @@ class Range(NamedTuple):
             raise ValueError(f"{name}={value!r} is outside [{self.low:g}, {self.high:g}{end}: {self.remedy}")
 
 
+_MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may have", on_device=True)
+
+
+class _Clipping(NamedTuple):
+    """What :meth:`ProjectedOptimizer.clip_grad_norm_` leaves for the next step."""
+
+    max_norm: Any
+    norm_type: float
+    coefficient: Tensor
+    """0-dim float64."""
+    seen: list[tuple[TensorWeakRef, int | None, int | None]]
+    """The gradients it was computed from, their versions and the weights'; None: no version is kept."""
+
+
 class ProjectedOptimizer(Optimizer):
     """Base of :class:`fused_adamp.AdamP` and :class:`fused_adamp.SGDP`, which supply the momentum rule."""
 
@@ -55,20 +83,30 @@ class ProjectedOptimizer(Optimizer):
     """Whether the rule divides by a second moment, counts steps and corrects biases."""
 
     ranges: ClassVar[dict[str, Range]] = {
-        "lr": Range(0, math.inf, False, "pass a finite learning rate of at least 0"),
+        "lr": Range(0, math.inf, False, "pass a finite learning rate of at least 0", on_device=True),
         "eps": Range(0, math.inf, False, "pass a small number of at least 0, such as 1e-8"),
         "weight_decay": Range(0, math.inf, False, "pass a finite coefficient of at least 0"),
         "delta": Range(0, math.inf, False, "pass a threshold of at least 0, such as 0.1; 0 never projects"),
         "wd_ratio": Range(0, 1, True, "pass the part of the weight decay that projected weights keep"),
     }
 
+    _handle: str
     _buckets: list[Bucket]
     _unbucketed: list[Tensor]
     _seen_params: list[Tensor]
-    _seen_groups: list[tuple[int, tuple[str, ...]]]
+    _seen_groups: list[tuple[Any, ...]]
+    _clipping: _Clipping | None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # Not in __init__, which copied and unpickled optimizers skip.
+        self = super().__new__(cls)
+        self._handle = register(self)
+        return self
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._forget_buckets()
+        self._check_hyperparameters(defaults)
+        self._step_supports_amp_scaling = defaults["amp_scaling"]
         super().__init__(params, defaults)
 
     # What AdamP and SGDP supply.
@@ -87,9 +125,18 @@ class ProjectedOptimizer(Optimizer):
         """One step of the reference on one tensor."""
         raise NotImplementedError
 
+    def direction(
+        self, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | float]:
+        """The update u that moments in float64 stand for, and the step size. Waits for no device.
+
+        In place of a rule's moments, where it keeps none, comes the gradient. Nesterov momentum is left out.
+        """
+        raise NotImplementedError
+
     def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group's hyperparameters of :attr:`ranges` as Python floats."""
-        return {name: float(group[name]) for name in self.ranges}
+        """The group's hyperparameters of :attr:`ranges`, by :func:`number`."""
+        return {name: number(group[name]) for name in self.ranges}
 
     # What users call.
 
@@ -110,17 +157,86 @@ class ProjectedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches = self._gather()
+        if torch.compiler.is_dynamo_compiling():
+            self._traced_step()
+        else:
+            self._step()
+        return loss
+
+    def _traced_step(self) -> None:
+        """What Dynamo sees of a step: one operator that runs :meth:`_step` when the compiled code runs."""
+        from fused_adamp.tracing import eager_step, needs_eager, tensor_options
+
+        if needs_eager(self._handle):
+            eager_step(self)
+            return
+        # Not self.param_groups: Dynamo guards every value in it, so that each new lr would compile anew.
+        groups = super().__getattribute__("param_groups")
+        params = [p for group in groups for p in group["params"]]
+        members = [i for i, p in enumerate(params) if p.grad is not None]
+        options = tensor_options(self._handle)
+        if members:
+            torch.ops.fused_adamp.optimizer_step.default(
+                [params[i] for i in members],
+                [params[i].grad for i in members],
+                [groups[i][name] for i, name in options],
+                members,
+                [f"{i} {name}" for i, name in options],
+                self._handle,
+            )
+
+    def _step(self) -> None:
+        batches = self._scaled(self._gather())
         # A step checks its own batch before it moves anything; several have to be checked before the first moves.
         if len(batches) != 1 or batches[0].bucket.key.backend.step(batches[0]) >= 0:
-            batches = self._refit(batches)
+            batches = self._scaled(self._refit(batches))
             for batch in batches:
                 stale = batch.bucket.key.backend.step(batch)
                 assert stale < 0, "a bucket that was checked a moment ago does not fit its tensors"
+        self._clipping = None
         for batch in batches:
             moved = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
             torch.autograd.graph.increment_version(moved)
-        return loss
+
+    @torch.no_grad()
+    def clip_grad_norm_(
+        self, max_norm: float | Tensor, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    ) -> Tensor:
+        """Clips the norm of all gradients taken together, as torch.nn.utils.clip_grad_norm_ does, within the next step.
+
+        The gradients stay as they are; the next :meth:`step`, and only that one, multiplies them by
+        ``max_norm / (norm + 1e-6)`` as it reads them, if that is below 1. If a gradient or a weight has changed until
+        then (in-place operations and replaced gradients are noticed, writes through ``.data`` are not), the step
+        measures the norm again, so that what it uses has no larger norm than ``max_norm`` in any case.
+
+        Args:
+            max_norm: at least 0.
+            norm_type: of the norm, ``inf`` for the largest magnitude.
+            error_if_nonfinite: raise if the norm is NaN or infinite. Waits for the device.
+
+        Returns:
+            The norm before clipping, over all groups and devices: 0-dim, on the first gradient's device.
+
+        Raises:
+            ValueError, TypeError: a bad argument; a gradient that cannot be stepped.
+            RuntimeError: the norm is not finite and ``error_if_nonfinite`` is set. Nothing has changed then.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            from fused_adamp.tracing import eager_clip
+
+            total: Tensor = eager_clip(self, max_norm, norm_type, error_if_nonfinite)
+            return total
+        _MAX_NORM.check("max_norm", max_norm)
+        batches = self._refit(self._gather())
+        norm = self._total_norm(batches, float(norm_type))
+        if error_if_nonfinite and not norm.isfinite():
+            raise RuntimeError(
+                f"the total norm of order {float(norm_type)} of the gradients is {norm.item()}, so they cannot be "
+                "clipped: look for the gradient that is not finite, or pass error_if_nonfinite=False to go on"
+            )
+        self._clipping = self._clipping_of(batches, max_norm, float(norm_type), norm)
+        dtypes = [g.dtype for batch in batches for g in batch.grads if g is not ABSENT]
+        return norm.to(_promoted(dtypes))
 
     def decisions(self) -> dict[Tensor, Decision]:
         """The last step's decision for every parameter that has been stepped. Waits for the device."""
@@ -128,8 +244,34 @@ class ProjectedOptimizer(Optimizer):
             p: Decision(d)
             for bucket in self._buckets
             for p, d in zip(bucket.params, bucket.decisions.tolist(), strict=True)
-            if p in self.state
+            if d != UNDECIDED
         }
+
+    def _dtype_of(self, group: dict[str, Any], state: dict[Any, Any]) -> torch.dtype | None:
+        """A dtype for the moments of a group that names none, if they have not those that they would take by default."""
+        moments = [
+            (p, state[p][name]) for p in group["params"] for name in self.moments(group) if name in state.get(p, {})
+        ]
+        usual = all(moment.dtype == _default_state_dtype(p, group["rounding"]) for p, moment in moments)
+        return None if usual else _promoted([moment.dtype for _, moment in moments])
+
+    def projection_report(self, model: torch.nn.Module | None = None) -> ProjectionReport:
+        """How the last step was projected and what it did to the norms, parameter by parameter. Waits for the device.
+
+        Args:
+            model: whose parameter names the records bear; without, those of the groups' ``param_names``, or numbers.
+
+        Returns:
+            A list of :class:`~fused_adamp.report.ProjectionRecord`, which prints as a table.
+        """
+        names = {p: self._label(p) for bucket in self._buckets for p in bucket.params}
+        names |= {p: name for name, p in model.named_parameters()} if model is not None else {}
+        return projection_report(self, names)
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The parameters as the backends see them: those that have been in a step, bucket by bucket."""
+        return self._buckets
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group as in torch.optim, after checking its values and parameters.
@@ -144,6 +286,7 @@ class ProjectedOptimizer(Optimizer):
             self._check_hyperparameters(group)
             for p in group["params"]:
                 _check_parameter(p, self._label(p))
+                _check_channel_dim(p, group["channel_dim"], self._label(p))
         except Exception:
             del self.param_groups[before:]
             raise
@@ -153,14 +296,54 @@ class ProjectedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+        self._step_supports_amp_scaling = self.defaults["amp_scaling"]
         self._forget_buckets()
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state_dict of this optimizer, or of the same rule from another package, as torch.optim does.
+
+        What torch.optim.Adam, AdamW or SGD, clovaai's adamp, timm or pytorch_optimizer saved is recognised and
+        converted: see :mod:`fused_adamp.checkpoint`, which also converts the other way. Unlike in torch.optim, state
+        keeps the dtype that it was saved in: where that is not the weight's, ``state_dtype`` of the group says so from
+        then on.
+
+        Raises:
+            ValueError: the state_dict does not fit; the message names the parameter. The optimizer is unchanged.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre_hook(self, state_dict) or state_dict
+        members = [group["params"] for group in self.param_groups]
+        params = list(chain.from_iterable(members))
+        options = [{name: group[name] for name in group if name != "params"} for group in self.param_groups]
+        state_dict = to_ours(state_dict, adaptive=self.adaptive, options=options)
+        check(state_dict, members, [self._label(p) for p in params])
+        groups = deepcopy(state_dict["param_groups"])
+        owners = dict(zip(chain.from_iterable(group["params"] for group in groups), params, strict=True))
+        state: dict[Any, Any] = defaultdict(dict)
+        for key, entries in state_dict["state"].items():
+            if key in owners:
+                device = owners[key].device
+                state[owners[key]] = {name: t.to(device) if t.ndim else t for name, t in entries.items()}
+            else:
+                state[key] = entries
+        for group, own in zip(groups, self.param_groups, strict=True):
+            group["params"] = own["params"]
+            if "param_names" in own:
+                group.setdefault("param_names", own["param_names"])
+            group["state_dtype"] = group["state_dtype"] or self._dtype_of(group, state)
+            self._check_hyperparameters(self.defaults | group)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     # One step's tensors, from parameter groups to batches.
 
     def _gather(self) -> list[Batch]:
         """This step's tensors by bucket, with buckets and state made where they are missing. Moves no weight."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        groups = [(len(group["params"]), self.moments(group)) for group in self.param_groups]
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        groups = [(len(group["params"]), *self._storage(group)) for group in self.param_groups]
         if not (
             groups == self._seen_groups
             and all(map(is_, params, self._seen_params))
@@ -168,40 +351,110 @@ class ProjectedOptimizer(Optimizer):
         ):
             self._fill_buckets()
             self._seen_params, self._seen_groups = params, groups
-        batches = [self._batch(bucket) for bucket in self._buckets]
+        try:
+            batches = [self._batch(bucket) for bucket in self._buckets]
+        except (RuntimeError, IndexError):  # a tensor that has no such rows: say which
+            for bucket in self._buckets:
+                self._check_tensors(bucket)
+            raise
         return [batch for batch in batches if batch is not None]
 
     def _batch(self, bucket: Bucket) -> Batch | None:
-        params, names = bucket.params, bucket.key.moments
-        grads = [p.grad for p in params]
-        absent = dict.fromkeys((*names, "step"), ABSENT)
+        params, key = bucket.params, bucket.key
+        grads: list[Any] = [p.grad for p in params]
+        names = [*key.storage, *key.counters]
         try:
+            state: Any = self.state if names else dict.fromkeys(params)  # asked for a key, state makes it
             if all(map(is_not, grads, repeat(None))):
-                states = list(map(self.state.__getitem__, params))
+                in_order = len(state) == len(params) and all(map(is_, state, params))  # no key is hashed
+                states: list[Any] = list(state.values() if in_order else map(state.__getitem__, params))
             elif all(map(is_, grads, repeat(None))):
                 return None
             else:
-                states = [absent if g is None else self.state[p] for p, g in zip(params, grads, strict=True)]
-            moments = [[state[name] for state in states] for name in names]
-            steps = [state["step"] for state in states] if self.adaptive else []
-            if any(not isinstance(step, Tensor) for step in steps):  # a number, as in old checkpoints
-                for state in states:
-                    state["step"] = torch.as_tensor(state["step"], dtype=torch.float32)
-                return self._batch(bucket)
+                absent = dict.fromkeys(names, ABSENT)
+                states = [absent if g is None else state[p] for p, g in zip(params, grads, strict=True)]
+                grads = [ABSENT if g is None else g for g in grads]
+            tensors = {name: [of[name] for of in states] for name in names}
         except KeyError:
             self._make_state(bucket)
             return self._batch(bucket)
-        present = [ABSENT if g is None else g for g in grads]
-        return Batch(bucket, present, moments, steps, self.param_groups, self)
+        for name in key.counters:
+            if not all(map(isinstance, tensors[name], repeat(Tensor))):  # a number, as in old checkpoints
+                for of in states:
+                    of[name] = torch.as_tensor(of[name], dtype=key.counters.get(name))
+                return self._batch(bucket)
+        if key.channel_dim != 0:
+            params = [_rows_first(p, key) for p in params]
+            grads = [_rows_first(g, key, copy=True) for g in grads]
+            tensors |= {name: [_rows_first(t, key) for t in tensors[name]] for name in key.storage}
+        return Batch(
+            bucket,
+            params,
+            grads,
+            [tensors[name] for name in key.moments],
+            tensors.get("step", []),
+            tensors.get("rounding_seed", []),
+            tensors.get("remainder", []),
+            self.param_groups,
+            self,
+        )
 
     def _make_state(self, bucket: Bucket) -> None:
-        """Gives every member with a gradient its state where it has none."""
+        """Gives every member with a gradient the state that it lacks."""
         members = [(i, p) for i, p in enumerate(bucket.params) if p.grad is not None]
         for _, p in members:
             self._check_state(p, bucket.key)
         for i, p in members:
-            if not self.state.get(p):
-                self.state[p] = bucket.state(i, self.adaptive)
+            state = self.state[p]
+            if any(name not in state for name in (*bucket.key.storage, *bucket.key.counters)):
+                self.state[p] = _seeded(bucket.state(i), state) | state
+
+    # Clipping and loss scaling.
+
+    def _scaled(self, batches: list[Batch]) -> list[Batch]:
+        """The batches with what GradScaler has set and clip_grad_norm_ has left for this step."""
+        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        if grad_scale is None and found_inf is None and self._clipping is None:
+            return batches
+        scale, measured = None, False
+        if self._clipping is not None and batches:
+            max_norm, norm_type, _, seen = self._clipping
+            measured = _same(seen, _versions(batches))
+            if not measured:
+                norm = self._total_norm(self._refit(batches), norm_type)
+                self._clipping = self._clipping_of(batches, max_norm, norm_type, norm)
+                measured = True
+            scale = self._clipping.coefficient
+        if grad_scale is not None:
+            unscale = grad_scale.double().reciprocal()
+            scale = unscale if scale is None else scale.to(unscale.device, non_blocking=True) * unscale
+
+        def on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True).reshape(1)
+
+        return [
+            batch._replace(
+                scale=on(batch.bucket.key.device, scale),
+                found_inf=on(batch.bucket.key.device, found_inf),
+                measured=measured,
+            )
+            for batch in batches
+        ]
+
+    def _total_norm(self, batches: list[Batch], norm_type: float) -> Tensor:
+        """The norm of all gradients taken together, 0-dim float64 on the first one's device."""
+        if norm_type != 2.0:
+            grads = [g for batch in batches for g in batch.grads if g is not ABSENT]
+            return torch.nn.utils.get_total_norm(grads, norm_type).double()
+        squares = [batch.bucket.key.backend.square_norm(batch) for batch in batches]
+        if not squares:
+            return torch.zeros((), dtype=torch.float64)
+        return torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum().sqrt()
+
+    def _clipping_of(self, batches: list[Batch], max_norm: Any, norm_type: float, norm: Tensor) -> _Clipping:
+        limit = max_norm.double().to(norm.device, non_blocking=True) if isinstance(max_norm, Tensor) else max_norm
+        coefficient = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
+        return _Clipping(max_norm, norm_type, coefficient, _versions(batches))
 
     def _refit(self, batches: list[Batch]) -> list[Batch]:
         """The same batches, with new buckets where a tensor no longer fits the table of its bucket.
@@ -213,10 +466,7 @@ class ProjectedOptimizer(Optimizer):
         if not stale:
             return batches
         for batch in stale:
-            for p, g in zip(batch.bucket.params, batch.grads, strict=True):
-                if g is not ABSENT:
-                    _check_parameter(p, self._label(p))
-                    _check_gradient(p, g, self._label(p))
+            self._check_tensors(batch.bucket)
         self._fill_buckets(without=[batch.bucket for batch in stale])
         return self._gather()
 
@@ -242,7 +492,7 @@ class ProjectedOptimizer(Optimizer):
                 members.setdefault(key, []).append(p)
         made = [Bucket(key, params) for key, params in members.items()]
         moved = {
-            p: self._move_state(self.state[p], bucket.state(i, self.adaptive))
+            p: self._move_state(self.state[p], bucket.state(i))
             for bucket in made
             for i, p in enumerate(bucket.params)
             if self.state.get(p)
@@ -257,6 +507,7 @@ class ProjectedOptimizer(Optimizer):
         """The bucket key of every parameter that trains or has state."""
         keys = {}
         for group in self.param_groups:
+            self._check_hyperparameters(group)
             backends = {
                 device: choose(device, backend=group["backend"], fused=group["fused"], foreach=group["foreach"])
                 for device in {p.device for p in group["params"]}
@@ -264,19 +515,38 @@ class ProjectedOptimizer(Optimizer):
             for p in group["params"]:
                 if p.requires_grad or p.grad is not None or self.state.get(p):
                     _check_parameter(p, self._label(p))
-                    keys[p] = BucketKey(backends[p.device], p.device, p.dtype, self.moments(group))
+                    _check_channel_dim(p, group["channel_dim"], self._label(p))
+                    keys[p] = self._bucket_key(p, group, backends[p.device])
         return keys
+
+    def _bucket_key(self, p: Tensor, group: dict[str, Any], backend: Backend) -> BucketKey:
+        moments, channel_dim, state_dtype, rounding, _ = self._storage(group)
+        if rounding == "remainder" and p.dtype != torch.bfloat16:
+            rounding = "nearest"
+        if state_dtype is None:
+            state_dtype = _default_state_dtype(p, rounding)
+        if rounding == "stochastic" and torch.bfloat16 not in (p.dtype, state_dtype):
+            rounding = "nearest"
+        channel_dim = 0 if p.ndim < 2 else channel_dim
+        return BucketKey(backend, p.device, p.dtype, moments, state_dtype, rounding, channel_dim, self.adaptive)
+
+    def _storage(self, group: dict[str, Any]) -> tuple[Any, ...]:
+        """What of a group decides into which bucket a parameter goes; and the projection, so that its change is seen."""
+        return self.moments(group), *(group[n] for n in ("channel_dim", "state_dtype", "rounding", "projection"))
 
     def _move_state(self, old: dict[str, Any], new: dict[str, Tensor]) -> dict[str, Any]:
         for name, tensor in new.items():
-            tensor.copy_(torch.as_tensor(old[name]))
-        return {**old, **new}
+            if name in old:
+                tensor.copy_(torch.as_tensor(old[name]))
+        kept = {name: value for name, value in old.items() if name != "remainder"}  # of weights that have moved since
+        return kept | _seeded(new, old)
 
     def _forget_buckets(self) -> None:
         self._buckets = []
         self._unbucketed = []
         self._seen_params = []
         self._seen_groups = []
+        self._clipping = None
 
     # Checks. Every message names what was received and what would do.
 
@@ -292,6 +562,19 @@ class ProjectedOptimizer(Optimizer):
             raise ValueError("fused=True and foreach=True exclude each other: pass at most one of them as True")
         if group["backend"] is not None:
             check_name(group["backend"], "backend")
+        _check_choice("projection", group["projection"], PROJECTIONS)
+        _check_choice("rounding", group["rounding"], ROUNDINGS)
+        if group["state_dtype"] not in (None, *FLOATING):
+            raise TypeError(
+                f"state_dtype={group['state_dtype']!r} is no dtype for moments: choose one of {_listed(FLOATING)}, or "
+                "None for the parameter's own"
+            )
+        dims = group["channel_dim"]
+        if not all(type(d) is int for d in (dims if isinstance(dims, tuple) else (dims,))) or dims == ():
+            raise TypeError(
+                f"channel_dim={dims!r} is no dimension: pass the index of the output channels' dimension, or a tuple "
+                "of several whose indices together are the channels"
+            )
 
     def _check_state(self, p: Tensor, key: BucketKey) -> None:
         state = self.state.get(p)
@@ -304,12 +587,19 @@ class ProjectedOptimizer(Optimizer):
                 f"the state of {self._label(p)} has {sorted(state)} but lacks {missing}: load a whole state_dict, or "
                 "clear this parameter's state to start it afresh"
             )
-        for name in key.moments:
-            if state[name].shape != p.shape:
+        for name in key.storage:
+            if name in state and state[name].shape != p.shape:
                 raise ValueError(
                     f"state {name!r} of {self._label(p)} has shape {tuple(state[name].shape)}, the parameter "
                     f"{tuple(p.shape)}: load this model's state, or clear this parameter's state to start it afresh"
                 )
+
+    def _check_tensors(self, bucket: Bucket) -> None:
+        for p in bucket.params:
+            if p.grad is not None:
+                _check_parameter(p, self._label(p))
+                _check_channel_dim(p, bucket.key.channel_dim, self._label(p))
+                _check_gradient(p, p.grad, self._label(p))
 
     def _label(self, p: Tensor) -> str:
         for number, group in enumerate(self.param_groups):
@@ -334,6 +624,29 @@ def _check_parameter(p: Tensor, label: str) -> None:
         )
 
 
+def _check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: str) -> None:
+    if p.ndim < 2 or channel_dim == 0:
+        return
+    dims = channel_dim if isinstance(channel_dim, tuple) else (channel_dim,)
+    if len({d % p.ndim for d in dims}) < len(dims) or not all(-p.ndim <= d < p.ndim for d in dims):
+        raise ValueError(
+            f"channel_dim={channel_dim} does not fit {label} of {p.ndim} dimensions (shape {tuple(p.shape)}): pass "
+            f"different dimensions from -{p.ndim} to {p.ndim - 1}"
+        )
+    try:
+        rows_first(p, channel_dim)
+    except RuntimeError as error:
+        raise ValueError(
+            f"channel_dim={channel_dim} of {label} (shape {tuple(p.shape)}, strides {p.stride()}) cannot be merged "
+            "without a copy: pass p.contiguous(), or dimensions that follow each other"
+        ) from error
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
+
+
 def _check_gradient(p: Tensor, g: Tensor, label: str) -> None:
     if g.layout is not torch.strided:
         raise TypeError(
@@ -345,6 +658,56 @@ def _check_gradient(p: Tensor, g: Tensor, label: str) -> None:
         raise ValueError(f"the gradient of {label} is on {g.device}, the parameter on {p.device}: move one of them")
     if g.dtype not in FLOATING:
         raise TypeError(f"the gradient of {label} has dtype {g.dtype}, allowed are {_listed(FLOATING)}")
+
+
+def number(value: Any) -> Any:
+    """A hyperparameter as a float; a tensor that is not on the CPU as a 0-dim float64 tensor, not waited for."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value.detach().double().reshape(())
+    return float(value)
+
+
+def _rows_first(t: Tensor, key: BucketKey, *, copy: bool = False) -> Tensor:
+    return t if t is ABSENT else rows_first(t, key.channel_dim, copy=copy)
+
+
+def _default_state_dtype(p: Tensor, rounding: str) -> torch.dtype:
+    return torch.float32 if rounding == "remainder" and p.dtype == torch.bfloat16 else p.dtype
+
+
+def _seeded(new: dict[str, Tensor], old: dict[str, Any]) -> dict[str, Tensor]:
+    """The new state, with a seed of torch's default generator where it needs one and the old state has none."""
+    if "rounding_seed" in new and "rounding_seed" not in old:
+        new["rounding_seed"].fill_(int(torch.randint(1 << 62, ())))
+    return new
+
+
+def _versions(batches: list[Batch]) -> list[tuple[TensorWeakRef, int | None, int | None]]:
+    """The batches' gradients with their versions and their weights'."""
+    return [
+        (TensorWeakRef(g), _version(g), _version(p))
+        for batch in batches
+        for p in batch.bucket.params
+        if (g := p.grad) is not None
+    ]
+
+
+def _version(t: Tensor) -> int | None:
+    return None if t.is_inference() else t._version
+
+
+def _same(seen: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> bool:
+    """Whether gradients and weights are as they were. Nobody counts the versions of inference tensors."""
+    return len(seen) == len(now) and all(
+        old[0]() is new[0]() and None not in old and old[1:] == new[1:] for old, new in zip(seen, now, strict=True)
+    )
+
+
+def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    dtype = dtypes[0] if dtypes else torch.get_default_dtype()
+    for other in dtypes:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
 
 
 def _listed(items: Iterable[Any]) -> str:

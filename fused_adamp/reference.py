@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["Decision", "adamp_ref", "cosine", "decide", "project", "sgdp_ref"]
+__all__ = ["Decision", "adamp_ref", "cosine", "cosine_ratio", "decide", "project", "rows_first", "sgdp_ref"]
 
 
 class Decision(enum.IntEnum):
@@ -41,17 +41,22 @@ def adamp_ref(
     wd_ratio: float,
     nesterov: bool = False,
     maximize: bool = False,
+    projection: str = "auto",
+    channel_dim: int | tuple[int, ...] = 0,
 ) -> Decision:
     """One AdamP step on one tensor, in place on ``p``, ``exp_avg`` and ``exp_avg_sq`` (algorithm 2).
 
     Args:
         p, g, exp_avg, exp_avg_sq: weight, gradient and both moments, of one shape.
         step: t, counted from 1.
-        lr, betas, eps, weight_decay, delta, wd_ratio, nesterov, maximize: as in :class:`fused_adamp.AdamP`.
+        lr, betas, eps, weight_decay, delta, wd_ratio, nesterov, maximize, projection, channel_dim: as in
+            :class:`fused_adamp.AdamP`.
 
     Returns:
-        The decision of the cosine test.
+        The decision: of the cosine test, or the one that ``projection`` fixes.
     """
+    p, exp_avg, exp_avg_sq = (rows_first(x, channel_dim) for x in (p, exp_avg, exp_avg_sq))
+    g = rows_first(g, channel_dim, copy=True)
     beta1, beta2 = betas
     w, grad, m, v = (x.to(_math_dtype(p)) for x in (p, g, exp_avg, exp_avg_sq))
     if maximize:
@@ -60,7 +65,7 @@ def adamp_ref(
     v = beta2 * v + (1 - beta2) * grad**2  # v_t = beta2 v_{t-1} + (1 - beta2) (grad f)^2
     d = v.sqrt() / math.sqrt(1 - beta2**step) + eps
     u = (beta1 * m + (1 - beta1) * grad if nesterov else m) / d  # p_t = m_t / (sqrt(v_t) + eps)
-    decision = decide(grad, w, delta, eps)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
+    decision = decide(grad, w, delta, eps, projection)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
     u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
     decay = lr * weight_decay * (wd_ratio if decision else 1)
     w = w * (1 - decay)  # decoupled weight decay, scaled down where the weight was projected
@@ -86,25 +91,29 @@ def sgdp_ref(
     nesterov: bool = False,
     maximize: bool = False,
     project_buffer: bool = False,
+    projection: str = "auto",
+    channel_dim: int | tuple[int, ...] = 0,
 ) -> Decision:
     """One SGDP step on one tensor, in place on ``p`` and ``momentum_buffer`` (algorithm 1).
 
     Args:
         p, g, momentum_buffer: weight, gradient and momentum, of one shape; ``None`` for ``momentum=0``.
-        lr, momentum, dampening, weight_decay, eps, delta, wd_ratio, nesterov, maximize, project_buffer: as in
-            :class:`fused_adamp.SGDP`.
+        lr, momentum, dampening, weight_decay, eps, delta, wd_ratio, nesterov, maximize, project_buffer, projection,
+            channel_dim: as in :class:`fused_adamp.SGDP`.
 
     Returns:
-        The decision of the cosine test.
+        The decision: of the cosine test, or the one that ``projection`` fixes.
     """
+    p, g = rows_first(p, channel_dim), rows_first(g, channel_dim, copy=True)
     w, grad = (x.to(_math_dtype(p)) for x in (p, g))
     if maximize:
         grad = -grad
     b = (1 - dampening) * grad
     if momentum_buffer is not None:
+        momentum_buffer = rows_first(momentum_buffer, channel_dim)
         b = momentum * momentum_buffer.to(_math_dtype(p)) + b  # p_t = beta p_{t-1} + grad f
     u = grad + momentum * b if nesterov else b
-    decision = decide(grad, w, delta, eps)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
+    decision = decide(grad, w, delta, eps, projection)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
     u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
     decay = lr * weight_decay / (1 - momentum) * (wd_ratio if decision else 1)
     w = w * (1 - decay)
@@ -115,18 +124,27 @@ def sgdp_ref(
     return decision
 
 
-def decide(g: Tensor, p: Tensor, delta: float, eps: float) -> Decision:
+def decide(g: Tensor, p: Tensor, delta: float, eps: float, projection: str = "auto") -> Decision:
     """The cosine test, cos(w, grad f) < delta / sqrt(dim(w)): for every row (dim 0) first, then for the whole tensor.
 
-    A NaN fails both tests, so that a broken gradient is never projected. Vectors and scalars are never projected.
+    A NaN fails both tests, so that a broken gradient is never projected. Vectors and scalars are never projected,
+    others in the view that ``projection`` names, unless it is "auto".
     """
     if p.ndim < 2 or p.numel() == 0:
         return Decision.NONE
+    if projection != "auto":
+        return Decision[projection.upper()]
     for decision in (Decision.CHANNEL, Decision.LAYER):
         x, y = _view(g, decision), _view(p, decision)
         if cosine(x, y, eps).max() < delta / math.sqrt(x.size(1)):
             return decision
     return Decision.NONE
+
+
+def cosine_ratio(g: Tensor, p: Tensor, delta: float, eps: float) -> Tensor:
+    """The largest cosine of a row over the threshold that it is compared with, 0-dim: below 1 if channels pass."""
+    x, y = _view(g, Decision.CHANNEL), _view(p, Decision.CHANNEL)
+    return cosine(x, y, eps).max() / (delta / math.sqrt(x.size(1)))
 
 
 def cosine(x: Tensor, y: Tensor, eps: float) -> Tensor:
@@ -141,6 +159,20 @@ def project(u: Tensor, p: Tensor, decision: Decision, eps: float) -> Tensor:
     rows, weight = _view(u, decision), _view(p, decision)
     n = weight / (_norm(weight)[:, None] + eps)
     return (rows - n * (n * rows).sum(dim=1, keepdim=True)).reshape(u.shape)
+
+
+def rows_first(x: Tensor, channel_dim: int | tuple[int, ...], *, copy: bool = False) -> Tensor:
+    """A view of ``x`` whose dim 0 is the output channel: ``channel_dim`` moved to the front, several of them merged.
+
+    Where they cannot be merged without a copy, it is an error, or a copy where ``copy`` allows it.
+    """
+    if x.ndim < 2 or channel_dim == 0:
+        return x
+    if isinstance(channel_dim, int):
+        return x.movedim(channel_dim, 0)
+    moved = x.movedim(channel_dim, tuple(range(len(channel_dim))))
+    shape = math.prod(moved.shape[: len(channel_dim)]), *(moved.shape[len(channel_dim) :] or (1,))
+    return moved.reshape(shape) if copy else moved.view(shape)
 
 
 def _view(x: Tensor, decision: Decision) -> Tensor:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fused_adamp.bucket import Scalars
-from fused_adamp.projected import ProjectedOptimizer, Range
+from fused_adamp.bucket import PROJECTIONS, Scalars
+from fused_adamp.projected import ProjectedOptimizer, Range, number
 from fused_adamp.reference import Decision, sgdp_ref
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
 
@@ -50,8 +51,18 @@ class SGDP(ProjectedOptimizer):
         wd_ratio: in [0, 1].
         foreach: True takes the unfused reference path.
         maximize: ascend instead of descend.
-        fused: None takes the fastest backend there is, True requires a fused one, False takes the reference path.
+        capturable: on a GPU, the step can be captured in a CUDA graph; pass ``lr`` as a tensor on it to change it
+            between replays. Nothing else differs, and the CPU ignores it.
         differentiable: not supported; present so that the error can say so.
+        fused: None takes the fastest backend there is, True requires a fused one, False takes the reference path.
+        projection: "auto" (the paper's test), or "channel", "layer" or "none": always project in that view, untested.
+        channel_dim: the dimension whose indices are the output channels: 1 for transposed convolutions; a tuple merges
+            several, such as (0, 1) for the stacked matrices of experts. Vectors have none.
+        state_dtype: dtype of the moments; None takes the weight's (float32 with a remainder) or a loaded state's.
+        rounding: how bfloat16 is written: "nearest"; "stochastic", up or down by chance but right on average; or
+            "remainder", which keeps the other 16 bits of the float32 weight in the state and so loses nothing.
+        amp_scaling: GradScaler hands over its scale, and the step unscales as it reads. False for frameworks that
+            refuse to clip with such an optimizer: GradScaler then unscales by itself.
         project_buffer: project the stored momentum too wherever the update is projected (no effect with nesterov). The
             paper's algorithm does not; clovaai/AdamP 0.3.0 does. For reproducing results of that code.
         backend: force one by name; see ``python -m fused_adamp doctor``.
@@ -88,8 +99,14 @@ class SGDP(ProjectedOptimizer):
         *,
         foreach: bool | None = None,
         maximize: bool = False,
-        fused: bool | None = None,
+        capturable: bool = False,
         differentiable: bool = False,
+        fused: bool | None = None,
+        projection: str = "auto",
+        channel_dim: int | tuple[int, ...] = 0,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        amp_scaling: bool = True,
         project_buffer: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -104,8 +121,14 @@ class SGDP(ProjectedOptimizer):
             "wd_ratio": wd_ratio,
             "foreach": foreach,
             "maximize": maximize,
-            "fused": fused,
+            "capturable": capturable,
             "differentiable": differentiable,
+            "fused": fused,
+            "projection": projection,
+            "channel_dim": channel_dim,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "amp_scaling": amp_scaling,
             "project_buffer": project_buffer,
             "backend": backend,
         }
@@ -127,16 +150,23 @@ class SGDP(ProjectedOptimizer):
             beta2=0.0,
             gain2=0.0,
             eps=numbers["eps"],
-            decay=numbers["lr"] * numbers["weight_decay"] / (1 - momentum),
+            decay=numbers["weight_decay"] / (1 - momentum),
             delta=numbers["delta"],
             wd_ratio=numbers["wd_ratio"],
             sign=-1.0 if group["maximize"] else 1.0,
             nesterov=float(group["nesterov"]),
             project_buffer=float(group["project_buffer"]),
+            projection=PROJECTIONS.index(group["projection"]),
         )
 
     def reference_step(
         self, p: Tensor, g: Tensor, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
     ) -> Decision:
-        options = self.numbers(group) | {name: group[name] for name in ("nesterov", "maximize", "project_buffer")}
+        options: dict[str, Any] = {name: float(group[name]) for name in self.ranges}
+        options |= {name: group[name] for name in ("nesterov", "maximize", "project_buffer", "projection")}
         return sgdp_ref(p, g, moments[0] if moments else None, **options)
+
+    def direction(
+        self, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | float]:
+        return moments[0], number(group["lr"])

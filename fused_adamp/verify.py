@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fused_adamp.adamp import AdamP
-from fused_adamp.reference import Decision
+from fused_adamp.precision import join
+from fused_adamp.reference import Decision, rows_first
 from fused_adamp.sgdp import SGDP
 
 if TYPE_CHECKING:
@@ -95,6 +96,16 @@ DTYPES: tuple[tuple[torch.dtype, torch.dtype], ...] = (
 )
 """Parameter and gradient, beyond float32 and float64 for both."""
 
+PRECISIONS: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
+    (torch.bfloat16, {"state_dtype": torch.float32}),
+    (torch.float32, {"state_dtype": torch.bfloat16}),
+    (torch.float64, {"state_dtype": torch.float32}),
+    (torch.bfloat16, {"rounding": "remainder"}),
+    (torch.bfloat16, {"rounding": "remainder", "state_dtype": torch.bfloat16}),
+    (torch.bfloat16, {"rounding": "stochastic"}),
+)
+"""Parameter and gradient, and how the state is kept."""
+
 TOLERANCE = {torch.float32: 6.0, torch.float64: 16.0, torch.bfloat16: 1.0, torch.float16: 1.0}
 """Allowed error in units of the last place, by storage dtype.
 
@@ -102,7 +113,9 @@ float32: square root, division, fused multiply and subtraction round four times 
 more where a guess was wrong and the old weight is recovered from the new one (csrc/algorithm.h, weight_correction).
 float64: the reference rounds as much as the backend here, and its sums over a view lose a few places more.
 16 bits: computed in float32, rounded once (half a unit); a value within float32's error of a tie may go either way.
+Rounded stochastically, it may go to either neighbour: a whole unit, and what float32 was off before.
 """
+_STOCHASTIC = 1.0 + 2**-10
 
 
 @dataclass(frozen=True)
@@ -118,13 +131,15 @@ class Case:
     layout: str = "contiguous"
     late: bool = False
     """The first three quarters of the rows pass the cosine test, whatever the decision."""
+    scale: float = 1.0
+    """What the step multiplies the gradient by: the inverse of GradScaler's scale."""
     tile: int = _TILE
     """The backend's tile: sizes around it are edges there and ordinary elsewhere."""
 
     def __str__(self) -> str:
-        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        options = ",".join(f"{name}={value}" for name, value in self.options.items()).replace("torch.", "")
         dtypes = "/".join(str(d).removeprefix("torch.") for d in (self.dtype, self.gradient_dtype) if d)
-        decision = self.decision.name.lower() + " late" * self.late
+        decision = self.decision.name.lower() + " late" * self.late + f" scale={self.scale:g}" * (self.scale != 1)
         return f"{self.optimizer}({options}) {self.shape} {decision} {dtypes} {self.layout}"
 
 
@@ -133,14 +148,16 @@ class Outcome:
     """What :func:`check` found."""
 
     error: dict[str, float]
-    """Worst error of the weight ("p") and of each state key, in units of the last place."""
+    """Worst error of the weight ("p") and of each moment, in units of the last place."""
+    allowed: dict[str, float]
+    """What :data:`TOLERANCE` allows for each of them."""
     decisions: list[tuple[Decision, Decision]]
     """Per step, the backend's decision and the reference's."""
 
-    def passed(self, case: Case) -> bool:
+    def passed(self) -> bool:
         """Whether all decisions agree and all errors are within the tolerance; NaN is not."""
         agree = all(ours == theirs for ours, theirs in self.decisions)
-        return agree and all(error <= TOLERANCE[case.dtype] for error in self.error.values())
+        return agree and all(error <= self.allowed[name] for name, error in self.error.items())
 
 
 def cases(tile: int = _TILE) -> list[Case]:
@@ -162,6 +179,28 @@ def cases(tile: int = _TILE) -> list[Case]:
                     for dtype in (torch.float32, torch.bfloat16)
                 ]
                 table += [Case(shape, optimizer, options, decision) for options in others]
+                table += [
+                    Case(shape, optimizer, base | options, decision, dtype, layout=layout)
+                    for dtype, options in PRECISIONS
+                    for layout in ("contiguous", "transposed")
+                ]
+                table += [Case(shape, optimizer, base, decision, scale=scale) for scale in (2.0**-14, 3.0)]
+        for shape, channel_dim in (("prime matrix", 1), ("convolution", 1), ("five dimensions", (0, 1))):
+            options = base | {"channel_dim": channel_dim}
+            table += [Case(shape, optimizer, options, decision) for decision in Decision]
+        for shape in (
+            "vector shorter than a register",
+            "one column",
+            "row of many tiles",
+            "one row of many tiles",
+            *few,
+        ):
+            for projection in ("channel", "layer", "none"):
+                decision = Decision[projection.upper()] if len(SHAPES[shape]) > 1 else Decision.NONE
+                table += [
+                    Case(shape, optimizer, base | {"projection": projection}, decision, dtype)
+                    for dtype in (torch.float32, torch.bfloat16)
+                ]
         for shape in ("rows that leave a tile part empty", "convolution of many tiles"):
             for decision in (Decision.NONE, Decision.LAYER):
                 for options in (base, *others):
@@ -225,25 +264,50 @@ def check(case: Case, backend: str, device: torch.device | str = "cpu", *, steps
 
 def _check(case: Case, backend: str, device: torch.device | str, steps: int, seed: int, threads: int) -> Outcome:
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     value = torch.randn(shapes(case.tile)[case.shape], generator=generator, dtype=torch.float64)
     whole = "contiguous" if case.layout == "gradient transposed" else case.layout
     p = torch.nn.Parameter(lay_out(value.to(device, case.dtype), whole))
     optimizer = (AdamP if case.optimizer == "AdamP" else SGDP)([p], **case.options, backend=backend)
     error: dict[str, float] = {}
+    allowed: dict[str, float] = {}
     decisions = []
     for _ in range(steps):
-        gradient = make_gradient(p.detach().cpu().double(), case.decision, generator, late=case.late)
+        weight = rows_first(p.detach().cpu().double(), case.options.get("channel_dim", 0))
+        gradient = make_gradient(weight.contiguous(), case.decision, generator, late=case.late)
+        gradient = _rows_back(gradient, p, case.options.get("channel_dim", 0))
         layout = "transposed" if case.layout == "gradient transposed" else case.layout
         p.grad_dtype = case.gradient_dtype or case.dtype
         p.grad = lay_out(gradient.to(device, p.grad_dtype), layout)
-        want, scale, decision = _reference(optimizer, p)
+        want, scale, decision = _reference(optimizer, p, case.scale)
+        if case.scale != 1:
+            scale_tensor = torch.tensor([1 / case.scale], dtype=torch.float64, device=device)
+            setattr(optimizer, "grad_scale", scale_tensor)  # noqa: B010  # as GradScaler does
         with _threads(threads):
             optimizer.step()
         decisions.append((optimizer.decisions()[p], decision))
         for name, reference in want.items():
-            got = p.detach() if name == "p" else optimizer.state[p][name]
+            got = rows_first(_stored(optimizer, p, name), case.options.get("channel_dim", 0))
             error[name] = max(error.get(name, 0.0), _ulps(got, reference, scale[name]), key=_nan_last)
-    return Outcome(error, decisions)
+            stochastic = case.options.get("rounding") == "stochastic" and got.dtype == torch.bfloat16
+            allowed[name] = _STOCHASTIC if stochastic else TOLERANCE[got.dtype]
+    return Outcome(error, allowed, decisions)
+
+
+def _rows_back(g: Tensor, p: Tensor, channel_dim: int | tuple[int, ...]) -> Tensor:
+    """Undoes rows_first: the values of ``g`` in the shape of ``p``."""
+    whole = torch.empty_like(p, dtype=g.dtype, device=g.device, memory_format=torch.contiguous_format)
+    rows_first(whole, channel_dim).copy_(g)
+    return whole
+
+
+def _stored(optimizer: ProjectedOptimizer, p: Tensor, name: str) -> Tensor:
+    """The weight, with its remainder if it has one, or the moment of that name."""
+    state = optimizer.state.get(p, {})
+    if name != "p":
+        moment: Tensor = state[name]
+        return moment
+    return join(p.detach(), state["remainder"]) if "remainder" in state else p.detach()
 
 
 @contextmanager
@@ -256,7 +320,9 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _reference(optimizer: ProjectedOptimizer, p: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor], Decision]:
+def _reference(
+    optimizer: ProjectedOptimizer, p: Tensor, factor: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Decision]:
     """The next step in float64: weight and state by name, the sizes at which they round, and the decision.
 
     A difference rounds at the size of its terms, not of the result. Their sum is what the same step gives when all
@@ -265,8 +331,12 @@ def _reference(optimizer: ProjectedOptimizer, p: Tensor) -> tuple[dict[str, Tens
     (group,) = optimizer.param_groups
     names, state = optimizer.moments(group), optimizer.state.get(p, {})
     assert p.grad is not None, "a case has a gradient"
-    weight, gradient = (x.to(torch.float64, copy=True) for x in (p.detach(), p.grad))
-    moments = [state[n].to(torch.float64, copy=True) if n in state else torch.zeros_like(weight) for n in names]
+
+    def double(x: Tensor) -> Tensor:
+        return rows_first(x.to(torch.float64, copy=True), group["channel_dim"])
+
+    weight, gradient = double(_stored(optimizer, p, "p")), double(p.grad) * factor
+    moments = [double(state[n]) if n in state else torch.zeros_like(weight) for n in names]
     step = torch.ones(()) + state.get("step", 0)
 
     def stepped(w: Tensor, g: Tensor, old: list[Tensor], **options: Any) -> tuple[dict[str, Tensor], Decision]:
@@ -276,15 +346,15 @@ def _reference(optimizer: ProjectedOptimizer, p: Tensor) -> tuple[dict[str, Tens
         return results, decision
 
     want, decision = stepped(weight, gradient, moments)
-    plain, _ = stepped(weight, gradient, moments, delta=0.0)
+    plain, _ = stepped(weight, gradient, moments, projection="none")
     first, second = [-m.abs() for m in moments[:1]], moments[1:]
-    sizes, _ = stepped(weight.abs(), -gradient.abs(), first + second, delta=0.0, maximize=False)
+    sizes, _ = stepped(weight.abs(), -gradient.abs(), first + second, projection="none", maximize=False)
     if decision:
-        view = (p.size(0) if decision is Decision.CHANNEL else 1, -1)
+        view = (weight.size(0) if decision is Decision.CHANNEL else 1, -1)
         length = weight.reshape(view).norm(dim=1, keepdim=True)
         for name, u in (("p", plain["p"] - weight), *((n, plain[n]) for n in names if not want[n].equal(plain[n]))):
             removed = weight.reshape(view).abs() * u.reshape(view).norm(dim=1, keepdim=True) / length
-            sizes[name] = sizes[name].abs() + removed.view(p.shape)
+            sizes[name] = sizes[name].abs() + removed.view(weight.shape)
     return want, {name: size.abs() for name, size in sizes.items()}, decision
 
 

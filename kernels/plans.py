@@ -2,27 +2,35 @@
 
 Arguments, of all of them, as pointers:
     table        (P, COLUMNS) int64: fused_adamp/bucket.py
-    addresses    (P, ADDRESSES) int64: of p, g, m, v and the step count
+    addresses    (P, ADDRESSES) int64: of p, g, m, v, the remainder, the step count and the seed
     strides      (P, STRIDES) int64: tiles.py; read in the STRIDED layout only
     owners       (tiles,) int32: the parameter that a tile belongs to
     scalars      (groups, SCALARS) float64: hyperparameters
-    coefficients (P, COEFFICIENTS) float64, sums (tiles, SUMS) float64, decisions (P,) uint8, projections (P,) float64
-                 and counters (P, COUNTERS) int64: what the stages tell each other
+    scale        (1,) float64: what gradients are multiplied with
+    found_inf    (1,) float64: where it is not 0, the launch does nothing
+    coefficients (P, COEFFICIENTS) float64, sums (tiles, SUMS) float64, findings (P, FINDINGS) float64 and
+                 counters (P, COUNTERS) int64: what the stages tell each other
+    decisions    (P,) uint8 and results (P, RESULTS) float64: what they tell the user
     tickets      (TICKETS,) int64: what the programs of a launch tell each other
+    replays      (1,) int64: added to epoch
     active       (n,) int32: parameters of this launch
     jobs         (n, 3) int32: stage, first tile, tiles
-epoch is another number, up from 1, in every step.
+epoch + replays is another number, up from 1, in every step and every norm: the host counts its own up, or, where a CUDA
+graph may repeat a step without it, the one on the device.
 """
 
 import triton
 import triton.language as tl
 
-from .stages import announce, count, dot, measure, prepare, update, wait
+from .stages import announce, count, dot, is_tested, measure, prepare, square, update, wait
 
 PREPARE = tl.constexpr(0)
 MEASURE = tl.constexpr(1)
 DOT = tl.constexpr(2)
 UPDATE = tl.constexpr(3)
+# For the norm of the gradients: squares of all, and in the split plan whatever measure finds out about tested ones.
+SQUARE = tl.constexpr(4)
+SQUARE_AND_MEASURE = tl.constexpr(5)
 
 # What a launch counts.
 TICKET = tl.constexpr(0)
@@ -33,47 +41,54 @@ TICKETS = tl.constexpr(3)
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])
 def measure_kernel(
-    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, tickets,
-    active, jobs, epoch, n_active, S: tl.constexpr,
+    table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
+    decisions, results, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
-    """One program a job: prepares a block of parameters, or measures a tile."""
+    """One program a job: prepares a block of parameters, or measures or squares a tile."""
     memory = (table, addresses, strides)
-    work = (owners, scalars, coefficients, sums, decisions, projections, counters)
-    job = jobs + tl.program_id(0) * 3
-    if tl.load(job) == PREPARE:
-        prepare(memory, work, active, n_active, tl.load(job + 1), S)
-    else:
-        measure(memory, work, epoch, tl.load(job + 1), S)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results)
+    if tl.load(found_inf) == 0:
+        job = jobs + tl.program_id(0) * 3
+        stage = tl.load(job)
+        tile = tl.load(job + 1)
+        if stage == PREPARE:
+            prepare(memory, work, active, n_active, tile, S)
+        elif (stage != SQUARE) & is_tested(memory, work, tl.load(owners + tile).to(tl.int64)):
+            measure(memory, work, epoch + tl.load(replays), tile, S)
+        elif stage != MEASURE:
+            square(memory, work, tile, S)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])
 def dot_kernel(
-    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, tickets,
-    active, jobs, epoch, n_active, S: tl.constexpr,
+    table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
+    decisions, results, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
     """One program a job."""
     memory = (table, addresses, strides)
-    work = (owners, scalars, coefficients, sums, decisions, projections, counters)
-    job = jobs + tl.program_id(0) * 3
-    for i in tl.range(0, tl.load(job + 2)):
-        dot(memory, work, epoch, tl.load(job + 1) + i, S)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results)
+    if tl.load(found_inf) == 0:
+        job = jobs + tl.program_id(0) * 3
+        for i in tl.range(0, tl.load(job + 2)):
+            dot(memory, work, epoch + tl.load(replays), tl.load(job + 1) + i, S, False)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])
 def update_kernel(
-    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, tickets,
-    active, jobs, epoch, n_active, S: tl.constexpr,
+    table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
+    decisions, results, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
     """One program a job, which is one tile."""
     memory = (table, addresses, strides)
-    work = (owners, scalars, coefficients, sums, decisions, projections, counters)
-    update(memory, work, epoch, tl.load(jobs + tl.program_id(0) * 3 + 1), S)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results)
+    if tl.load(found_inf) == 0:
+        update(memory, work, epoch, tl.load(jobs + tl.program_id(0) * 3 + 1), S, False)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active", "n_jobs", "n_blocks"])
 def one_pass_kernel(
-    table, addresses, strides, owners, scalars, coefficients, sums, decisions, projections, counters, tickets,
-    active, jobs, epoch, n_active, n_jobs, n_blocks, S: tl.constexpr,
+    table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
+    decisions, results, tickets, replays, active, jobs, epoch, n_active, n_jobs, n_blocks, S: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs draw jobs in their order: the first n_blocks prepare, then tiles are measured a window
     before they are updated.
@@ -82,25 +97,28 @@ def one_pass_kernel(
     whatever the grid.
     """
     memory = (table, addresses, strides)
-    work = (owners, scalars, coefficients, sums, decisions, projections, counters)
-    ticket = count(tickets + TICKET, epoch)
-    while ticket < n_jobs:
-        job = jobs + ticket * 3
-        stage = tl.load(job)
-        first = tl.load(job + 1)
-        # Hoisted out of the loop, the offsets of every class of rows would each keep registers: 255 and not 128.
-        for i in tl.range(0, tl.load(job + 2), disable_licm=True):
-            tile = first + i
-            if stage == PREPARE:
-                prepare(memory, work, active, n_active, tile, S)
-                if count(tickets + PREPARING, epoch) + 1 == n_blocks:
-                    announce(tickets + PREPARED, epoch)
-            elif stage == MEASURE:
-                measure(memory, work, epoch, tile, S)
-            else:
-                wait(tickets + PREPARED, epoch)
-                if stage == DOT:
-                    dot(memory, work, epoch, tile, S)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results)
+    if tl.load(found_inf) == 0:
+        now = epoch + tl.load(replays)
+        ticket = count(tickets + TICKET, now)
+        while ticket < n_jobs:
+            job = jobs + ticket * 3
+            stage = tl.load(job)
+            first = tl.load(job + 1)
+            # Hoisted out of the loop, the offsets of every class of rows would each keep registers: 255 and not 128.
+            for i in tl.range(0, tl.load(job + 2), disable_licm=True):
+                tile = first + i
+                if stage == PREPARE:
+                    prepare(memory, work, active, n_active, tile, S)
+                    if count(tickets + PREPARING, now) + 1 == n_blocks:
+                        announce(tickets + PREPARED, now)
+                elif stage == MEASURE:
+                    if is_tested(memory, work, tl.load(owners + tile).to(tl.int64)):
+                        measure(memory, work, now, tile, S)
                 else:
-                    update(memory, work, epoch, tile, S)
-        ticket = count(tickets + TICKET, epoch)
+                    wait(tickets + PREPARED, now)
+                    if stage == DOT:
+                        dot(memory, work, now, tile, S, True)
+                    else:
+                        update(memory, work, now, tile, S, True)
+            ticket = count(tickets + TICKET, now)

@@ -1,20 +1,25 @@
 """The stages of a step, each for one tile, and the order between tiles.
 
-    prepare  step counts and what depends on them, for a block of parameters
-    measure  per row p.g, g.g and p.p; whose tile is a parameter's last decides             reads p g
-    dot      p.u, where the chosen view is wider than a tile; there is most often nothing   reads p g m v
+    prepare  step counts, seeds, and what depends on them, for a block of parameters
+    measure  per row p.g, g.g and p.p; whose tile is a parameter's last concludes           reads p g
+    square   g.g, where only the norm of the gradients is asked for                         reads g
+    dot      p.u and p.p, where the decided view is wider than a tile; most often nothing   reads p g m v
     update   momentum, projection, weight decay, weight                                     reads p g m v, writes p m v
 
 ``memory`` and ``work`` are tuples of tables, to be passed on whole: where a parameter's tensors lie, and what the
 stages tell each other. Sums run in the math's dtype within a tile and in float64 from tile to tile, always in the
 order of the tiles, so that results repeat bit for bit.
+
+Measure and square see gradients as they are, everything else times the step's scale: so a tensor that was measured for
+the norm of the gradients need not be measured again once the scale that clips them is known.
 """
 
 import triton
 import triton.language as tl
 
-from .cosine import below_threshold
+from .cosine import below, compare
 from .momentum import advance, bias_correction, direction
+from .precision import REMAINDER, STOCHASTIC, halves, join, noise, round_stochastically, split, step_key
 from .projection import projection, weight_update
 from .tiles import (
     ADDRESSES,
@@ -25,6 +30,7 @@ from .tiles import (
     GROUP,
     PROJECTED,
     ROWS,
+    SEED,
     STEP,
     TILE_COLS,
     TILE_ROWS,
@@ -32,7 +38,9 @@ from .tiles import (
     G,
     M,
     P,
+    R,
     V,
+    first_number,
     locate,
     place,
 )
@@ -42,16 +50,22 @@ TABLE = tl.constexpr(0)
 PLACES = tl.constexpr(1)
 OWNERS = tl.constexpr(0)
 RATES = tl.constexpr(1)
-BY_STEP = tl.constexpr(2)
-TILE_SUMS = tl.constexpr(3)
-DECISIONS = tl.constexpr(4)
-PROJECTIONS = tl.constexpr(5)
+SCALE = tl.constexpr(2)
+BY_STEP = tl.constexpr(3)
+TILE_SUMS = tl.constexpr(4)
+FOUND = tl.constexpr(5)
 COUNTS = tl.constexpr(6)
+DECISIONS = tl.constexpr(7)
+OUTCOMES = tl.constexpr(8)
 
 # fused_adamp/reference.py, Decision.
 NONE = tl.constexpr(0)
 CHANNEL = tl.constexpr(1)
 LAYER = tl.constexpr(2)
+
+# fused_adamp/bucket.py, PROJECTIONS: those between are decisions.
+AUTO = tl.constexpr(0)
+NEVER = tl.constexpr(3)
 
 # fused_adamp/bucket.py, Scalars: a parameter group's row.
 LR = tl.constexpr(0)
@@ -67,33 +81,50 @@ WD_RATIO = tl.constexpr(9)
 SIGN = tl.constexpr(10)
 NESTEROV = tl.constexpr(11)
 PROJECT_BUFFER = tl.constexpr(12)
-SCALARS = tl.constexpr(13)
+PROJECTION = tl.constexpr(13)
+SCALARS = tl.constexpr(14)
 
 # What depends on the step count: a parameter's row.
 INVERSE_BIAS2 = tl.constexpr(0)
 STEP_SIZE = tl.constexpr(1)
 COEFFICIENTS = tl.constexpr(2)
 
-# A tile's row of the sums.
-FAILED = tl.constexpr(0)
-PG = tl.constexpr(1)
-GG = tl.constexpr(2)
-PP = tl.constexpr(3)
-PU = tl.constexpr(4)
-SUMS = tl.constexpr(5)
+# A tile's row of the sums: the least limit and the largest cosine of its rows (cosine.py), and sums.
+LIMIT = tl.constexpr(0)
+LARGEST = tl.constexpr(1)
+PG = tl.constexpr(2)
+GG = tl.constexpr(3)
+PP = tl.constexpr(4)
+PU = tl.constexpr(5)
+SUMS = tl.constexpr(6)
 
-# A parameter's row of the counters: tiles that have been measured and dotted, and the epoch in which all had been.
+# A parameter's row of the findings: the limits of both views and what the results say, from measure; c, from dot.
+CHANNEL_LIMIT = tl.constexpr(0)
+LAYER_LIMIT = tl.constexpr(1)
+FOUND_COSINE = tl.constexpr(2)
+FOUND_NORM = tl.constexpr(3)
+LAYER_PROJECTION = tl.constexpr(4)
+FINDINGS = tl.constexpr(5)
+
+# fused_adamp/bucket.py, RESULTS: a parameter's row.
+COSINE = tl.constexpr(0)
+NORM = tl.constexpr(1)
+RESULTS = tl.constexpr(2)
+
+# A parameter's row of the counters: tiles that have been measured and dotted, the epoch in which all had been, and the
+# keys of this step's noise.
 MEASURED = tl.constexpr(0)
 DOTTED = tl.constexpr(1)
-DECIDED = tl.constexpr(2)
+CONCLUDED = tl.constexpr(2)
 PROJECTION_KNOWN = tl.constexpr(3)
-COUNTERS = tl.constexpr(4)
+KEY = tl.constexpr(4)
+COUNTERS = tl.constexpr(5)
 
 # log2 of the columns of the narrowest block of rows, and its step to the next.
 NARROWEST = tl.constexpr(6)
 WIDTH_STEP = tl.constexpr(2)
 ONE = tl.constexpr(1)  # what is shifted is a constexpr too: so that it also works in the interpreter
-DECIDE_BLOCK = tl.constexpr(512)
+CONCLUDE_BLOCK = tl.constexpr(256)
 PREPARE_BLOCK = tl.constexpr(128)
 
 
@@ -107,14 +138,14 @@ def count(counter, epoch):
     The epoch fills the upper half, so that whatever a broken-off step left behind counts as nothing.
     """
     tl.debug_barrier()
-    tl.atomic_max(counter, epoch.to(tl.int64) << 32)
+    tl.atomic_max(counter, epoch << 32)
     return tl.atomic_add(counter, 1, sem="acq_rel") & 0xFFFFFFFF
 
 
 @triton.jit
 def announce(flag, epoch):
     tl.debug_barrier()
-    tl.atomic_xchg(flag, epoch.to(tl.int64), sem="release")
+    tl.atomic_xchg(flag, epoch, sem="release")
 
 
 @triton.jit
@@ -129,11 +160,39 @@ def wait(flag, epoch):
 
 
 @triton.jit
+def scalar(work, group, WHICH: tl.constexpr):
+    return tl.load(work[RATES] + group * SCALARS + WHICH)
+
+
+@triton.jit
 def is_tested(memory, work, x):
-    """Whether the parameter is ever projected. With delta = 0 no cosine is below the threshold."""
+    """Whether the cosine test decides on the parameter. With delta = 0 no cosine is below the threshold."""
     entry = memory[TABLE] + x * COLUMNS
-    delta = tl.load(work[RATES] + tl.load(entry + GROUP) * SCALARS + DELTA)
-    return (tl.load(entry + PROJECTED) != 0) & (delta > 0)
+    group = tl.load(entry + GROUP)
+    automatic = (scalar(work, group, PROJECTION) == AUTO) & (scalar(work, group, DELTA) > 0)
+    return (tl.load(entry + PROJECTED) != 0) & automatic
+
+
+@triton.jit
+def decide(memory, work, epoch, x, WAIT: tl.constexpr):
+    """The decision: what the group fixes, or what the limits say of this step's scale.
+
+    With WAIT, the parameter's tiles may still be measured by others.
+    """
+    entry = memory[TABLE] + x * COLUMNS
+    group = tl.load(entry + GROUP)
+    fixed = scalar(work, group, PROJECTION).to(tl.int32)
+    decision = tl.where((tl.load(entry + PROJECTED) != 0) & (fixed != NEVER), fixed, NONE)
+    if is_tested(memory, work, x):
+        if WAIT:
+            wait(work[COUNTS] + x * COUNTERS + CONCLUDED, epoch)
+        findings = work[FOUND] + x * FINDINGS
+        scale = tl.load(work[SCALE])
+        eps = scalar(work, group, EPS)
+        channel = below(scale, tl.load(findings + CHANNEL_LIMIT, cache_modifier=".cg"), eps)
+        layer = below(scale, tl.load(findings + LAYER_LIMIT, cache_modifier=".cg"), eps)
+        decision = tl.where(channel, CHANNEL, tl.where(layer, LAYER, NONE))
+    return decision
 
 
 @triton.jit
@@ -146,23 +205,24 @@ def tiles_of(memory, x):
 
 @triton.jit
 def is_wide(decision, tiles, segments):
-    """Whether the chosen view is wider than a tile."""
+    """Whether the decided view is wider than a tile."""
     return ((decision == LAYER) & (tiles > 1)) | ((decision == CHANNEL) & (segments > 1))
-
-
-@triton.jit
-def scalar(work, group, WHICH: tl.constexpr):
-    return tl.load(work[RATES] + group * SCALARS + WHICH)
 
 
 # Blocks of elements.
 
 
 @triton.jit
-def load_weight_and_gradient(memory, where, e, mask, sign, S: tl.constexpr):
-    p = tl.load(place(memory, where, e, P, S.p, S.layout), mask, other=0.0).to(S.number)
-    g = tl.load(place(memory, where, e, G, S.g, S.layout), mask, other=0.0).to(S.number)
-    return p, sign * g
+def load_weight(memory, where, e, mask, S: tl.constexpr):
+    p = tl.load(place(memory, where, e, P, S.p, S.layout), mask, other=0.0)
+    if S.rounding == REMAINDER:
+        p = join(p, tl.load(place(memory, where, e, R, tl.int16, S.layout), mask, other=0))
+    return p.to(S.number)
+
+
+@triton.jit
+def load_gradient(memory, where, e, mask, S: tl.constexpr):
+    return tl.load(place(memory, where, e, G, S.g, S.layout), mask, other=0.0).to(S.number)
 
 
 @triton.jit
@@ -182,7 +242,9 @@ def momentum_update(memory, work, where, e, mask, S: tl.constexpr):
     """p, and m, v and u after this step."""
     x = where[0]
     group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
-    p, g = load_weight_and_gradient(memory, where, e, mask, scalar(work, group, SIGN).to(S.number), S)
+    p = load_weight(memory, where, e, mask, S)
+    factor = (scalar(work, group, SIGN) * tl.load(work[SCALE])).to(S.number)
+    g = factor * load_gradient(memory, where, e, mask, S)
     m, v = load_state(memory, where, e, mask, S)
     momentum = scalar(work, group, MOMENTUM).to(S.number)
     gain = scalar(work, group, GAIN).to(S.number)
@@ -198,20 +260,40 @@ def momentum_update(memory, work, where, e, mask, S: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, random, TYPE: tl.constexpr, S: tl.constexpr):
+    """What is stored of x in a tensor of that dtype."""
+    by_chance: tl.constexpr = (S.rounding == STOCHASTIC) & TYPE.is_bf16()
+    return round_stochastically(x.to(tl.float32), random) if by_chance else x.to(TYPE)
+
+
+@triton.jit
 def store(memory, work, where, e, mask, p, m, v, u, c, decision, S: tl.constexpr):
     """Moves the weight and stores it with the state; c is the projection of each element's view."""
     x = where[0]
     group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
-    decay = scalar(work, group, DECAY) * tl.where(decision == NONE, 1.0, scalar(work, group, WD_RATIO))
+    decay = scalar(work, group, LR) * scalar(work, group, DECAY)
+    decay *= tl.where(decision == NONE, 1.0, scalar(work, group, WD_RATIO))
     step_size = tl.load(work[BY_STEP] + x * COEFFICIENTS + STEP_SIZE)
-    moved = weight_update(p, u, c, step_size.to(S.number), decay.to(S.number))
-    tl.store(place(memory, where, e, P, S.p, S.layout), moved.to(S.p), mask)
+    if not S.adaptive:
+        m = tl.where((decision != NONE) & (scalar(work, group, PROJECT_BUFFER) != 0), u - c * p, m)
+    p = weight_update(p, u, c, step_size.to(S.number), decay.to(S.number))
+    random = 0
+    if S.rounding == STOCHASTIC:
+        low, high = halves(tl.load(work[COUNTS] + x * COUNTERS + KEY))
+        number = first_number(memory, where, S.layout).to(tl.uint32) + e.to(tl.uint32)
+        random = noise(number, low, high)
+    if S.rounding == REMAINDER:
+        p, r = split(p)
+        tl.store(place(memory, where, e, R, tl.int16, S.layout), r, mask)
+        tl.store(place(memory, where, e, P, S.p, S.layout), p, mask)
+    else:
+        tl.store(place(memory, where, e, P, S.p, S.layout), rounded(p, random & 0xFFFF, S.p, S), mask)
     if S.buffer:
-        if not S.adaptive:
-            m = tl.where((decision != NONE) & (scalar(work, group, PROJECT_BUFFER) != 0), u - c * p, m)
-        tl.store(place(memory, where, e, M, S.state, S.layout), m.to(S.state), mask)
+        tl.store(place(memory, where, e, M, S.state, S.layout), rounded(m, random >> 16, S.state, S), mask)
     if S.adaptive:
-        tl.store(place(memory, where, e, V, S.state, S.layout), v.to(S.state), mask)
+        if S.rounding == STOCHASTIC:
+            random = noise(number, high, low)
+        tl.store(place(memory, where, e, V, S.state, S.layout), rounded(v, random & 0xFFFF, S.state, S), mask)
 
 
 @triton.jit
@@ -265,8 +347,9 @@ def prepare(memory, work, active, n, block, S: tl.constexpr):
     rates = work[RATES] + group * SCALARS
     lr = tl.load(rates + LR, live, other=0.0)
     coefficients = work[BY_STEP] + x * COEFFICIENTS
+    places = memory[PLACES] + x * ADDRESSES
     if S.adaptive:
-        step = tl.load(memory[PLACES] + x * ADDRESSES + STEP, live, other=0).to(tl.pointer_type(tl.float32))
+        step = tl.load(places + STEP, live, other=0).to(tl.pointer_type(tl.float32))
         t = tl.load(step, live, other=0.0) + 1
         tl.store(step, t, live)
         t = t.to(tl.float64)
@@ -276,126 +359,173 @@ def prepare(memory, work, active, n, block, S: tl.constexpr):
         tl.store(coefficients + STEP_SIZE, lr / bias1, live)
     else:
         tl.store(coefficients + STEP_SIZE, lr, live)
-    tested = (tl.load(memory[TABLE] + x * COLUMNS + PROJECTED, live, other=0) != 0) & (
-        tl.load(rates + DELTA, live, other=0.0) > 0
-    )
-    tl.store(work[DECISIONS] + x, tl.zeros((PREPARE_BLOCK,), tl.uint8), live & (tested == 0))
+    if S.rounding == STOCHASTIC:
+        seed = tl.load(places + SEED, live, other=0).to(tl.pointer_type(tl.int64))
+        s = tl.load(seed, live, other=0)
+        tl.store(seed, s + 1, live)
+        tl.store(work[COUNTS] + x * COUNTERS + KEY, step_key(s), live)
+    # A parameter without elements has no tile that would report.
+    entry = memory[TABLE] + x * COLUMNS
+    size = tl.load(entry + ROWS, live, other=1) * tl.load(entry + COLS, live, other=1)
+    tl.store(work[DECISIONS] + x, tl.full((PREPARE_BLOCK,), NONE, tl.uint8), size == 0)
 
 
 @triton.jit
 def measure(memory, work, epoch, tile, S: tl.constexpr):
-    """Row sums of one tile. Reads p g: 8 bytes per float32 element."""
+    """Row sums of one tile of a tested parameter. Reads p g: 8 bytes per float32 element."""
     where = locate(memory[TABLE], work[OWNERS], tile)
     x = where[0]
-    if is_tested(memory, work, x):
-        rows_here = where[3]
-        cols_here = where[4]
-        group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
-        delta = scalar(work, group, DELTA)
-        eps = scalar(work, group, EPS)
-        one = tl.full((), 1.0, S.number)
-        failed = tl.full((), 0.0, tl.float64)
-        pg = failed
-        gg = failed
-        pp = failed
-        if cols_here > S.tile:  # one row, in several blocks
-            pgs = tl.zeros((S.tile,), S.number)
-            ggs = pgs
-            pps = pgs
-            for start in range(0, cols_here, S.tile):
-                e, mask = elements(where, start, S)
-                p, g = load_weight_and_gradient(memory, where, e, mask, one, S)
-                pgs += p * g
-                ggs += g * g
-                pps += p * p
+    rows_here = where[3]
+    cols_here = where[4]
+    group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
+    delta = scalar(work, group, DELTA)
+    eps = scalar(work, group, EPS)
+    limit = tl.full((), 0.0, tl.float64)
+    largest = limit
+    pg = limit
+    gg = limit
+    pp = limit
+    if cols_here > S.tile:  # one row, in several blocks
+        pgs = tl.zeros((S.tile,), S.number)
+        ggs = pgs
+        pps = pgs
+        for start in range(0, cols_here, S.tile):
+            e, mask = elements(where, start, S)
+            p = load_weight(memory, where, e, mask, S)
+            g = load_gradient(memory, where, e, mask, S)
+            pgs += p * g
+            ggs += g * g
+            pps += p * p
+        pg = tl.sum(pgs).to(tl.float64)
+        gg = tl.sum(ggs).to(tl.float64)
+        pp = tl.sum(pps).to(tl.float64)
+        limit, largest = compare(pg, gg, pp, delta, eps, cols_here)
+    for log_cols in tl.static_range(NARROWEST, S.log_tile + WIDTH_STEP, WIDTH_STEP):
+        if (cols_here <= S.tile) & fits(cols_here, log_cols):
+            e, mask = rows_of_block(where, min(ONE << log_cols, S.tile), S)
+            p = load_weight(memory, where, e, mask, S)
+            g = load_gradient(memory, where, e, mask, S)
+            pgs = tl.sum(p * g, axis=1)
+            ggs = tl.sum(g * g, axis=1)
+            pps = tl.sum(p * p, axis=1)
+            limits, cosines = compare(pgs, ggs, pps, delta, eps, cols_here)
+            live = tl.arange(0, S.tile // min(ONE << log_cols, S.tile)) < rows_here
+            limit = tl.min(tl.where(live, limits, float("inf"))).to(tl.float64)
+            largest = tl.max(tl.where(live, cosines, 0.0)).to(tl.float64)
             pg = tl.sum(pgs).to(tl.float64)
             gg = tl.sum(ggs).to(tl.float64)
             pp = tl.sum(pps).to(tl.float64)
-            failed = 1 - below_threshold(pg, gg, pp, delta, eps, cols_here).to(tl.float64)
-        for log_cols in tl.static_range(NARROWEST, S.log_tile + WIDTH_STEP, WIDTH_STEP):
-            if (cols_here <= S.tile) & fits(cols_here, log_cols):
-                e, mask = rows_of_block(where, min(ONE << log_cols, S.tile), S)
-                p, g = load_weight_and_gradient(memory, where, e, mask, one, S)
-                pgs = tl.sum(p * g, axis=1)
-                ggs = tl.sum(g * g, axis=1)
-                pps = tl.sum(p * p, axis=1)
-                below = below_threshold(pgs, ggs, pps, delta, eps, cols_here)
-                live = tl.arange(0, S.tile // min(ONE << log_cols, S.tile)) < rows_here
-                failed = tl.sum((live & (below == 0)).to(tl.int32)).to(tl.float64)
-                pg = tl.sum(pgs).to(tl.float64)
-                gg = tl.sum(ggs).to(tl.float64)
-                pp = tl.sum(pps).to(tl.float64)
-        sums = work[TILE_SUMS] + tile.to(tl.int64) * SUMS
-        tl.store(sums + FAILED, failed)
-        tl.store(sums + PG, pg)
-        tl.store(sums + GG, gg)
-        tl.store(sums + PP, pp)
-        tiles, segments = tiles_of(memory, x)
-        counters = work[COUNTS] + x * COUNTERS
-        if count(counters + MEASURED, epoch) + 1 == tiles:
-            tl.store(work[DECISIONS] + x, decide(memory, work, x, tiles, segments, delta, eps).to(tl.uint8))
-            announce(counters + DECIDED, epoch)
+    sums = work[TILE_SUMS] + tile.to(tl.int64) * SUMS
+    tl.store(sums + LIMIT, limit)
+    tl.store(sums + LARGEST, largest)
+    tl.store(sums + PG, pg)
+    tl.store(sums + GG, gg)
+    tl.store(sums + PP, pp)
+    tiles, segments = tiles_of(memory, x)
+    counters = work[COUNTS] + x * COUNTERS
+    if count(counters + MEASURED, epoch) + 1 == tiles:
+        conclude(memory, work, x, tiles, segments, delta, eps)
+        announce(counters + CONCLUDED, epoch)
 
 
 @triton.jit
-def decide(memory, work, x, tiles, segments, delta, eps):
-    """The decision, from the sums of all of a parameter's tiles, added in their order."""
+def conclude(memory, work, x, tiles, segments, delta, eps):
+    """The findings, from the sums of all of a parameter's tiles, added in their order."""
     entry = memory[TABLE] + x * COLUMNS
     rows = tl.load(entry + ROWS)
     cols = tl.load(entry + COLS)
     first = work[TILE_SUMS] + tl.load(entry + FIRST_TILE) * SUMS
     views = tiles // segments  # tiles of whole rows, or rows of several tiles
-    failed = tl.zeros((DECIDE_BLOCK,), tl.float64)
-    pg = failed
-    gg = failed
-    pp = failed
-    for start in range(0, views, DECIDE_BLOCK):
-        view = start + tl.arange(0, DECIDE_BLOCK)
+    limit = tl.full((CONCLUDE_BLOCK,), float("inf"), tl.float64)
+    largest = tl.zeros((CONCLUDE_BLOCK,), tl.float64)
+    pg = largest
+    gg = largest
+    pp = largest
+    for start in range(0, views, CONCLUDE_BLOCK):
+        view = start + tl.arange(0, CONCLUDE_BLOCK)
         live = view < views
-        view_failed = tl.zeros((DECIDE_BLOCK,), tl.float64)
-        view_pg = view_failed
-        view_gg = view_failed
-        view_pp = view_failed
+        view_limit = limit
+        view_largest = largest
+        view_pg = tl.zeros((CONCLUDE_BLOCK,), tl.float64)
+        view_gg = view_pg
+        view_pp = view_pg
         for segment in range(segments):
             sums = first + (view * segments + segment) * SUMS
-            view_failed = tl.load(sums + FAILED, live, other=0.0, cache_modifier=".cg")
+            view_limit = tl.load(sums + LIMIT, live, other=float("inf"), cache_modifier=".cg")
+            view_largest = tl.load(sums + LARGEST, live, other=0.0, cache_modifier=".cg")
             view_pg += tl.load(sums + PG, live, other=0.0, cache_modifier=".cg")
             view_gg += tl.load(sums + GG, live, other=0.0, cache_modifier=".cg")
             view_pp += tl.load(sums + PP, live, other=0.0, cache_modifier=".cg")
-        row_failed = 1 - below_threshold(view_pg, view_gg, view_pp, delta, eps, cols).to(tl.float64)
-        failed += tl.where(live, tl.where(segments > 1, row_failed, view_failed), 0.0)
+        if segments > 1:
+            row_limit, row_cosine = compare(view_pg, view_gg, view_pp, delta, eps, cols)
+            view_limit = tl.where(live, row_limit, float("inf"))
+            view_largest = tl.where(live, row_cosine, 0.0)
+        limit = tl.minimum(limit, view_limit)
+        largest = tl.maximum(largest, view_largest)
         pg += view_pg
         gg += view_gg
         pp += view_pp
-    layer = below_threshold(tl.sum(pg), tl.sum(gg), tl.sum(pp), delta, eps, rows * cols)
-    return tl.where(tl.sum(failed) == 0, CHANNEL, tl.where(layer, LAYER, NONE))
+    norm2 = tl.sum(pp)
+    layer_limit, _ = compare(tl.sum(pg), tl.sum(gg), norm2, delta, eps, rows * cols)
+    findings = work[FOUND] + x * FINDINGS
+    tl.store(findings + CHANNEL_LIMIT, tl.min(limit))
+    tl.store(findings + LAYER_LIMIT, layer_limit)
+    tl.store(findings + FOUND_COSINE, tl.max(largest))
+    tl.store(findings + FOUND_NORM, tl.sqrt(norm2))
+
+
+@triton.jit
+def square(memory, work, tile, S: tl.constexpr):
+    """g.g of one tile. Reads g: 4 bytes per float32 element."""
+    where = locate(memory[TABLE], work[OWNERS], tile)
+    n = where[3] * where[4]
+    ggs = tl.zeros((S.tile,), S.number)
+    for start in range(0, n, S.tile):
+        e, mask = elements(where, start, S)
+        g = load_gradient(memory, where, e, mask, S)
+        ggs += g * g
+    gg = tl.sum(ggs).to(tl.float64)
+    if S.layout == ALIGNED:
+        # The end of a vector: see update.
+        whole = whole_vectors(n)
+        if whole < n:
+            e = whole + tl.arange(0, VECTOR)
+            g = load_gradient(memory, where, e, e < n, S)
+            gg += tl.sum(g * g).to(tl.float64)
+    tl.store(work[TILE_SUMS] + tile.to(tl.int64) * SUMS + GG, gg)
 
 
 @triton.jit
 def dot_of_tile(memory, work, where, S: tl.constexpr):
+    """p.u and p.p."""
     pu = tl.zeros((S.tile,), S.number)
+    pp = pu
     for start in range(0, where[3] * where[4], S.tile):
         e, mask = elements(where, start, S)
         p, _, _, u = momentum_update(memory, work, where, e, mask, S)
         pu += p * u
-    return tl.sum(pu).to(tl.float64)
+        pp += p * p
+    return tl.sum(pu).to(tl.float64), tl.sum(pp).to(tl.float64)
 
 
 @triton.jit
-def dot(memory, work, epoch, tile, S: tl.constexpr):
-    """p.u of one tile, if the chosen view is wider. Reads p g m v: 16 bytes per float32 element."""
+def dot(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
+    """p.u and p.p of one tile, if the decided view is wider. Reads p g m v: 16 bytes per float32 element."""
     x = tl.load(work[OWNERS] + tile).to(tl.int64)
     counters = work[COUNTS] + x * COUNTERS
-    if is_tested(memory, work, x):
-        wait(counters + DECIDED, epoch)
-        decision = tl.load(work[DECISIONS] + x, cache_modifier=".cg")
+    decision = decide(memory, work, epoch, x, WAIT)
+    if decision != NONE:
         tiles, segments = tiles_of(memory, x)
         if is_wide(decision, tiles, segments):
             where = locate(memory[TABLE], work[OWNERS], tile)
-            tl.store(work[TILE_SUMS] + tile.to(tl.int64) * SUMS + PU, dot_of_tile(memory, work, where, S))
+            pu, pp = dot_of_tile(memory, work, where, S)
+            sums = work[TILE_SUMS] + tile.to(tl.int64) * SUMS
+            tl.store(sums + PU, pu)
+            tl.store(sums + PP, pp)
             if count(counters + DOTTED, epoch) + 1 == tiles:
                 if decision == LAYER:
-                    tl.store(work[PROJECTIONS] + x, view_projection(memory, work, x, 0, tiles))
+                    c = view_projection(memory, work, x, 0, tiles)
+                    tl.store(work[FOUND] + x * FINDINGS + LAYER_PROJECTION, c)
                 announce(counters + PROJECTION_KNOWN, epoch)
 
 
@@ -404,43 +534,55 @@ def view_projection(memory, work, x, begin, n):
     """The projection c of a view that n tiles share, of which the first is the parameter's tile `begin`."""
     entry = memory[TABLE] + x * COLUMNS
     first = work[TILE_SUMS] + (tl.load(entry + FIRST_TILE) + begin) * SUMS
-    pu = tl.zeros((DECIDE_BLOCK,), tl.float64)
+    pu = tl.zeros((CONCLUDE_BLOCK,), tl.float64)
     pp = pu
-    for start in range(0, n, DECIDE_BLOCK):
-        i = start + tl.arange(0, DECIDE_BLOCK)
+    for start in range(0, n, CONCLUDE_BLOCK):
+        i = start + tl.arange(0, CONCLUDE_BLOCK)
         pu += tl.load(first + i * SUMS + PU, i < n, other=0.0, cache_modifier=".cg")
         pp += tl.load(first + i * SUMS + PP, i < n, other=0.0, cache_modifier=".cg")
     return projection(tl.sum(pu), tl.sum(pp), scalar(work, tl.load(entry + GROUP), EPS))
 
 
 @triton.jit
-def update(memory, work, epoch, tile, S: tl.constexpr):
+def report(memory, work, x, decision):
+    """Shows the user what was decided on the parameter, and on what grounds."""
+    cosine = tl.full((), float("nan"), tl.float64)
+    norm = cosine
+    if is_tested(memory, work, x):
+        findings = work[FOUND] + x * FINDINGS
+        cosine = tl.load(findings + FOUND_COSINE, cache_modifier=".cg")
+        norm = tl.load(findings + FOUND_NORM, cache_modifier=".cg")
+    tl.store(work[DECISIONS] + x, decision.to(tl.uint8))
+    tl.store(work[OUTCOMES] + x * RESULTS + COSINE, cosine)
+    tl.store(work[OUTCOMES] + x * RESULTS + NORM, norm)
+
+
+@triton.jit
+def update(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
     """The step of one tile. Reads p g m v, writes p m v: 28 bytes per float32 element."""
     where = locate(memory[TABLE], work[OWNERS], tile)
     x = where[0]
     rows_here = where[3]
     cols_here = where[4]
     entry = memory[TABLE] + x * COLUMNS
-    counters = work[COUNTS] + x * COUNTERS
     eps = scalar(work, tl.load(entry + GROUP), EPS)
-    decision = tl.full((), 0, tl.uint8)
+    decision = decide(memory, work, epoch, x, WAIT)
     c = tl.full((), 0.0, tl.float64)
-    by_rows = decision == CHANNEL
-    if is_tested(memory, work, x):
-        wait(counters + DECIDED, epoch)
-        decision = tl.load(work[DECISIONS] + x, cache_modifier=".cg")
+    by_rows = decision != decision
+    if decision != NONE:
         tiles, segments = tiles_of(memory, x)
         by_rows = (decision == CHANNEL) & (cols_here <= S.tile) & (segments == 1)
         if is_wide(decision, tiles, segments):
-            wait(counters + PROJECTION_KNOWN, epoch)
+            if WAIT:
+                wait(work[COUNTS] + x * COUNTERS + PROJECTION_KNOWN, epoch)
             if decision == LAYER:
-                c = tl.load(work[PROJECTIONS] + x, cache_modifier=".cg")
+                c = tl.load(work[FOUND] + x * FINDINGS + LAYER_PROJECTION, cache_modifier=".cg")
             else:
                 begin = (tile - tl.load(entry + FIRST_TILE)) // segments * segments
                 c = view_projection(memory, work, x, begin, segments)
-        elif (decision != NONE) & (by_rows == 0):  # the tile is the view: a parameter of one tile, or one wide row
-            pp = tl.load(work[TILE_SUMS] + tile.to(tl.int64) * SUMS + PP, cache_modifier=".cg")
-            c = projection(dot_of_tile(memory, work, where, S), pp, eps)
+        elif by_rows == 0:  # the tile is the view: a parameter of one tile, or one wide row
+            pu, pp = dot_of_tile(memory, work, where, S)
+            c = projection(pu, pp, eps)
     if by_rows:
         for log_cols in tl.static_range(NARROWEST, S.log_tile + WIDTH_STEP, WIDTH_STEP):
             if fits(cols_here, log_cols):
@@ -462,3 +604,5 @@ def update(memory, work, epoch, tile, S: tl.constexpr):
                 e = whole + tl.arange(0, VECTOR)
                 p, m, v, u = momentum_update(memory, work, where, e, e < n, S)
                 store(memory, work, where, e, e < n, p, m, v, u, c.to(S.number), decision, S)
+    if tile == tl.load(entry + FIRST_TILE):
+        report(memory, work, x, decision)

@@ -26,12 +26,14 @@ P = tl.constexpr(0)
 G = tl.constexpr(1)
 M = tl.constexpr(2)
 V = tl.constexpr(3)
-STEP = tl.constexpr(4)
-ADDRESSES = tl.constexpr(5)
+R = tl.constexpr(4)
+STEP = tl.constexpr(5)
+SEED = tl.constexpr(6)
+ADDRESSES = tl.constexpr(7)
 
 # A parameter's row of the stride table, when the dimensions beyond dim 0 have been merged to two: the size of the last,
-# then for p, g, m and v the strides of dim 0 and of those two.
-STRIDES = tl.constexpr(13)
+# then for p, g, m, v and the remainder r the strides of dim 0 and of those two.
+STRIDES = tl.constexpr(16)
 
 ALIGNED = tl.constexpr(0)
 FLAT = tl.constexpr(1)
@@ -50,6 +52,7 @@ class Spec(NamedTuple):
         layout: ALIGNED: rows follow each other, the first starts at a multiple of 16 bytes, and their length is a
             multiple of VECTOR (that of a vector need not be); FLAT: rows follow each other; STRIDED: anything else.
         adaptive, buffer: the momentum rule.
+        rounding: how bfloat16 is stored: precision.py.
         tile, log_tile: elements of a block, in registers at once, and their log2.
     """
 
@@ -60,6 +63,7 @@ class Spec(NamedTuple):
     layout: tl.constexpr
     adaptive: tl.constexpr
     buffer: tl.constexpr
+    rounding: tl.constexpr
     log_tile: tl.constexpr
     tile: tl.constexpr
 
@@ -82,9 +86,21 @@ def locate(table, owners, tile):
 
 
 @triton.jit
+def first_number(memory, where, LAYOUT: tl.constexpr):
+    """The number of a tile's first element in its parameter, counted row by row."""
+    x, row, col, _, _ = where
+    first = row * tl.load(memory[0] + x * COLUMNS + COLS) + col
+    if LAYOUT == ALIGNED:
+        # The row of a vector is 0, and a tile's first column is a multiple of the tile's width. Said here, where the
+        # number is computed: of what a function returns, the compiler forgets it.
+        first = tl.multiple_of(first, VECTOR)
+    return first
+
+
+@triton.jit
 def place(memory, where, e, ROLE: tl.constexpr, TYPE: tl.constexpr, LAYOUT: tl.constexpr):
     """Pointers to elements e of a tile, in one of its parameter's tensors. ``where`` comes from :func:`locate`."""
-    table, addresses, strides = memory
+    _, addresses, strides = memory
     x, row, col, _, cols_here = where
     start = tl.load(addresses + x * ADDRESSES + ROLE).to(tl.pointer_type(TYPE))
     if LAYOUT == STRIDED:
@@ -97,9 +113,6 @@ def place(memory, where, e, ROLE: tl.constexpr, TYPE: tl.constexpr, LAYOUT: tl.c
         outer = c // last
         inner = c - outer * last
         return start + (row + r) * tl.load(stride) + outer * tl.load(stride + 1) + inner * tl.load(stride + 2)
-    first = row * tl.load(table + x * COLUMNS + COLS) + col
     if LAYOUT == ALIGNED:
-        # The row of a vector is 0, and a tile's first column is a multiple of the tile's width.
         start = tl.multiple_of(start, WIDEST_LOAD)
-        first = tl.multiple_of(first, VECTOR)
-    return start + first + e
+    return start + first_number(memory, where, LAYOUT) + e

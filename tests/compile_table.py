@@ -48,12 +48,16 @@ _ARGUMENTS = {
     "strides": "*i64",
     "owners": "*i32",
     "scalars": "*fp64",
+    "scale": "*fp64",
+    "found_inf": "*fp64",
     "coefficients": "*fp64",
     "sums": "*fp64",
-    "decisions": "*u8",
-    "projections": "*fp64",
+    "findings": "*fp64",
     "counters": "*i64",
+    "decisions": "*u8",
+    "results": "*fp64",
     "tickets": "*i64",
+    "replays": "*i64",
     "active": "*i32",
     "jobs": "*i32",
     "epoch": "i32",
@@ -76,9 +80,10 @@ class Variant(NamedTuple):
     dtypes: tuple[str, str, str] = ("fp32", "fp32", "fp32")
     """Of weight, gradient and state."""
     rule: str = "AdamP"
+    rounding: str = "nearest"
 
     def __str__(self) -> str:
-        return "-".join((self.kernel, self.target, self.layout, "/".join(self.dtypes), self.rule))
+        return "-".join((self.kernel, self.target, self.layout, "/".join(self.dtypes), self.rule, self.rounding))
 
 
 def variants() -> list[Variant]:
@@ -89,11 +94,17 @@ def variants() -> list[Variant]:
         found += [Variant(kernel, rule=rule) for rule in RULES if rule != "AdamP"]
         found += [Variant(kernel, dtypes=("bf16", "bf16", state)) for state in ("fp32", "bf16")]
         found += [Variant(kernel, dtypes=(dtype, dtype, dtype)) for dtype in ("fp16", "fp64")]
+        found += [Variant(kernel, dtypes=("fp32", "fp32", "bf16"))]
+        found += [Variant(kernel, dtypes=("bf16", "bf16", state), rounding="remainder") for state in ("fp32", "bf16")]
+    for kernel in ("update", "one_pass"):  # the others round nothing
+        stochastic = ("bf16", "bf16", "bf16"), ("bf16", "bf16", "fp32"), ("fp32", "fp32", "bf16")
+        found += [Variant(kernel, dtypes=dtypes, rounding="stochastic") for dtypes in stochastic]
     return found
 
 
 Accesses = dict[str, dict[int, int]]
-"""Of each of the tensors p, g, m and v that are accessed: how many instructions move how many bytes of one thread."""
+"""Of each of the tensors p, g, m, v and r (the remainder) that are accessed: how many instructions move how many bytes
+of one thread."""
 
 
 class Row(NamedTuple):
@@ -112,6 +123,7 @@ class Row(NamedTuple):
     layout: str
     dtypes: tuple[str, str, str]
     rule: str
+    rounding: str
     threads: int
     registers: int
     spill_bytes: int
@@ -133,7 +145,8 @@ def compile_variant(variant: Variant) -> Row:
     target = GPUTarget(*TARGETS[variant.target])
     adaptive, buffer = RULES[variant.rule]
     p, g, state = (DTYPES[dtype] for dtype in variant.dtypes)
-    spec = backend.make_spec(p, g, state, getattr(tiles, variant.layout).value, adaptive=adaptive, buffer=buffer)
+    layout = getattr(tiles, variant.layout).value
+    spec = backend.make_spec(p, g, state, layout, adaptive=adaptive, buffer=buffer, rounding=variant.rounding)
     names = kernel.arg_names
     # As at a launch: the bookkeeping's tensors start at multiples of 16 bytes (D) and are smaller than 2 GB (S).
     attributes = make_backend(target).parse_attr("DS")
@@ -179,7 +192,7 @@ def _amd_usage(assembly: str) -> tuple[int, int, int]:
 
 _FILE = re.compile(r'^\s*\.file\s+(\d+) "([^"]*)"(?: "([^"]*)")?', re.MULTILINE)
 _LINE = re.compile(r"\s*\.loc\s+(\d+)\s+(\d+)")
-_STREAM = re.compile(r"place\(memory, where, e, ([PGMV]),")
+_STREAM = re.compile(r"place\(memory, where, e, ([PGMVR]),")
 _PTX = re.compile(r"\b(ld|st)\.global[\w.:]*?(?:\.v(\d+))?\.[bfsu](\d+)\b")
 _AMD = re.compile(r"\s*(?:global|buffer|flat)_(load|store)_(?:dwordx(\d)|(dword)|\w*?(short|byte))")
 _AMD_BYTES = {"dword": 4, "short": 2, "byte": 1}
@@ -204,7 +217,7 @@ def _accesses(assembly: str) -> tuple[Accesses, Accesses]:
         elif access := _AMD.match(line):
             size = 4 * int(access[2]) if access[2] else _AMD_BYTES[access[3] or access[4]]
             counted[access[1][0]].setdefault(stream, Counter())[size] += 1
-    loads, stores = ({name: dict(streams[name]) for name in "pgmv" if name in streams} for streams in counted.values())
+    loads, stores = ({name: dict(streams[name]) for name in "pgmvr" if name in streams} for streams in counted.values())
     return loads, stores
 
 
@@ -240,10 +253,10 @@ def _cell(accesses: Accesses) -> str:
 
 def print_table(rows: list[Row]) -> None:
     table = Table(
-        title="Compiled kernels; loads and stores of p, g, m and v: instructions x bytes of one thread",
+        title="Compiled kernels; loads and stores of p, g, m, v and r: instructions x bytes of one thread",
         box=box.SIMPLE_HEAD,
     )
-    for heading in ("kernel", "target", "layout", "p/g/state", "rule"):
+    for heading in ("kernel", "target", "layout", "p/g/state", "rule", "rounding"):
         table.add_column(heading, no_wrap=True)
     for heading in ("registers", "spill bytes", "scalar spills", "shared bytes", "16-byte loads", "16-byte stores"):
         table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
@@ -253,9 +266,9 @@ def print_table(rows: list[Row]) -> None:
     for row in rows:
         wide = [str(sum(count(accesses, wide=True).values())) for accesses in (row.loads, row.stores)]
         numbers = map(str, (row.registers, row.spill_bytes, row.scalar_spills, row.shared_bytes))
-        names = row.kernel, row.target, row.layout, "/".join(row.dtypes), row.rule
+        names = row.kernel, row.target, row.layout, "/".join(row.dtypes), row.rule, row.rounding
         table.add_row(*names, *numbers, *wide, _cell(row.loads), _cell(row.stores), f"{row.seconds:.1f}")
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else 215).print(table)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ CASES = cases()
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_step_equals_the_reference(case: Case, backend: str) -> None:
     outcome = check(case, backend)
-    assert outcome.passed(case), outcome
+    assert outcome.passed(), outcome
     if "delta" not in case.options:
         assert {theirs for _, theirs in outcome.decisions} == {case.decision}, "the case is not what it says"
 

@@ -215,7 +215,8 @@ def fresh(run: Run) -> torch.optim.Optimizer:
     """An optimizer over copies of the weights, with other hyperparameters, which loading has to replace."""
     cls, _ = RULES[run.rule]
     copies = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in run.params]
-    return cls([{"params": copies[:2]}, {"params": copies[2:]}], lr=0.7, weight_decay=0.9, delta=0.5)
+    backend = run.optimizer.param_groups[0]["backend"]  # the one thing that loading leaves alone
+    return cls([{"params": copies[:2]}, {"params": copies[2:]}], lr=0.7, weight_decay=0.9, delta=0.5, backend=backend)
 
 
 def through_state_dict(run: Run) -> torch.optim.Optimizer:
@@ -228,7 +229,6 @@ def through_state_dict_after_a_step(run: Run) -> torch.optim.Optimizer:
     """Into an optimizer that has buckets and state of its own."""
     other = fresh(run)
     weights = [p.detach().clone() for group in other.param_groups for p in group["params"]]
-    other.param_groups[0]["backend"] = other.param_groups[1]["backend"] = run.optimizer.param_groups[0]["backend"]
     for group in other.param_groups:
         for p in group["params"]:
             p.grad = torch.ones_like(p)

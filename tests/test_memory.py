@@ -24,7 +24,9 @@ def test_beyond_the_moments_less_than_one_percent_of_the_parameters(workload: st
     size = sum(p.nbytes for p in params)
     moments = sum(storage.nbytes for storage in bucket.storage.values())
     padding = moments - size * len(bucket.storage)
-    tables = sum(t.nbytes for t in (bucket.table, bucket.steps, bucket.decisions, bucket.scratch))
+    tables = sum(
+        t.nbytes for t in (bucket.table, *bucket.counters.values(), bucket.decisions, bucket.results, bucket.scratch)
+    )
     threads, rows = torch.get_num_threads(), sum(p.size(0) for p in params if p.ndim >= 2)
     scratch = threads * 32768 * 4 * 3 + rows * 4
     assert padding >= 0

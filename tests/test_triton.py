@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -13,14 +14,16 @@ import torch
 
 import fused_adamp
 from fused_adamp.backends import triton
-from fused_adamp.bucket import COLUMNS, Scalars
+from fused_adamp.bucket import COLUMNS, PROJECTIONS, RESULTS, Scalars
+from fused_adamp.precision import ROUNDINGS
 from fused_adamp.reference import Decision
-from fused_adamp.verify import LAYOUTS, Case, cases
+from fused_adamp.verify import LAYOUTS, Case, cases, shapes
 
 pytestmark = pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
 
 TILE = 1 << triton._LOG_TILE
 PLANS = ("split", "one_pass")
+HERE = Path(__file__).parent
 
 _CHECK = """
 import sys
@@ -31,30 +34,33 @@ from fused_adamp.verify import check
 torch.set_num_threads(1)
 for number, case in enumerate(selection()):
     outcome = check(case, "triton", steps=2)
-    print(number, outcome.passed(case), outcome, flush=True)
+    print(number, outcome.passed(), outcome, flush=True)
 """
 
 
 def selection() -> list[Case]:
     """Of the table for tiles of this backend's size, what the interpreter has time for: every shape with every decision
-    in float32, every dtype, layout and set of options once, and a sample of the rest.
+    in float32; every dtype, layout and set of options once, on small matrices of several tiles; a sample of the rest.
     """
     table = cases(TILE)
+    sizes = {name: math.prod(shape) for name, shape in shapes(TILE).items()}
     first: dict[object, Case] = {}
     for case in table:
         first.setdefault((case.shape, case.decision, case.optimizer == "SGDP" and case.shape == "convolution"), case)
+    for case in sorted(table, key=lambda case: (sizes[case.shape] < 1000, sizes[case.shape])):
         first.setdefault((case.optimizer, case.dtype, case.gradient_dtype), case)
         first.setdefault((case.optimizer, case.layout, case.decision), case)
         first.setdefault((case.optimizer, str(case.options)), case)
-    return list(dict.fromkeys([*first.values(), *table[::40]]))
+        first.setdefault(("scale", case.scale), case)
+        first.setdefault((case.shape, case.options.get("projection")), case)
+    return list(dict.fromkeys([*first.values(), *table[::150]]))
 
 
-@pytest.fixture(scope="module")
-def verdicts() -> dict[str, list[str]]:
-    """Per plan, a line per selected case. The plans run side by side."""
+def _under_each_plan(*arguments: str) -> dict[str, tuple[int, str]]:
+    """Exit status and output of Python in Triton's interpreter. The plans run side by side."""
     runs = {
         plan: subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", _CHECK, str(Path(__file__).parent)],
+            [sys.executable, *arguments],
             env=os.environ | {"TRITON_INTERPRET": "1", triton.PLAN: plan},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -62,7 +68,15 @@ def verdicts() -> dict[str, list[str]]:
         )
         for plan in PLANS
     }
-    return {plan: run.communicate()[0].splitlines() for plan, run in runs.items()}
+    outputs = {plan: run.communicate()[0] for plan, run in runs.items()}
+    return {plan: (run.returncode, outputs[plan]) for plan, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def verdicts() -> dict[str, list[str]]:
+    """Per plan, a line per selected case."""
+    runs = _under_each_plan("-W", "ignore", "-c", _CHECK, str(HERE))
+    return {plan: output.splitlines() for plan, (_, output) in runs.items()}
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -74,6 +88,18 @@ def test_every_kernel_equals_the_reference(plan: str, verdicts: dict[str, list[s
     ]
     assert not wrong, "\n".join(wrong)
     assert len(verdicts[plan]) == len(selection()), "the run broke off"
+
+
+@pytest.fixture(scope="module")
+def sessions() -> dict[str, tuple[int, str]]:
+    return _under_each_plan("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_in_interpreter.py"))
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_steps_beyond_the_table_of_cases(plan: str, sessions: dict[str, tuple[int, str]]) -> None:
+    status, output = sessions[plan]
+    assert status == 0, output
+    assert "skipped" not in output, output
 
 
 def test_the_selection_meets_everything() -> None:
@@ -90,15 +116,17 @@ def test_the_selection_meets_everything() -> None:
 
 
 def test_the_tables_have_the_columns_that_the_kernels_read() -> None:
-    from fused_adamp.kernels import stages, tiles
+    from fused_adamp.kernels import precision, stages, tiles
 
-    for index, name in enumerate(COLUMNS):
-        assert getattr(tiles, name.upper()).value == index
-    assert len(COLUMNS) == tiles.COLUMNS.value
-    for index, name in enumerate(Scalars._fields):
-        assert getattr(stages, name.upper()).value == index
-    assert len(Scalars._fields) == stages.SCALARS.value
-    assert [getattr(stages, decision.name).value for decision in Decision] == list(Decision)
+    tables = ((tiles, "COLUMNS", COLUMNS), (stages, "SCALARS", Scalars._fields), (stages, "RESULTS", RESULTS))
+    for module, count, names in tables:
+        assert [getattr(module, name.upper()).value for name in names] == list(range(len(names)))
+        assert getattr(module, count).value == len(names)
+    assert [getattr(precision, name.upper()).value for name in ROUNDINGS] == list(range(len(ROUNDINGS)))
+    decisions = {decision.name: getattr(stages, decision.name).value for decision in Decision}
+    assert decisions == dict(Decision.__members__)
+    fixed = {"AUTO": stages.AUTO.value, **decisions, "NONE": stages.NEVER.value}
+    assert [fixed[name.upper()] for name in PROJECTIONS] == list(range(len(PROJECTIONS)))
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5000, 9), (64, 64), (64, 65), (3, 1023), (9, TILE), (9, TILE + 1)])
@@ -124,6 +152,7 @@ def test_dimensions_merge_where_all_tensors_allow_it() -> None:
     assert triton._collapse([p, p]) == ([150], [[1], [1]])
     last = p.contiguous(memory_format=torch.channels_last)
     assert triton._collapse([last, last]) == ([150], [[1], [1]])
+    assert triton._collapse([last, last], any_order=False) == ([6, 25], [[1, 6], [1, 6]])
     assert triton._collapse([p, last]) == ([6, 25], [[25, 1], [1, 6]])
     assert triton._collapse([torch.empty(7), torch.empty(14)[::2]]) == ([7], [[1], [2]])
 

@@ -22,17 +22,24 @@ TILE = 1 << triton._LOG_TILE
 
 # docs/architecture.md, "Bytes": float32, per element.
 MEASURE = 8  # g p
+SQUARE = 4  # g
 DOT = 16  # p g m v
 UPDATE = 28  # p g m v, and p m v written
 
 
 class Count(NamedTuple):
-    """A step to count: shape, decision of its gradient, hyperparameters, and what the ledger says of it."""
+    """A step to count: shape, decision of its gradient, options, and what the ledger says of it.
+
+    ``one_pass`` is given where that plan's number is another one.
+    """
 
     shape: tuple[int, ...]
     decision: str
-    options: dict[str, float]
+    options: dict[str, float | str]
     bytes_per_element: int
+    one_pass: int | None = None
+    dtype: str = "float32"
+    clip: bool = False
 
 
 COUNTS = {
@@ -45,6 +52,21 @@ COUNTS = {
     "layer": Count((96, 64), "LAYER", {}, MEASURE + DOT + UPDATE),
     "wide row": Count((2, TILE + 8), "CHANNEL", {}, MEASURE + DOT + UPDATE),
     "row of several tiles": Count((2, 20 * TILE), "CHANNEL", {}, MEASURE + DOT + UPDATE),
+    # Fixed: nothing is measured.
+    "never": Count((96, 64), "NONE", {"projection": "none"}, UPDATE),
+    "always channel": Count((96, 64), "CHANNEL", {"projection": "channel"}, UPDATE),
+    "always channel, wide row": Count((2, TILE + 8), "CHANNEL", {"projection": "channel"}, DOT + UPDATE),
+    "always layer": Count((96, 64), "LAYER", {"projection": "layer"}, DOT + UPDATE),
+    # Clipped: what measures also squares; one pass squares, and measures what it finds in cache.
+    "clip": Count((96, 64), "NONE", {}, MEASURE + UPDATE, SQUARE + MEASURE + UPDATE, clip=True),
+    "clip a vector": Count((3 * TILE + 5,), "NONE", {}, SQUARE + UPDATE, clip=True),
+    "clip, always channel": Count((96, 64), "CHANNEL", {"projection": "channel"}, SQUARE + UPDATE, clip=True),
+    # p g m v and the remainder r, of 2 2 4 4 and 2 bytes: measure p g r, update p g m v r and p m v r written.
+    "remainder": Count((96, 64), "NONE", {"rounding": "remainder"}, 6 + 14 + 12, dtype="bfloat16"),
+    "float32 state": Count((96, 64), "NONE", {"state_dtype": "float32"}, 4 + 12 + 10, dtype="bfloat16"),
+    "bfloat16": Count((96, 64), "NONE", {}, 4 + 8 + 6, dtype="bfloat16"),
+    "stochastic": Count((96, 64), "CHANNEL", {"rounding": "stochastic"}, 4 + 8 + 6, dtype="bfloat16"),
+    "bfloat16 state": Count((96, 64), "NONE", {"state_dtype": "bfloat16"}, 8 + 12 + 8),
 }
 
 _STEP = """
@@ -62,10 +84,9 @@ tensors, moved = [], 0
 
 def count(addresses, mask):
     global moved
-    inside = numpy.zeros(numpy.shape(addresses), dtype=bool)
     for t in tensors:
-        inside |= (addresses >= t.data_ptr()) & (addresses < t.data_ptr() + t.nbytes)
-    moved += 4 * int((inside & numpy.broadcast_to(mask, inside.shape)).sum())
+        inside = (addresses >= t.data_ptr()) & (addresses < t.data_ptr() + t.nbytes)
+        moved += t.itemsize * int((inside & numpy.broadcast_to(mask, inside.shape)).sum())
 
 def counted_load(self, ptrs, mask, *rest):
     count(ptrs.data, mask.data)
@@ -77,14 +98,19 @@ def counted_store(self, ptrs, value, mask, *rest):
 
 builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
 results = {}
-for name, (shape, decision, options, _) in counts.items():
+for name, (shape, decision, options, _, _, dtype, clip) in counts.items():
     generator = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(shape, generator=generator))
-    p.grad = make_gradient(p.detach().double(), Decision[decision], generator).float()
+    dtype = getattr(torch, dtype)
+    if "state_dtype" in options:
+        options["state_dtype"] = getattr(torch, options["state_dtype"])
+    p = torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+    p.grad = make_gradient(p.detach().double(), Decision[decision], generator).to(dtype)
     optimizer = fused_adamp.AdamP([p], lr=1e-9, backend="triton", **options)
     optimizer.step()  # makes the state; the weight stays, and with it the decision
     state = optimizer.state[p]
-    tensors, moved = [p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]], 0
+    tensors, moved = [p.detach(), p.grad, *(tensor for tensor in state.values() if tensor.shape == p.shape)], 0
+    if clip:
+        optimizer.clip_grad_norm_(1.0)
     optimizer.step()
     results[name] = [moved / p.numel(), optimizer.decisions()[p].name]
 print(json.dumps(results))
@@ -101,5 +127,8 @@ def test_every_plan_moves_the_bytes_of_the_ledger(plan: str) -> None:
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    expected = {name: [count.bytes_per_element, count.decision] for name, count in COUNTS.items()}
+    expected = {
+        name: [count.one_pass if plan == "one_pass" and count.one_pass else count.bytes_per_element, count.decision]
+        for name, count in COUNTS.items()
+    }
     assert json.loads(run.stdout) == expected

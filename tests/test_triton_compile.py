@@ -52,12 +52,16 @@ def _tensors(variant: Variant, *always: str) -> set[str]:
     return {*always, *(["m"] if buffer else []), *(["v"] if adaptive else [])}
 
 
+def _weight(variant: Variant) -> set[str]:
+    return {"p", "r"} if variant.rounding == "remainder" else {"p"}
+
+
 def _loaded(variant: Variant) -> set[str]:
-    return {"p", "g"} if variant.kernel == "measure" else _tensors(variant, "p", "g")
+    return {"g", *_weight(variant)} if variant.kernel == "measure" else _tensors(variant, "g", *_weight(variant))
 
 
 def _stored(variant: Variant) -> set[str]:
-    return set() if variant.kernel in ("measure", "dot") else _tensors(variant, "p")
+    return set() if variant.kernel in ("measure", "dot") else _tensors(variant, *_weight(variant))
 
 
 every_variant = pytest.mark.parametrize("variant", variants(), ids=str)
@@ -75,7 +79,8 @@ def test_nothing_is_spilled_to_memory(variant: Variant, rows: Rows) -> None:
 def test_as_many_programs_fit_as_are_counted_on(variant: Variant, rows: Rows) -> None:
     row = rows[variant]
     most = MOST_REGISTERS
-    if variant.layout == "ALIGNED" and "fp64" not in variant.dtypes:
+    noisy = (variant.kernel, variant.rounding) == ("one_pass", "stochastic")  # the noise takes registers: one program
+    if variant.layout == "ALIGNED" and "fp64" not in variant.dtypes and not noisy:
         available = AMD_REGISTERS if TARGETS[variant.target][0] == "hip" else NVIDIA_REGISTERS
         most = available // (row.threads * backend._PROGRAMS_PER_MULTIPROCESSOR)
     assert row.registers <= most, f"{variant}: {row.registers} registers a thread, {most} would do"
@@ -93,8 +98,8 @@ def test_aligned_tensors_are_accessed_16_bytes_at_a_time(variant: Variant, rows:
     row = rows[variant]
     for what, accesses in (("loads", row.loads), ("stores", row.stores)):
         assert all(count(accesses, wide=True).values()), f"{variant}: {what} {accesses}"
-        # Only the end of a vector, which fills no whole 16 bytes, is narrower; only update comes to it on its own.
-        narrow = 1 if variant.kernel in ("update", "one_pass") else 0
+        # Only the end of a vector, which fills no whole 16 bytes, is narrower: in update, and in measure's squares.
+        narrow = 0 if variant.kernel == "dot" else 1
         assert all(n <= narrow for n in count(accesses, wide=False).values()), f"{variant}: {what} {accesses}"
 
 

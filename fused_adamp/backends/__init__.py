@@ -40,14 +40,20 @@ class Backend(Protocol):
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
         """Rows and columns of a tile of a parameter that has so many, of both at least 1."""
 
-    def steps_device(self, device: torch.device) -> torch.device:
-        """Where the step counts of parameters on ``device`` are kept."""
+    def counters_device(self, device: torch.device) -> torch.device:
+        """Where the step counts and seeds of parameters on ``device`` are kept."""
 
     def scratch(self, bucket: Bucket) -> Any:
         """What the backend wants to keep for a bucket."""
 
     def first_stale(self, batch: Batch) -> int:
         """Index of the first member that does not fit the bucket's table, -1 if all do. Moves nothing."""
+
+    def square_norm(self, batch: Batch) -> Tensor:
+        """The sum of the squares of the batch's gradients as they are: 0-dim float64 on the bucket's device.
+
+        The batch fits the bucket's table. What the backend learns on the way may serve the next step's test.
+        """
 
     def step(self, batch: Batch) -> int:
         """One optimizer step over the batch, unless :meth:`first_stale` is not -1; returns that index."""

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import importlib
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from fused_adamp.bucket import FLOATING
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from fused_adamp.bucket import Batch, Bucket
 
 __all__ = ["CpuBackend", "load"]
 
-_LAYOUT = 1  # csrc/bucket.h
+_LAYOUT = 3  # csrc/bucket.h
 _SUMS = 7  # doubles per tile: csrc/cpu_kernels.h, TileSums
 
 
@@ -57,34 +57,51 @@ class CpuBackend:
         tile_cols = min(cols, 32768)
         return min(rows, 32768 // tile_cols) if cols <= 32768 else 1, tile_cols
 
-    def steps_device(self, device: torch.device) -> torch.device:
+    def counters_device(self, device: torch.device) -> torch.device:
         return device
 
     def scratch(self, bucket: Bucket) -> Tensor:
         return torch.empty(bucket.tiles, _SUMS, dtype=torch.float64)
 
     def first_stale(self, batch: Batch) -> int:
-        return self._call(batch, check_only=True)
+        return int(torch.ops.fused_adamp.first_stale.default(*_arguments(batch)))
+
+    def square_norm(self, batch: Batch) -> Tensor:
+        return torch.tensor(torch.ops.fused_adamp.square_norm.default(*_arguments(batch)), dtype=torch.float64)
 
     def step(self, batch: Batch) -> int:
-        return self._call(batch, check_only=False)
+        operator = torch.ops.fused_adamp.step
+        if batch.found_inf is not None and batch.found_inf.item():
+            operator = torch.ops.fused_adamp.first_stale
+        return int(operator.default(*_arguments(batch)))
 
-    def _call(self, batch: Batch, *, check_only: bool) -> int:
-        bucket = batch.bucket
-        scalars = torch.tensor([batch.rule.scalars(group) for group in batch.groups], dtype=torch.float64)
-        first, second = (*batch.moments, [], [])[:2]
-        index: int = torch.ops.fused_adamp.step.default(
-            bucket.params,
-            batch.grads,
-            first,
-            second,
-            batch.steps,
-            bucket.decisions,
-            bucket.scratch,
-            bucket.table,
-            scalars,
-            FLOATING.index(bucket.key.dtype),  # csrc/cpu_kernels.h: StorageType
-            batch.rule.adaptive,
-            check_only,
-        )
-        return index
+
+def _arguments(batch: Batch) -> tuple[Any, ...]:
+    bucket = batch.bucket
+    moments = [_flat(bucket, *named) for named in zip(bucket.key.moments, batch.moments, strict=True)]
+    first, second = (*moments, [], [])[:2]
+    return (
+        batch.params,
+        batch.grads,
+        first,
+        second,
+        _flat(bucket, "remainder", batch.remainders),
+        _flat(bucket, "step", batch.steps),
+        batch.seeds,
+        bucket.decisions,
+        bucket.results,
+        bucket.scratch,
+        bucket.table,
+        bucket.offsets,
+        torch.tensor([batch.rule.scalars(group) for group in batch.groups], dtype=torch.float64),
+        1.0 if batch.scale is None else batch.scale.item(),
+        FLOATING.index(bucket.key.dtype),  # csrc/cpu_kernels.h: StorageType
+        batch.rule.adaptive,
+    )
+
+
+def _flat(bucket: Bucket, name: str, tensors: list[Tensor]) -> list[Tensor]:
+    """The bucket's flat tensor where the members' are the parts of it that they were given: one to hand over, not P."""
+    addresses = bucket.addresses.get(name)
+    same = addresses and all(map(is_, tensors, bucket.given[name]))
+    return [bucket.flat(name)] if same and list(map(Tensor.data_ptr, tensors)) == addresses else tensors

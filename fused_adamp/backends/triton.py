@@ -2,6 +2,18 @@
 
 What a kernel reads besides the tensors stays on the device between steps and is uploaded again only when it changed:
 the addresses when a tensor moved, the hyperparameters when one has another value. Nothing here waits for the device.
+
+**CUDA graphs.** With ``capturable=True`` a step, and a ``clip_grad_norm_`` before it, can be captured::
+
+    optimizer = fused_adamp.AdamP(params, lr=torch.tensor(1e-3, device="cuda"), capturable=True)
+    train()  # on a side stream, as torch asks for: makes the state, compiles and loads the kernels
+    with torch.cuda.graph(graph):
+        train()
+    lr_tensor.fill_(...); graph.replay()
+
+A replay repeats launches with the arguments they had. So hyperparameters are those of the capture, but for tensors on
+the GPU, which each replay reads; what a captured step uploads, each replay uploads again, into tables that no other
+step uses; and what tells one step from the next is counted on the device.
 """
 
 from __future__ import annotations
@@ -14,7 +26,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adamp.bucket import ABSENT, COLUMNS, first_stale, rows_cols
+from fused_adamp.bucket import ABSENT, COLUMNS, Scalars, first_stale, rows_cols
+from fused_adamp.precision import ROUNDINGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,36 +84,39 @@ def _too_old(index: int | None) -> str | None:
     return None
 
 
-class Workspace:
-    """What the launches of one bucket share, on its device."""
+class Tables:
+    """What the kernels read besides the tensors, as it was uploaded last, and what is launched.
 
-    def __init__(self, bucket: Bucket) -> None:
-        from fused_adamp.kernels import plans, stages, tiles
+    A captured step has its own, since its uploads do not happen before a replay and happen again in each.
+    """
+
+    def __init__(self, bucket: Bucket, *, captured: bool) -> None:
+        from fused_adamp.kernels import stages, tiles
 
         device, count = bucket.key.device, len(bucket.params)
-        owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), _tiles(bucket.table))
         self.device = device
-        self.owners = owners.to(device)
         self.table = torch.empty_like(bucket.table, device=device)
-        self.addresses = torch.zeros(count, tiles.ADDRESSES.value, dtype=torch.int64, device=device)
-        self.strides = torch.zeros(count, tiles.STRIDES.value, dtype=torch.int64, device=device)
-        self.coefficients = torch.zeros(count, stages.COEFFICIENTS.value, dtype=torch.float64, device=device)
-        self.sums = torch.zeros(max(bucket.tiles, 1), stages.SUMS.value, dtype=torch.float64, device=device)
-        self.projections = torch.zeros(count, dtype=torch.float64, device=device)
-        self.counters = torch.zeros(count, stages.COUNTERS.value, dtype=torch.int64, device=device)
-        self.tickets = torch.zeros(plans.TICKETS.value, dtype=torch.int64, device=device)
-        self.scalars = torch.zeros(0, stages.SCALARS.value, dtype=torch.float64, device=device)
+        self.addresses = torch.empty(count, tiles.ADDRESSES.value, dtype=torch.int64, device=device)
+        self.strides = torch.empty(count, tiles.STRIDES.value, dtype=torch.int64, device=device)
+        self.scalars = torch.empty(0, stages.SCALARS.value, dtype=torch.float64, device=device)
+        self.cells: list[Tensor] = []
+        """Of scalars, those that come from tensors on the device."""
         self.seen_tensors: tuple[list[Any], ...] = ()
-        self.seen_scalars: list[Any] = []
+        self.seen_scalars: tuple[list[list[float]], list[tuple[int, int]]] = [], []
         self.seen_groups: list[int] = []
         self.seen_members: dict[Any, list[int]] = {}
         self.launches: list[Launch] = []
-        self.epoch = 0
+        self.plans = 0
+        """How often what is launched, or on what, has changed."""
+        self._kept: list[Tensor] | None = [] if captured else None
 
     def upload(self, target: Tensor, source: Tensor) -> None:
         """Copies in the order of the current stream, without waiting for it."""
-        # The pinned copy returns to its pool only after the stream has read it.
-        target.copy_(source.pin_memory() if self.device.type == "cuda" else source, non_blocking=True)
+        if self.device.type == "cuda":
+            source = source.pin_memory()  # returns to its pool only after the stream has read it
+        if self._kept is not None:  # a graph reads it in every replay
+            self._kept.append(source)
+        target.copy_(source, non_blocking=True)
 
     def uploaded(self, source: Tensor) -> Tensor:
         """A copy on the device."""
@@ -108,17 +124,86 @@ class Workspace:
         self.upload(target, source)
         return target
 
+    def set_scalars(self, rows: list[Scalars]) -> None:
+        """Uploads hyperparameters if a number changed, and in any case copies those that are tensors, unread."""
+        tensors = {
+            (i, j): number for i, row in enumerate(rows) for j, number in enumerate(row) if isinstance(number, Tensor)
+        }
+        numbers = [[0.0 if isinstance(number, Tensor) else number for number in row] for row in rows]
+        if (numbers, [*tensors]) != self.seen_scalars:
+            if len(numbers) != len(self.scalars):
+                self.scalars = self.scalars.new_empty(len(numbers), self.scalars.size(1))
+            self.upload(self.scalars, torch.tensor(numbers, dtype=torch.float64))
+            self.cells = [self.scalars[i, j] for i, j in tensors]
+            self.seen_scalars = numbers, [*tensors]
+        if tensors:
+            torch._foreach_copy_(self.cells, [*tensors.values()])
+
+
+class Workspace:
+    """What the launches of one bucket share, on its device."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        from fused_adamp.kernels import stages
+
+        device, count = bucket.key.device, len(bucket.params)
+        _refuse_capture(device)
+        owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), _tiles(bucket.table))
+        self.owners = owners.to(device)
+        self.coefficients = torch.zeros(count, stages.COEFFICIENTS.value, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(max(bucket.tiles, 1), stages.SUMS.value, dtype=torch.float64, device=device)
+        self.findings = torch.zeros(count, stages.FINDINGS.value, dtype=torch.float64, device=device)
+        self.counters = torch.zeros(count, stages.COUNTERS.value, dtype=torch.int64, device=device)
+        self.one = torch.ones(1, dtype=torch.float64, device=device)
+        self.zero = torch.zeros(1, dtype=torch.float64, device=device)
+        self.replays = torch.zeros(1, dtype=torch.int64, device=device)
+        self.epoch = 0
+        self.counts_on_device = False
+        self.eager = Tables(bucket, captured=False)
+        self.captured: list[Tables] = []
+        self.measured: Measured | None = None
+
+    def tables(self, batch: Batch, *, capturing: bool) -> Tables:
+        """Those of eager steps; of a captured norm or step new ones; of a captured step after its norm, the norm's."""
+        if not capturing:
+            return self.eager
+        if batch.measured and self.measured is not None and self.measured.tables is not self.eager:
+            return self.measured.tables
+        self.captured.append(Tables(batch.bucket, captured=True))
+        return self.captured[-1]
+
+    def advance(self, batch: Batch) -> None:
+        """Another epoch. Once a step may be captured the device counts: of a replay the host knows nothing."""
+        self.counts_on_device = self.counts_on_device or any(group["capturable"] for group in _stepped_groups(batch))
+        if self.counts_on_device:
+            self.replays.add_(1)
+        else:
+            self.epoch += 1
+
+
+class Measured(NamedTuple):
+    """What findings depend on, besides the values of tensors."""
+
+    tables: Tables
+    plans: int
+    tests: list[tuple[Any, ...]]
+    """Of every parameter group, what the test compares with."""
+
 
 class Launch(NamedTuple):
     """The parameters of a bucket that one compiled kernel steps."""
 
     spec: Any
     plan: str
+    indices: list[int]
     active: Tensor
+    tickets: Tensor
     jobs: tuple[Tensor, ...]
     """One pass: of the one kernel. Split: of measure, dot and update."""
     blocks: int
     """Jobs that prepare, the first of them all."""
+    squares: list[Tensor]
+    """The one job list of the norm, once it has been asked for."""
 
 
 class TritonBackend:
@@ -146,9 +231,10 @@ class TritonBackend:
         return 1, cols if rows > 1 and cols <= _WIDEST_ROW else tile
 
     def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        _refuse_capture(device)
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def steps_device(self, device: torch.device) -> torch.device:
+    def counters_device(self, device: torch.device) -> torch.device:
         return device
 
     def scratch(self, bucket: Bucket) -> Workspace:
@@ -157,37 +243,114 @@ class TritonBackend:
     def first_stale(self, batch: Batch) -> int:
         stale = first_stale(batch)
         if stale < 0:
-            for i, step in enumerate(batch.steps):
-                if step is not ABSENT and not (
-                    step.dtype == torch.float32 and step.numel() == 1 and step.device == batch.bucket.key.device
-                ):
+            # A kernel is compiled for one dtype of state.
+            for i, moments in enumerate(zip(*batch.moments, strict=True)):
+                if len({moment.dtype for moment in moments}) > 1:
                     return i
         return stale
 
+    def square_norm(self, batch: Batch) -> Tensor:
+        from fused_adamp.kernels.stages import GG
+
+        work = batch.bucket.scratch
+        with _on(batch.bucket.key.device):
+            tables = work.tables(batch._replace(measured=False), capturing=_captured(batch))
+            stale = self._refresh(batch, tables)
+            assert stale < 0, "the front end has checked that the batch fits"
+            work.advance(batch)
+            runs = [run for launch in tables.launches for run in _square_runs(batch, tables, launch)]
+            squares: Tensor = work.sums[:, GG.value]
+            squares.zero_()  # of the members that are absent
+            for run in runs:
+                run.start()
+            work.measured = _measured(tables)
+            return squares.sum()
+
     def step(self, batch: Batch) -> int:
-        bucket, work = batch.bucket, batch.bucket.scratch
-        seen = _fingerprint(batch)
-        if seen != work.seen_tensors:
-            stale = self.first_stale(batch)
+        work = batch.bucket.scratch
+        with _on(batch.bucket.key.device):
+            tables = work.tables(batch, capturing=_captured(batch))
+            stale = self._refresh(batch, tables)
             if stale >= 0:
                 return stale
-            _plan(batch)
-            work.seen_tensors = seen
-        if bucket.groups != work.seen_groups:
-            work.upload(work.table, bucket.table)
-            work.seen_groups = list(bucket.groups)
-        scalars = [batch.rule.scalars(group) for group in batch.groups]
-        if scalars != work.seen_scalars:
-            if len(scalars) != len(work.scalars):
-                work.scalars = work.scalars.new_zeros(len(scalars), work.scalars.size(1))
-            work.upload(work.scalars, torch.tensor(scalars, dtype=torch.float64))
-            work.seen_scalars = scalars
-        with torch.cuda.device(bucket.key.device if bucket.key.device.type == "cuda" else -1):
+            measured = batch.measured and work.measured == _measured(tables)
+            work.measured = None
+            work.advance(batch)
             # Everything that can fail comes before the first launch.
-            runs = [run for launch in work.launches for run in _runs(bucket, launch)]
+            runs = [run for launch in tables.launches for run in _step_runs(batch, tables, launch, measured)]
             for run in runs:
                 run.start()
         return -1
+
+    def _refresh(self, batch: Batch, tables: Tables) -> int:
+        """Uploads what has changed, unless :meth:`first_stale` is not -1; returns that index."""
+        bucket = batch.bucket
+        seen = _fingerprint(batch)
+        if seen != tables.seen_tensors:
+            stale = self.first_stale(batch)
+            if stale >= 0:
+                return stale
+            _plan(batch, tables)
+            tables.seen_tensors = seen
+            tables.plans += 1
+        if bucket.groups != tables.seen_groups:
+            tables.upload(tables.table, bucket.table)
+            tables.seen_groups = list(bucket.groups)
+            tables.plans += 1
+        tables.set_scalars([batch.rule.scalars(group) for group in batch.groups])
+        return -1
+
+
+# CUDA graphs.
+
+
+def _on(device: torch.device) -> Any:
+    """Makes a GPU the current one."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether what is launched on the device, which is the current one, is captured in a graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture(device: torch.device) -> None:
+    with _on(device):
+        if _capturing(device):
+            raise RuntimeError(
+                "the optimizer's state would be made inside of a CUDA graph, which would make it anew in every replay: "
+                "take a step like the one to be captured before the capture"
+            )
+
+
+def _captured(batch: Batch) -> bool:
+    """Whether the batch is stepped inside of a capture.
+
+    Raises:
+        RuntimeError: it is, and a group does not expect that. Nothing has moved then.
+    """
+    if not _capturing(batch.bucket.key.device):
+        return False
+    for group in _stepped_groups(batch):
+        if not group["capturable"]:
+            raise RuntimeError(
+                "the step is being captured in a CUDA graph, but a parameter group has capturable=False: pass "
+                "capturable=True to the optimizer, or set it in every group of optimizer.param_groups, and take a step "
+                "before the capture"
+            )
+    return True
+
+
+def _stepped_groups(batch: Batch) -> list[dict[str, Any]]:
+    """The parameter groups with a member that has a gradient."""
+    members = {n for n, g in zip(batch.bucket.groups, batch.grads, strict=True) if g is not ABSENT}
+    return [batch.groups[n] for n in sorted(members)]
+
+
+def _measured(tables: Tables) -> Measured:
+    eps, delta, projection = map(Scalars._fields.index, ("eps", "delta", "projection"))
+    numbers, _ = tables.seen_scalars
+    return Measured(tables, tables.plans, [(row[eps], row[delta], row[projection]) for row in numbers])
 
 
 # From tensors to launches.
@@ -195,7 +358,7 @@ class TritonBackend:
 
 def _fingerprint(batch: Batch) -> tuple[list[Any], ...]:
     """Changes whenever an address, a stride, a shape or a dtype does."""
-    tensors = [*batch.bucket.params, *batch.grads, *(t for moment in batch.moments for t in moment), *batch.steps]
+    tensors = [*(t for kind in batch.stored for t in kind), *batch.steps, *batch.seeds]
     return (
         list(map(Tensor.data_ptr, tensors)),
         list(map(Tensor.stride, tensors)),
@@ -210,23 +373,25 @@ def _tiles(table: Tensor) -> Tensor:
     return (rows + tile_rows - 1) // tile_rows * ((cols + tile_cols - 1) // tile_cols)
 
 
-def _plan(batch: Batch) -> None:
+def _plan(batch: Batch, tables: Tables) -> None:
     """Uploads addresses and strides, and lines up the launches: parameters by the kernel they need."""
     from fused_adamp.kernels import tiles
 
-    bucket, work = batch.bucket, batch.bucket.scratch
-    addresses = [[0] * work.addresses.size(1) for _ in bucket.params]
-    strides = torch.zeros(work.strides.shape, dtype=torch.int64)
+    addresses, strides = ([[0] * table.size(1) for _ in batch.params] for table in (tables.addresses, tables.strides))
     members: dict[Any, list[int]] = {}
-    for i, (p, g) in enumerate(zip(bucket.params, batch.grads, strict=True)):
-        if g is ABSENT or p.numel() == 0:
+    for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        if g is ABSENT:
             continue
-        roles = [p, g, *(moment[i] for moment in batch.moments)]
-        addresses[i][: len(roles)] = [tensor.data_ptr() for tensor in roles]
-        if batch.steps:
-            addresses[i][tiles.STEP.value] = batch.steps[i].data_ptr()
-        sizes, inner = _collapse(roles)
-        layout = _layout(roles, inner)
+        moments = [moment[i] for moment in batch.moments]
+        roles = dict(zip((tiles.P, tiles.G, tiles.M, tiles.V), (p, g, *moments), strict=False))
+        if batch.remainders:
+            roles[tiles.R] = batch.remainders[i]
+        counters = ((tiles.STEP, batch.steps), (tiles.SEED, batch.seeds))
+        for role, tensor in (*roles.items(), *((role, counts[i]) for role, counts in counters if counts)):
+            addresses[i][role.value] = tensor.data_ptr()
+        # Noise goes by the element's number in the tensor, wherever it lies.
+        sizes, inner = _collapse([*roles.values()], any_order=not batch.seeds)
+        layout = _layout([*roles.values()], inner)
         if layout == tiles.STRIDED.value:
             if len(sizes) > _INNER or math.prod(sizes) >= 1 << 31:
                 raise ValueError(
@@ -234,28 +399,31 @@ def _plan(batch: Batch) -> None:
                     f"{g.stride()}, lies in memory in a way that the kernels cannot follow: rows of fewer than 2^31 "
                     f"elements in at most {_INNER} dimensions after merging; pass p.contiguous()"
                 )
-            strides[i, 0] = sizes[-1]
-            for role, (tensor, steps) in enumerate(zip(roles, inner, strict=True)):
+            strides[i][0] = sizes[-1]
+            for (role, tensor), steps in zip(roles.items(), inner, strict=True):
                 outer = tensor.stride(0) if tensor.ndim >= 2 else 0
-                strides[i, 1 + 3 * role :][:3] = torch.tensor([outer, *([0] * (_INNER - len(steps))), *steps])
-        state = roles[2].dtype if len(roles) > 2 else p.dtype
+                first = 1 + 3 * role.value
+                strides[i][first : first + 3] = [outer, *([0] * (_INNER - len(steps))), *steps]
+        state = moments[0].dtype if moments else p.dtype
         members.setdefault((p.dtype, g.dtype, state, layout), []).append(i)
-    work.upload(work.addresses, torch.tensor(addresses))
-    if strides.any():
-        work.upload(work.strides, strides)
-    if members != work.seen_members:  # gradients may lie elsewhere in every step; what there is to do stays the same
-        work.launches = [_launch(batch, spec, indices) for spec, indices in members.items()]
-        work.seen_members = members
+    tables.upload(tables.addresses, torch.tensor(addresses))
+    if any(map(any, strides)):
+        tables.upload(tables.strides, torch.tensor(strides))
+    if members != tables.seen_members:  # gradients may lie elsewhere in every step; what there is to do stays the same
+        tables.launches = [_launch(batch, tables, spec, indices) for spec, indices in members.items()]
+        tables.seen_members = members
 
 
-def _collapse(roles: Sequence[Tensor]) -> tuple[list[int], list[list[int]]]:
+def _collapse(roles: Sequence[Tensor], *, any_order: bool = True) -> tuple[list[int], list[list[int]]]:
     """The sizes of the dimensions beyond dim 0, and each tensor's strides in them, merged where all tensors allow it.
 
-    The order within a row means nothing to the algorithm as long as all tensors agree on it: the first tensor's strides
-    sort the dimensions. A vector is one row.
+    The order within a row means nothing to the algorithm as long as all tensors agree on it: where any will do, the
+    first tensor's strides sort the dimensions. A vector is one row.
     """
     p = roles[0]
-    dims = sorted((d for d in range(min(p.ndim, 2) // 2, p.ndim) if p.size(d) != 1), key=lambda d: -p.stride()[d])
+    dims = [d for d in range(min(p.ndim, 2) // 2, p.ndim) if p.size(d) != 1]
+    if any_order:
+        dims.sort(key=lambda d: -p.stride()[d])
     sizes: list[int] = []
     inner: list[list[int]] = [[] for _ in roles]
     for d in dims:
@@ -275,6 +443,8 @@ def _layout(roles: Sequence[Tensor], inner: list[list[int]]) -> int:
 
     p = roles[0]
     rows, cols = rows_cols(p)
+    if p.numel() == 0:
+        return int(tiles.ALIGNED.value)
     if any(s != [1] or (rows > 1 and t.stride(0) != cols) for s, t in zip(inner, roles, strict=True)):
         return int(tiles.STRIDED.value)
     at_vectors = all(t.data_ptr() % tiles.WIDEST_LOAD.value == 0 for t in roles)
@@ -282,28 +452,24 @@ def _layout(roles: Sequence[Tensor], inner: list[list[int]]) -> int:
     return int(tiles.ALIGNED.value if aligned else tiles.FLAT.value)
 
 
-def _launch(batch: Batch, members: tuple[torch.dtype, torch.dtype, torch.dtype, int], indices: list[int]) -> Launch:
+def _launch(
+    batch: Batch, tables: Tables, members: tuple[torch.dtype, torch.dtype, torch.dtype, int], indices: list[int]
+) -> Launch:
     from fused_adamp.kernels import plans, stages
 
-    bucket, work = batch.bucket, batch.bucket.scratch
+    bucket = batch.bucket
     p, g, state, layout = members
-    spec = make_spec(p, g, state, layout, adaptive=batch.rule.adaptive, buffer=bool(batch.moments))
+    rule = {"adaptive": batch.rule.adaptive, "buffer": bool(batch.moments)}
+    spec = make_spec(p, g, state, layout, **rule, rounding=bucket.key.rounding)
     elements = bucket.table[:, COLUMNS.index("rows")] * bucket.table[:, COLUMNS.index("cols")]
-    projected = bucket.table[:, COLUMNS.index("projected")].bool()
-    first = bucket.table[:, COLUMNS.index("first_tile")]
     width: int = stages.PREPARE_BLOCK.value
     blocks = (len(indices) + width - 1) // width
-    order = _Order(
-        (plans.MEASURE.value, plans.DOT.value, plans.UPDATE.value),
-        _tiles(bucket.table).tolist(),
-        first.tolist(),
-        projected.tolist(),
-    )
+    order = _order(bucket)
     plan = _forced_plan() or ("one_pass" if int(elements[indices].max()) <= 4 * _WINDOW else "split")
     prepare = torch.tensor([(plans.PREPARE.value, block, 1) for block in range(blocks)], dtype=torch.int32)
     if plan == "split":
         parts = [prepare, *map(order.measure, indices)], [*map(order.dot, indices)], [*map(order.update, indices)]
-        jobs = tuple(work.uploaded(torch.cat(part)) for part in parts)
+        jobs = tuple(tables.uploaded(torch.cat(part)) for part in parts)
     else:
         windows: list[list[int]] = [[]]
         filled = 0
@@ -316,8 +482,21 @@ def _launch(batch: Batch, members: tuple[torch.dtype, torch.dtype, torch.dtype, 
         pieces = [prepare]
         for ahead, now in zip([*windows, []], [[], *windows], strict=True):
             pieces += [*map(order.measure, ahead), *map(order.dot, now), *map(order.update, reversed(now))]
-        jobs = (work.uploaded(torch.cat(pieces)),)
-    return Launch(spec, plan, work.uploaded(torch.tensor(indices, dtype=torch.int32)), jobs, blocks)
+        jobs = (tables.uploaded(torch.cat(pieces)),)
+    active = tables.uploaded(torch.tensor(indices, dtype=torch.int32))
+    tickets = torch.zeros(plans.TICKETS.value, dtype=torch.int64, device=tables.device)
+    return Launch(spec, plan, indices, active, tickets, jobs, blocks, [])
+
+
+def _squares(batch: Batch, tables: Tables, launch: Launch) -> Tensor:
+    """The jobs of the norm. One pass only squares: it finds what it measures in cache when it updates."""
+    from fused_adamp.kernels import plans
+
+    if not launch.squares:
+        stage = plans.SQUARE if launch.plan == "one_pass" else plans.SQUARE_AND_MEASURE
+        order = _order(batch.bucket)
+        launch.squares.append(tables.uploaded(torch.cat([order.jobs(stage.value, i, 1) for i in launch.indices])))
+    return launch.squares[0]
 
 
 def _forced_plan() -> str | None:
@@ -337,16 +516,16 @@ class _Order(NamedTuple):
     projected: list[bool]
 
     def measure(self, i: int) -> Tensor:
-        return self._jobs(self.stages[0], i, 1 if self.projected[i] else None)
+        return self.jobs(self.stages[0], i, 1 if self.projected[i] else None)
 
     def dot(self, i: int) -> Tensor:
-        return self._jobs(self.stages[1], i, _DOT_TILES if self.projected[i] and self.counts[i] > 1 else None)
+        return self.jobs(self.stages[1], i, _DOT_TILES if self.projected[i] and self.counts[i] > 1 else None)
 
     def update(self, i: int) -> Tensor:
         """Backwards: what was measured last is still in cache."""
-        return self._jobs(self.stages[2], i, 1).flip(0)
+        return self.jobs(self.stages[2], i, 1).flip(0)
 
-    def _jobs(self, stage: int, i: int, width: int | None) -> Tensor:
+    def jobs(self, stage: int, i: int, width: int | None) -> Tensor:
         if width is None:
             return torch.empty(0, 3, dtype=torch.int32)
         begin, end = self.first[i], self.first[i] + self.counts[i]
@@ -354,7 +533,24 @@ class _Order(NamedTuple):
         return torch.stack([torch.full_like(tile, stage), tile, (end - tile).clamp(max=width)], dim=1)
 
 
-def make_spec(p: torch.dtype, g: torch.dtype, state: torch.dtype, layout: int, *, adaptive: bool, buffer: bool) -> Any:
+def _order(bucket: Bucket) -> _Order:
+    from fused_adamp.kernels import plans
+
+    first, projected = (bucket.table[:, COLUMNS.index(name)] for name in ("first_tile", "projected"))
+    stages = plans.MEASURE.value, plans.DOT.value, plans.UPDATE.value
+    return _Order(stages, _tiles(bucket.table).tolist(), first.tolist(), projected.bool().tolist())
+
+
+def make_spec(
+    p: torch.dtype,
+    g: torch.dtype,
+    state: torch.dtype,
+    layout: int,
+    *,
+    adaptive: bool,
+    buffer: bool,
+    rounding: str = "nearest",
+) -> Any:
     """What the kernels are compiled for: fused_adamp/kernels/tiles.py."""
     import triton.language as tl
 
@@ -367,20 +563,24 @@ def make_spec(p: torch.dtype, g: torch.dtype, state: torch.dtype, layout: int, *
         torch.float16: tl.float16,
     }
     number = tl.float64 if p == torch.float64 else tl.float32
-    flags = map(tl.constexpr, (layout, adaptive, buffer, _LOG_TILE, 1 << _LOG_TILE))
+    flags = map(tl.constexpr, (layout, adaptive, buffer, ROUNDINGS.index(rounding), _LOG_TILE, 1 << _LOG_TILE))
     return Spec(types[p], types[g], types[state], number, *flags)
 
 
 def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
     """How a kernel of plans.py is compiled, besides what the spec says."""
+    from fused_adamp.kernels.precision import STOCHASTIC
     from fused_adamp.kernels.tiles import ALIGNED
 
     options = {"num_warps": _WARPS}
     # Registers. Left to itself, ptxas tries for one program more on a multiprocessor, and spills.
-    if spec.number.primitive_bitwidth == 64:
+    if spec.number.primitive_bitwidth == 64 or (spec.rounding.value, kernel.__name__) == (
+        STOCHASTIC.value,
+        "one_pass_kernel",
+    ):
         options["maxnreg"] = 255
-    elif spec.layout.value == ALIGNED.value and kernel.__name__ == "update_kernel":
-        options["maxnreg"] = 128
+    elif spec.layout.value == ALIGNED.value:
+        options["maxnreg"] = 80 if kernel.__name__ == "measure_kernel" else 128
     return options
 
 
@@ -399,36 +599,53 @@ class _Run(NamedTuple):
 _compiled: dict[Any, Any] = {}
 
 
-def _runs(bucket: Bucket, launch: Launch) -> list[_Run]:
+def _square_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
     from fused_adamp.kernels import plans
 
-    work = bucket.scratch
-    work.epoch += 1
-    tensors = (
-        work.table,
-        work.addresses,
-        work.strides,
-        work.owners,
-        work.scalars,
-        work.coefficients,
-        work.sums,
-        bucket.decisions,
-        work.projections,
-        work.counters,
-        work.tickets,
-        launch.active,
-    )
-    numbers = (work.epoch, len(launch.active))
+    jobs = _squares(batch, tables, launch)
+    return [_run(plans.measure_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)]
+
+
+def _step_runs(batch: Batch, tables: Tables, launch: Launch, measured: bool) -> list[_Run]:
+    from fused_adamp.kernels import plans
+
     if launch.plan == "one_pass":
         (jobs,) = launch.jobs
-        arguments = (*tensors, jobs, *numbers, len(jobs), launch.blocks)
-        return [_run(plans.one_pass_kernel, min(len(jobs), _programs(work.device)), arguments, launch.spec)]
+        arguments = (*_arguments(batch, tables, launch, jobs), len(jobs), launch.blocks)
+        return [_run(plans.one_pass_kernel, min(len(jobs), _programs(tables.device)), arguments, launch.spec)]
     kernels = plans.measure_kernel, plans.dot_kernel, plans.update_kernel
+    grids = [launch.blocks if measured else len(launch.jobs[0]), *map(len, launch.jobs[1:])]
     return [
-        _run(kernel, len(jobs), (*tensors, jobs, *numbers), launch.spec)
-        for kernel, jobs in zip(kernels, launch.jobs, strict=True)
-        if len(jobs)
+        _run(kernel, grid, _arguments(batch, tables, launch, jobs), launch.spec)
+        for kernel, grid, jobs in zip(kernels, grids, launch.jobs, strict=True)
+        if grid
     ]
+
+
+def _arguments(batch: Batch, tables: Tables, launch: Launch, jobs: Tensor) -> tuple[Any, ...]:
+    """What all kernels take."""
+    bucket, work = batch.bucket, batch.bucket.scratch
+    return (
+        tables.table,
+        tables.addresses,
+        tables.strides,
+        work.owners,
+        tables.scalars,
+        work.one if batch.scale is None else batch.scale,
+        work.zero if batch.found_inf is None else batch.found_inf.double(),
+        work.coefficients,
+        work.sums,
+        work.findings,
+        work.counters,
+        bucket.decisions,
+        bucket.results,
+        launch.tickets,
+        work.replays,
+        launch.active,
+        jobs,
+        work.epoch,
+        len(launch.active),
+    )
 
 
 def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> _Run:

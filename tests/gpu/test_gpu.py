@@ -44,7 +44,8 @@ def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def _compiled_together(plan: str, case: Case) -> str:
     """Names what a case's kernels are compiled for, so that parallel test processes do not compile the same ones."""
     rule = "AdamP" if case.optimizer == "AdamP" else f"SGDP momentum {bool(case.options.get('momentum'))}"
-    return f"{plan} {rule} {case.dtype} {case.gradient_dtype} {case.layout}"
+    storage = case.options.get("state_dtype"), case.options.get("rounding")
+    return f"{plan} {rule} {case.dtype} {case.gradient_dtype} {case.layout} {storage}"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def _compiled_together(plan: str, case: Case) -> str:
 )
 def test_every_step_equals_the_reference(plan: str, case: Case) -> None:
     outcome = check(case, "triton", "cuda")
-    assert outcome.passed(case), outcome
+    assert outcome.passed(), outcome
     if "delta" not in case.options:
         assert {theirs for _, theirs in outcome.decisions} == {case.decision}, "the case is not what it says"
 
@@ -239,6 +240,133 @@ def test_another_learning_rate_does_not_recompile(plan: str) -> None:
         model.param_groups[0]["lr"] = lr
         model.step()
     assert len(triton_backend._compiled) == compiled
+
+
+# Clipping, loss scaling, and CUDA graphs.
+
+
+def _equal(ours: ProjectedOptimizer, theirs: ProjectedOptimizer) -> None:
+    assert list(ours.decisions().values()) == list(theirs.decisions().values())
+    for a, b in zip(_results(ours), _results(theirs), strict=True):
+        torch.testing.assert_close(a, b.to(a.device), rtol=2e-5, atol=2e-6)
+
+
+def _set_gradients(optimizer: ProjectedOptimizer, number: int, factor: float = 1.0) -> None:
+    """New values in the old gradients, the same for every optimizer of the same weights."""
+    generator = torch.Generator("cuda").manual_seed(number)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad.copy_(factor * torch.randn(p.shape, generator=generator, device="cuda"))
+
+
+@pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
+def test_a_clipped_step_equals_the_reference(plan: str, optimizer: str) -> None:
+    ours, reference = _model(0, optimizer), _model(0, optimizer, "reference")
+    for number in range(3):
+        expected = torch.nn.utils.get_total_norm([p.grad for p in ours.param_groups[0]["params"]])
+        for each in (ours, reference):
+            torch.testing.assert_close(each.clip_grad_norm_(1.0), expected, rtol=1e-5, atol=0)
+            each.step()
+            _set_gradients(each, number)
+    _equal(ours, reference)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_clipping_does_not_synchronize(plan: str) -> None:
+    model = _model(0)
+    for number in range(3):
+        if number == 1:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            model.clip_grad_norm_(1.0)
+            model.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_grad_scaler_s_steps_equal_the_reference(plan: str, clip: bool) -> None:
+    """With one overflow, which moves nothing and halves the scale."""
+    ours, reference = _model(0), _model(0, backend="reference")
+    scalers = [torch.amp.GradScaler("cuda", init_scale=2.0**10) for _ in range(2)]
+    for number in range(4):
+        for each, scaler in zip((ours, reference), scalers, strict=True):
+            scaler.scale(torch.zeros(1, device="cuda"))  # makes the scale
+            _set_gradients(each, number, scaler.get_scale())
+            if number == 1:
+                each.param_groups[0]["params"][3].grad[0, 0] = math.inf
+                before = [t.clone() for t in _results(each)]
+            if clip:
+                scaler.unscale_(each)
+                each.clip_grad_norm_(1.0)
+            scaler.step(each)
+            scaler.update()
+            if number == 1:
+                assert all(map(torch.equal, _results(each), before))
+        assert scalers[0].get_scale() == scalers[1].get_scale() == 2.0 ** (9 if number else 10)
+    _equal(ours, reference)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "remainder", "stochastic"])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
+def test_ten_replays_of_a_captured_training_step_equal_eager_ones(
+    plan: str, optimizer: str, clip: bool, rounding: str
+) -> None:
+    """Bit for bit, with a learning rate that changes between replays, and eager steps among them."""
+    dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
+    targets = [torch.randn(shape, device="cuda") for shape, _, _ in MODEL]
+    rates = [1e-2 / (number + 1) for number in range(12)]
+    settings = {"weight_decay": 0.1, "rounding": rounding, "backend": "triton"}
+    settings |= {"momentum": 0.9} if optimizer == "SGDP" else {}
+
+    def make(capturable: bool) -> tuple[ProjectedOptimizer, Tensor]:
+        torch.manual_seed(0)
+        rate = torch.tensor(rates[0], device="cuda")
+        params = [Parameter(torch.randn(shape).to("cuda", dtype)) for shape, _, _ in MODEL]
+        return getattr(fused_adamp, optimizer)(params, lr=rate, capturable=capturable, **settings), rate
+
+    def train(stepped: ProjectedOptimizer) -> None:
+        stepped.zero_grad(set_to_none=True)
+        params = stepped.param_groups[0]["params"]
+        sum((p.float() - target).square().sum() for p, target in zip(params, targets, strict=True)).backward()
+        if clip:
+            stepped.clip_grad_norm_(0.1)
+        stepped.step()
+
+    (captured, rate), (eager, eager_rate) = make(capturable=True), make(capturable=False)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            train(captured)
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        train(eager)
+    graph = torch.cuda.CUDAGraph()
+    before = [t.clone() for t in _results(captured)]
+    with torch.cuda.graph(graph):
+        train(captured)
+    assert all(map(torch.equal, _results(captured), before)), "a capture moves nothing"
+    for number, lr in enumerate(rates):
+        for each in (rate, eager_rate):
+            each.fill_(lr)
+        if number in (4, 9):
+            train(captured)
+        else:
+            graph.replay()
+        train(eager)
+    assert all(map(torch.equal, _results(captured), _results(eager)))
+
+
+def test_a_capture_without_capturable_is_refused(plan: str) -> None:
+    optimizer = _model(0)
+    optimizer.step()
+    before = [t.clone() for t in _results(optimizer)]
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="capturable=False: pass capturable=True"), torch.cuda.graph(graph):
+        optimizer.step()
+    assert all(map(torch.equal, _results(optimizer), before))
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])

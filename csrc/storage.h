@@ -1,0 +1,201 @@
+// Blocks of a tile on their way from its storage to the numbers it is computed in, and back, by the rules of
+// fused_adamp/precision.py. Plain loops: the compiler makes vectors of them.
+//
+// Like vec.h, included once per instruction set.
+#pragma once
+
+#include "cpu_kernels.h"
+#include "vec.h"
+
+#if defined(__GNUC__)
+#define FUSED_ADAMP_OUTLINE __attribute__((noinline))
+#else
+#define FUSED_ADAMP_OUTLINE
+#endif
+
+namespace {
+
+using namespace fused_adamp;
+
+template <class To, class From>
+FUSED_ADAMP_INLINE To same_bits(From from) {
+  static_assert(sizeof(To) == sizeof(From), "");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+// bfloat16 is the upper half of a float. The functions return a float's bits, of which the lower half is then dropped.
+
+FUSED_ADAMP_INLINE uint32_t magnitude(uint32_t bits) { return bits & 0x7fffffff; }
+
+FUSED_ADAMP_INLINE uint32_t without_nan(uint32_t bits) { return magnitude(bits) > 0x7f800000 ? 0x7fc00000 : bits; }
+
+FUSED_ADAMP_INLINE uint32_t round_to_nearest(uint32_t bits) {
+  return magnitude(bits) > 0x7f800000 ? 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
+}
+
+FUSED_ADAMP_INLINE uint32_t round_by_chance(uint32_t bits, uint32_t random) {
+  return without_nan(bits) + (magnitude(bits) >= 0x7f800000 ? 0 : random);
+}
+
+// fused_adamp/precision.py, join.
+FUSED_ADAMP_INLINE uint32_t join(uint16_t high, int16_t rest) {
+  const uint32_t bits = uint32_t(high) << 16;
+  return magnitude(bits) == 0 && rest < 0 ? bits : bits + uint32_t(int32_t(rest));
+}
+
+// fused_adamp/precision.py, noise.
+FUSED_ADAMP_INLINE uint32_t chance(uint32_t low, uint32_t high, uint32_t number) {
+  uint32_t x = number + low;
+  x = (x ^ (x >> 16)) * 0x21f0aaadu ^ high;
+  x = (x ^ (x >> 15)) * 0x735a2d97u;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+FUSED_ADAMP_INLINE float half_to_float(uint16_t half) {
+  // Exponent and fraction move to float's places; multiplying by 2^112 sets the exponent's bias right, and gives
+  // subnormal numbers their value; what had the largest exponent is infinite or NaN.
+  const float x = same_bits<float>(uint32_t(half & 0x7fff) << 13) * 0x1p112f;
+  const uint32_t special = (half & 0x7c00) == 0x7c00 ? 0x7f800000 : 0;
+  return same_bits<float>(same_bits<uint32_t>(x) | special | uint32_t(half & 0x8000) << 16);
+}
+
+FUSED_ADAMP_INLINE uint16_t float_to_half(float x) {
+  const uint32_t bits = same_bits<uint32_t>(x), size = magnitude(bits), sign = (bits >> 16) & 0x8000;
+  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (size >= 0x47800000) return uint16_t(sign | 0x7c00);  // 2^16 and above
+  // Below 2^-14: adding 0.5 aligns the fraction to multiples of 2^-24 and rounds to nearest even.
+  if (size < 0x38800000) return uint16_t(sign | (same_bits<uint32_t>(same_bits<float>(size) + 0.5f) - 0x3f000000));
+  return uint16_t(sign | (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13);
+}
+
+// Elements [begin, begin + n) of a role, to numbers.
+template <class T>
+FUSED_ADAMP_OUTLINE void read_block(const Storage& s, Role role, int64_t begin, int64_t n, T* to) {
+  switch (s.type[role]) {
+    case storage_f64: {
+      const double* from = reinterpret_cast<const double*>(s.data[role]) + begin;
+      for (int64_t i = 0; i < n; ++i) to[i] = T(from[i]);
+      break;
+    }
+    case storage_f32: {
+      const float* from = reinterpret_cast<const float*>(s.data[role]) + begin;
+      for (int64_t i = 0; i < n; ++i) to[i] = T(from[i]);
+      break;
+    }
+    case storage_bf16: {
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(s.data[role]) + begin;
+      if (role == role_p && s.data[role_remainder]) {
+        const int16_t* rest = reinterpret_cast<const int16_t*>(s.data[role_remainder]) + begin;
+        for (int64_t i = 0; i < n; ++i) to[i] = T(same_bits<float>(join(from[i], rest[i])));
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = T(same_bits<float>(uint32_t(from[i]) << 16));
+      }
+      break;
+    }
+    default: {
+      const uint16_t* from = reinterpret_cast<const uint16_t*>(s.data[role]) + begin;
+      int64_t i = 0;
+#if defined(__F16C__)
+      if constexpr (sizeof(T) == 4) {
+        for (; i + 8 <= n; i += 8)
+          _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+      }
+#endif
+      for (; i < n; ++i) to[i] = T(half_to_float(from[i]));
+    }
+  }
+}
+
+// Numbers to elements [begin, begin + n) of a role.
+template <class T>
+FUSED_ADAMP_OUTLINE void write_block(const Storage& s, Role role, int64_t begin, int64_t n, const T* from) {
+  switch (s.type[role]) {
+    case storage_f64: {
+      double* to = reinterpret_cast<double*>(s.data[role]) + begin;
+      for (int64_t i = 0; i < n; ++i) to[i] = from[i];
+      break;
+    }
+    case storage_f32: {
+      float* to = reinterpret_cast<float*>(s.data[role]) + begin;
+      for (int64_t i = 0; i < n; ++i) to[i] = float(from[i]);
+      break;
+    }
+    case storage_bf16: {
+      uint16_t* to = reinterpret_cast<uint16_t*>(s.data[role]) + begin;
+      if (role == role_p && s.data[role_remainder]) {
+        // To nearest, ties away from zero; the remainder is what is left, with its sign.
+        uint16_t* rest = reinterpret_cast<uint16_t*>(s.data[role_remainder]) + begin;
+        for (int64_t i = 0; i < n; ++i) {
+          const uint32_t bits = without_nan(same_bits<uint32_t>(float(from[i])));
+          to[i] = uint16_t((bits + 0x8000) >> 16);
+          rest[i] = uint16_t(bits);
+        }
+      } else if (s.stochastic) {
+        const uint32_t low = s.key[role == role_v], high = s.key[role != role_v], first = s.first + uint32_t(begin);
+        const int half = role == role_m ? 16 : 0;
+        for (int64_t i = 0; i < n; ++i) {
+          const uint32_t random = chance(low, high, first + uint32_t(i)) >> half & 0xffff;
+          to[i] = uint16_t(round_by_chance(same_bits<uint32_t>(float(from[i])), random) >> 16);
+        }
+      } else {
+        for (int64_t i = 0; i < n; ++i) to[i] = uint16_t(round_to_nearest(same_bits<uint32_t>(float(from[i]))) >> 16);
+      }
+      break;
+    }
+    default: {
+      uint16_t* to = reinterpret_cast<uint16_t*>(s.data[role]) + begin;
+      int64_t i = 0;
+#if defined(__F16C__)
+      if constexpr (sizeof(T) == 4) {
+        for (; i + 8 <= n; i += 8)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                           _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT));
+      }
+#endif
+      for (; i < n; ++i) to[i] = float_to_half(float(from[i]));
+    }
+  }
+}
+
+// A block of a tile as numbers: where they lie, or staged.
+template <class T>
+struct Block {
+  T* p;
+  const T* g;
+  T* m;
+  T* v;
+};
+
+enum Roles { none = 0, with_p = 1, with_g = 2, with_m = 4, with_v = 8 };
+
+// A rule's state.
+template <class R>
+constexpr int with_state = (R::buffer ? with_m : none) | (R::adaptive ? with_v : none);
+
+// The block [begin, begin + n) of a tile, with the roles that will be read. `part` is where in the stage it goes.
+template <int roles, class T>
+FUSED_ADAMP_INLINE Block<T> open(const TileData<T>& t, int64_t begin, int64_t n, int part = 0) {
+  if (!t.storage) return {t.p + begin, t.g + begin, t.m ? t.m + begin : nullptr, t.v ? t.v + begin : nullptr};
+  T* const stage = t.stage + part * block_size<T>;
+  T* const g = stage + block_size<T>;
+  const Block<T> b{stage, g, stage + 2 * block_size<T>, stage + 3 * block_size<T>};
+  if constexpr (roles & with_p) read_block(*t.storage, role_p, begin, n, b.p);
+  if constexpr (roles & with_g) read_block(*t.storage, role_g, begin, n, g);
+  if constexpr (roles & with_m) read_block(*t.storage, role_m, begin, n, b.m);
+  if constexpr (roles & with_v) read_block(*t.storage, role_v, begin, n, b.v);
+  return b;
+}
+
+// Writes the roles that have changed back to the storage.
+template <int roles, class T>
+FUSED_ADAMP_INLINE void close(const TileData<T>& t, const Block<T>& b, int64_t begin, int64_t n) {
+  if (!t.storage) return;
+  if constexpr (roles & with_p) write_block(*t.storage, role_p, begin, n, b.p);
+  if constexpr (roles & with_m) write_block(*t.storage, role_m, begin, n, b.m);
+  if constexpr (roles & with_v) write_block(*t.storage, role_v, begin, n, b.v);
+}
+
+}  // namespace

@@ -1,0 +1,323 @@
+"""Optimizer state_dicts of other packages in this package's format, and back.
+
+What each keeps per parameter, and in its groups beside the hyperparameters that all of them share:
+
+===================== ================================= ========================= ====================================
+state_dict of         Adam family                       SGD family                groups
+===================== ================================= ========================= ====================================
+fused_adamp           ``step`` (0-dim float32 tensor),  ``momentum_buffer``; none backend, projection, ...
+                      ``exp_avg``, ``exp_avg_sq``       for momentum=0
+adamp 0.3 (clovaai)   the same, ``step`` an int         ``momentum``              nothing
+timm 1.0.31           the same, ``step`` an int         ``momentum``              caution (nothing before 1.0.26)
+pytorch_optimizer 4.1 ``exp_avg``, ``exp_avg_sq``       ``momentum``              step, weight_decouple, fixed_decay,
+                                                                                  foreach; cautious, ... if asked for
+torch.optim 2.13      ``step`` (tensor), ``exp_avg``,   ``momentum_buffer``; none amsgrad, decoupled_weight_decay,
+                      ``exp_avg_sq``, with amsgrad also or None for momentum=0    maximize, fused, capturable, ...
+                      ``max_exp_avg_sq``
+===================== ================================= ========================= ====================================
+
+Beside ours may stand ``remainder`` (int16, the weight's shape) and ``rounding_seed`` (0-dim int64), which no other has.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["check", "export", "to_ours"]
+
+_ADAM = {"lr", "betas", "eps", "weight_decay"}
+_SGD = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
+_PROJECTED = _ADAM | _SGD | {"delta", "wd_ratio"}
+_SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
+_OURS = _PROJECTED | _SWITCHES | {"maximize", "projection", "channel_dim", "project_buffer"}
+_OURS |= {"state_dtype", "rounding", "amp_scaling", "backend"}
+"""Our hyperparameters. Other group keys, such as a scheduler's initial_lr, are somebody else's and are passed on."""
+
+
+class _Format(NamedTuple):
+    """One optimizer's state_dict, as far as it differs from ours."""
+
+    package: str
+    name: str
+    marks: set[str]  # group keys that tell it from the formats after it
+    step: type  # how it counts: a Tensor or an int per parameter, or in the group, a dict
+    buffer: str  # what it calls momentum_buffer
+    shares: set[str]  # our hyperparameters that it has too
+    own: dict[str, Any]  # its other group keys, at their defaults
+    lacks: dict[str, Any]  # our hyperparameters that it acts as if it had at these values
+
+    @property
+    def adaptive(self) -> bool:
+        return "betas" in self.marks
+
+
+def _pair(package: str, module: str, mark: str, step: type, own: dict[str, Any]) -> list[_Format]:
+    """The AdamP and SGDP of a package."""
+    # Without nesterov clovaai's update is the buffer: what projects the one projects the other.
+    lacks = {"maximize": False, "projection": "auto", "channel_dim": 0, "project_buffer": package == "clovaai"}
+    rest = (step, "momentum", _PROJECTED, own, lacks)
+    return [
+        _Format(package, f"{module}.AdamP", {"betas", "delta", mark}, *rest),
+        _Format(package, f"{module}.SGDP", {"dampening", "delta", mark}, *rest),
+    ]
+
+
+_KOZISTR = {"weight_decouple": True, "fixed_decay": False, "foreach": False}
+_TORCH = {"foreach": None, "fused": None, "differentiable": False}
+_ADAMW = {**_TORCH, "amsgrad": False, "decoupled_weight_decay": True, "capturable": False}
+_BUFFER, _MAX, _NO_NESTEROV = "momentum_buffer", {"maximize"}, {"nesterov": False}
+_FORMATS = [
+    _Format("fused_adamp", "fused_adamp.AdamP", {"betas", "backend"}, Tensor, _BUFFER, _OURS, {}, {}),
+    _Format("fused_adamp", "fused_adamp.SGDP", {"dampening", "backend"}, Tensor, _BUFFER, _OURS, {}, {}),
+    *_pair("pytorch_optimizer", "pytorch_optimizer", "fixed_decay", dict, _KOZISTR),
+    *_pair("timm", "timm.optim", "caution", int, {"caution": False}),
+    *_pair("clovaai", "adamp", "delta", int, {}),
+    _Format("torch", "torch.optim.Adam(W)", {"betas", "amsgrad"}, Tensor, _BUFFER, _ADAM | _MAX, _ADAMW, _NO_NESTEROV),
+    _Format("torch", "torch.optim.SGD", {"dampening"}, Tensor, _BUFFER, _SGD | _MAX, _TORCH, {}),
+]
+
+_OTHER_RULES = {
+    "amsgrad": (False, "divides by the largest exp_avg_sq so far"),
+    "caution": (False, "masks updates that disagree with the gradient"),
+    "cautious": (False, "masks updates that disagree with the gradient"),
+    "adanorm": (False, "rescales gradients before they enter exp_avg"),
+    "adam_debias": (False, "leaves the bias of exp_avg uncorrected"),
+    "use_gc": (False, "centralises gradients"),
+    "decoupled_weight_decay": (True, "adds weight decay to the gradient, and so to both moments"),
+    "weight_decouple": (True, "adds weight decay to the gradient"),
+    "fixed_decay": (False, "does not multiply weight decay by lr"),
+}
+"""Others' options that change the rule: the value that makes it ours, and what the optimizer does at the other."""
+
+_DECAY_RULES = {"decoupled_weight_decay", "weight_decouple", "fixed_decay"}
+_UNUSED = _OTHER_RULES.keys() | _SWITCHES | {"step", "adanorm_r", "r", "ams_bound"}
+_UNUSED_STATE = {"max_exp_avg_sq", "exp_grad_adanorm", "exp_grad_norm"}
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DTYPES = {"step": (torch.float32,), "remainder": (torch.int16,), "rounding_seed": (torch.int64,)}
+
+
+def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A state_dict of any of the formats above, told apart by their group keys, in ours.
+
+    Hyperparameters come from the state_dict, as in torch.optim, and where it lacks them from ``options``: ``delta`` for
+    torch's, ``project_buffer`` for all others'. What is a machine's choice stays as in ``options``: ``backend``, and of
+    other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. What theirs have and ours do not,
+    such as ``amsgrad``, is dropped where it is off, and refused where it makes another rule.
+
+    Accepted, although the other optimizer would have gone on in another way:
+
+    - torch.optim.SGD with weight decay. Ours is decoupled, but its ``lr * weight_decay / (1 - momentum)`` per step is
+      what torch's comes to over the steps (without dampening): the coefficient keeps its meaning.
+    - Adam and AdamW of a torch that did not say ``decoupled_weight_decay``: from here on it is decoupled.
+    - SGDP without nesterov of clovaai, and of timm before 1.0.26, which project the buffer: ``project_buffer`` decides.
+    - pytorch_optimizer's AdamP, whose bias correction divides eps too, and whose nesterov was another before version 4.
+
+    Args:
+        state_dict: from an optimizer of any of these packages. Stays as it is; the result shares its tensors.
+        adaptive: True for AdamP, False for SGDP.
+        options: the loading optimizer's own parameter groups, with or without "params".
+
+    Raises:
+        ValueError: an unknown format, an optimizer of the other family, another number of groups, or another rule.
+    """
+    fmt = _recognise(state_dict)
+    loading = "AdamP" if adaptive else "SGDP"
+    if fmt.adaptive != adaptive:
+        other, allowed = ("SGDP", "AdamP, Adam or AdamW") if adaptive else ("AdamP", "SGDP or SGD")
+        raise ValueError(
+            f"the state_dict seems to come from {fmt.name}, which {loading} cannot continue: load it into {other}, or "
+            f"load the state_dict of {allowed}"
+        )
+    foreign, groups = fmt.package != "fused_adamp", state_dict["param_groups"]
+    _check_count("the state_dict has", groups, "parameter groups", options)
+    new_groups, state = [], dict(state_dict["state"])
+    for number, (group, own) in enumerate(zip(groups, options, strict=True)):
+        if foreign:
+            _refuse_other_rules(fmt, group, number, loading)
+        kept = {k: v for k, v in group.items() if k != "backend" and not (foreign and k in _UNUSED)}
+        new_groups.append({**own, **kept, "params": list(group["params"])})
+        for i in group["params"]:
+            if entry := _state_to_ours(fmt, group, state.pop(i, {})):
+                state[i] = entry
+    return {**state_dict, "state": state, "param_groups": new_groups}
+
+
+def check(state_dict: dict[str, Any], params: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> None:
+    """Raises ValueError unless a state_dict in our format fits the parameters. Reads no values: waits for no device.
+
+    A parameter without state fits: it has not been stepped yet.
+
+    Args:
+        state_dict: in our format, as :func:`to_ours` returns it.
+        params: the loading optimizer's parameters, group by group.
+        labels: what messages call them, such as "parameter 'conv.weight'": one for each, in the same order, flat.
+    """
+    groups = state_dict["param_groups"]
+    _check_count("the state_dict has", groups, "parameter groups", params)
+    for number, (group, members) in enumerate(zip(groups, params, strict=True)):
+        _check_count(f"group {number} of the state_dict has", group["params"], "parameters", members)
+    places = [(group, i) for group in groups for i in group["params"]]
+    for (group, i), p, label in zip(places, chain.from_iterable(params), labels, strict=True):
+        if state := state_dict["state"].get(i):
+            _check_state(state, p, label, group)
+
+
+def export(state_dict: dict[str, Any], target: str) -> dict[str, Any]:
+    """A state_dict of ours in the format of another package, whose optimizer continues it with the same numbers.
+
+    AdamP becomes the target's AdamP, or torch.optim.AdamW; SGDP its SGDP, or torch.optim.SGD, where weight decay turns
+    into the L2 penalty that comes to as much over the steps. Torch's do not project, and nothing of that is kept for
+    them. Lost for all is what only ours has: ``remainder``, and with it the low bits of bfloat16 weights,
+    ``rounding_seed``, and options that make no rule, such as ``state_dtype``. pytorch_optimizer's AdamP differs in two
+    things: its bias correction divides eps too, and a parameter without state starts with its group's step count.
+
+    Args:
+        state_dict: from AdamP or SGDP of this package. Stays as it is; the result shares its moments.
+        target: "clovaai" (for timm before 1.0.26 too), "timm", "pytorch_optimizer" or "torch".
+
+    Raises:
+        ValueError: a state_dict that is not ours, an unknown target, an option that the target's optimizer would
+            silently ignore, or step counts that one per group cannot stand for.
+    """
+    ours = _recognise(state_dict)
+    if ours.package != "fused_adamp":
+        raise ValueError(f"the state_dict seems to come from {ours.name}: pass one of fused_adamp, see to_ours")
+    targets = {fmt.package: fmt for fmt in _FORMATS if fmt.adaptive == ours.adaptive and fmt is not ours}
+    if target not in targets:
+        raise ValueError(f"target={target!r} is unknown: choose one of {', '.join(map(repr, targets))}")
+    fmt = targets[target]
+    new_groups, state = [], dict[Any, dict[str, Any]]()
+    for number, group in enumerate(state_dict["param_groups"]):
+        _refuse_what_it_lacks(fmt, group, number)
+        kept = {k: v for k, v in group.items() if k not in _OURS or k in fmt.shares}
+        new_groups.append({**kept, **fmt.own, "params": list(group["params"])})
+        entries = {i: entry for i in group["params"] if (entry := state_dict["state"].get(i))}
+        steps = {i: int(entry["step"]) for i, entry in entries.items() if "step" in entry}
+        if fmt.step is dict and steps:
+            new_groups[-1]["step"] = _common_step(fmt, steps, number)
+        for i, entry in entries.items():
+            keys = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": fmt.buffer}
+            new = {theirs: entry[key] for key, theirs in keys.items() if key in entry}
+            if i in steps and fmt.step is not dict:
+                new["step"] = torch.tensor(steps[i], dtype=torch.float32) if fmt.step is Tensor else steps[i]
+            if new:
+                state[i] = new
+    return {**state_dict, "state": state, "param_groups": new_groups}
+
+
+def _recognise(state_dict: dict[str, Any]) -> _Format:
+    if missing := sorted({"state", "param_groups"} - state_dict.keys()):
+        raise ValueError(
+            f"the state_dict has {sorted(map(str, state_dict))} and lacks {missing}: pass what an optimizer's "
+            "state_dict() returned, not the checkpoint around it"
+        )
+    keys = set().union(*state_dict["param_groups"][:1])
+    for fmt in _FORMATS:
+        if fmt.marks <= keys:
+            return fmt
+    raise ValueError(
+        f"the state_dict's groups have the keys {sorted(keys - {'params'})}, which are not those of "
+        f"{', '.join(fmt.name for fmt in _FORMATS)}: load the state_dict of one of these, or start without state"
+    )
+
+
+def _refuse_other_rules(fmt: _Format, group: dict[str, Any], number: int, loading: str) -> None:
+    _refuse_lone_dampening(fmt, group, number)
+    for key, (value, does) in _OTHER_RULES.items():
+        decay = key in _DECAY_RULES
+        if group.get("weight_decay") or not decay:
+            remedy = f"{' or weight_decay=0' if decay else ''} there to continue by {loading}'s rule"
+            _require(group, number, key, value, f"{fmt.name} then {does}", remedy)
+
+
+def _refuse_what_it_lacks(fmt: _Format, group: dict[str, Any], number: int) -> None:
+    _refuse_lone_dampening(fmt, group, number)
+    remedies = {"maximize": " there and negate the loss", "projection": ", and delta=0 for 'none', there"}
+    for key, value in fmt.lacks.items():
+        # The stored momentum's projection shows where there is a momentum, a projection, and no nesterov.
+        if key != "project_buffer" or (group.get("momentum") and group["delta"] and not group["nesterov"]):
+            why = f"{fmt.name} has no {key} and does what {key}={value!r} does"
+            _require(group, number, key, value, why, remedies.get(key, " there to continue by its rule"))
+
+
+def _refuse_lone_dampening(fmt: _Format, group: dict[str, Any], number: int) -> None:
+    if fmt.name == "torch.optim.SGD" and not group["momentum"] and not group["nesterov"]:
+        _require(
+            group, number, "dampening", 0, "without momentum torch.optim.SGD ignores it and SGDP does not", " there"
+        )
+
+
+def _require(group: dict[str, Any], number: int, key: str, value: Any, why: str, remedy: str) -> None:
+    if group.get(key, value) != value:
+        raise ValueError(
+            f"{key}={group[key]!r} in group {number} of the state_dict: {why}; set {key}={value!r}{remedy}"
+        )
+
+
+def _state_to_ours(fmt: _Format, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
+    new = dict(state)
+    if fmt.package != "fused_adamp":
+        new = {k: v for k, v in state.items() if k not in _UNUSED_STATE}
+        buffer = new.pop(fmt.buffer, None)
+        if buffer is not None and group["momentum"]:
+            new["momentum_buffer"] = buffer
+    if new and fmt.adaptive and ("step" in new or "step" in group):
+        new["step"] = _step(new["step"] if "step" in new else group["step"])
+    return new
+
+
+def _step(count: Any) -> Any:
+    """A number or a 1-element tensor as a 0-dim float32 tensor of its own; anything else is left for check."""
+    if isinstance(count, (int, float)) or (isinstance(count, Tensor) and count.numel() == 1):
+        return torch.as_tensor(count, dtype=torch.float32).reshape(()).clone()
+    return count
+
+
+def _common_step(fmt: _Format, steps: dict[Any, int], number: int) -> int:
+    counts = sorted(set(steps.values()))
+    if len(counts) > 1:
+        listed = ", ".join(f"{n} of parameters {[i for i in steps if steps[i] == n]}" for n in counts)
+        raise ValueError(
+            f"steps differ within group {number} ({listed}), and {fmt.name} counts once per group: give parameters "
+            "that have not been stepped together groups of their own"
+        )
+    return counts[0]
+
+
+def _check_count(what: str, found: Sequence[Any], of: str, expected: Sequence[Any]) -> None:
+    if len(found) != len(expected):
+        raise ValueError(
+            f"{what} {len(found)} {of}, the optimizer {len(expected)}: build the optimizer with the groups and "
+            "parameters that it was saved with"
+        )
+
+
+def _check_state(state: dict[str, Any], p: Tensor, label: str, group: dict[str, Any]) -> None:
+    remedy = "load a whole state_dict of this model, or delete this entry from it to start the parameter afresh"
+    needed = ["step", "exp_avg", "exp_avg_sq"] if "betas" in group else []
+    allowed = [*(needed or ["momentum_buffer"]), "remainder", "rounding_seed"]
+    if alien := [key for key in state if key not in allowed]:
+        raise ValueError(f"the state of {label} has {alien}, allowed are {allowed}: {remedy}")
+    if missing := [key for key in needed if key not in state]:
+        raise ValueError(f"the state of {label} has {list(state)} but lacks {missing}: {remedy}")
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state {key!r} of {label} is a {type(value).__name__}, not a tensor: {remedy}")
+        shape = () if key in ("step", "rounding_seed") else tuple(p.shape)
+        if tuple(value.shape) != shape:
+            raise ValueError(
+                f"state {key!r} of {label} has shape {tuple(value.shape)}, "
+                f"{'the parameter' if shape else 'allowed is'} {shape}: {remedy}"
+            )
+        dtypes = _DTYPES.get(key, _FLOATING)
+        if value.dtype not in dtypes:
+            listed = ", ".join(map(str, dtypes))
+            raise ValueError(f"state {key!r} of {label} has dtype {value.dtype}, allowed are {listed}: {remedy}")

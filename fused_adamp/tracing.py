@@ -1,0 +1,48 @@
+"""What a step asks while Dynamo traces it. Imported by the traced step alone, since this imports torch._dynamo."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._dynamo.symbolic_convert import InstructionTranslator
+
+from fused_adamp.compiled import OPTIMIZERS
+from fused_adamp.projected import ProjectedOptimizer
+
+__all__ = ["eager_step", "needs_eager", "tensor_options"]
+
+# assume_constant_result: Dynamo does not trace the function but calls it, and guards on nothing that it reads.
+
+eager_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    ProjectedOptimizer._step,
+    reason="fused_adamp: hyperparameters or state were changed before step() in the same graph, or parameters share "
+    "memory; this step runs outside the graph",
+)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def needs_eager(handle: str) -> bool:
+    """Whether a step inside the graph would be wrong.
+
+    Dynamo writes changes to dicts and lists back after the graph has run, too late for the operator to see. And
+    Inductor copies written tensors that share memory, all of it for each (torch 2.11: wrongly).
+    """
+    optimizer = OPTIMIZERS[handle]
+    groups, state = optimizer.param_groups, optimizer.state
+    effects = InstructionTranslator.current_tx().output.side_effects
+    containers = [groups, *groups, *(group["params"] for group in groups), state, *state.values()]
+    traced = [effects.id_to_variable[id(c)] for c in containers if id(c) in effects.id_to_variable]
+    storages = [p.untyped_storage().data_ptr() for group in groups for p in group["params"] if p.numel()]
+    return len(set(storages)) < len(storages) or any(map(effects.is_modified, traced))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def tensor_options(handle: str) -> list[tuple[int, str]]:
+    """Group and name of the hyperparameters that are tensors, which the graph may change."""
+    groups = OPTIMIZERS[handle].param_groups
+    return [(i, name) for i, group in enumerate(groups) for name, value in group.items() if isinstance(value, Tensor)]
+
+
+eager_clip = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    ProjectedOptimizer.clip_grad_norm_, reason="fused_adamp: it leaves its result on the optimizer"
+)

@@ -1,0 +1,484 @@
+"""What a step of the Triton backend does beyond verify's table of cases: scaling, clipping, rounding, CUDA graphs.
+
+test_triton.py runs this file under each plan in a process of its own, since Triton decides when it is imported whether
+it interprets. By hand:
+
+    TRITON_INTERPRET=1 FUSED_ADAMP_PLAN=split python -m pytest tests/triton_in_interpreter.py
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fused_adamp import SGDP, AdamP
+from fused_adamp.backends import triton
+from fused_adamp.bucket import RESULTS
+from fused_adamp.precision import join, split
+from fused_adamp.reference import Decision
+from fused_adamp.verify import lay_out, make_gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fused_adamp.bucket import Scalars
+    from fused_adamp.projected import ProjectedOptimizer
+
+pytestmark = [
+    pytest.mark.skipif(not triton.interpreted(), reason="TRITON_INTERPRET=1 is not set: test_triton.py sets it"),
+    pytest.mark.filterwarnings("ignore"),  # the interpreter's; and rows of a tile that are not there divide 0 by 0
+]
+
+PLAN = os.environ.get(triton.PLAN)
+TILE = 1 << triton._LOG_TILE
+ADAMP = {"lr": 0.1, "weight_decay": 0.1}
+SGDP_ = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+
+MODEL: tuple[tuple[tuple[int, ...], Decision], ...] = (
+    ((), Decision.NONE),
+    ((TILE + 3,), Decision.NONE),
+    ((0, 3), Decision.NONE),
+    ((33, 65), Decision.CHANNEL),
+    ((40, 129), Decision.LAYER),
+    ((4, 3, 3, 3), Decision.LAYER),
+    ((5, 24), Decision.NONE),
+    ((2, TILE + 8), Decision.CHANNEL),
+    ((1, 3 * TILE), Decision.CHANNEL),
+)
+"""Every way through the kernels: of several tiles and of one, in rows, in a wide row, in a row of many tiles."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    pass
+
+
+def model(
+    shapes: tuple[tuple[tuple[int, ...], Decision], ...] = MODEL, dtype: torch.dtype = torch.float32
+) -> list[Parameter]:
+    """Parameters with gradients, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    params = []
+    for shape, decision in shapes:
+        p = Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        p.grad = make_gradient(p.detach().double(), decision, generator).to(dtype)
+        params.append(p)
+    return params
+
+
+def pair(make: type[ProjectedOptimizer], params: list[Parameter], **options: Any) -> tuple[Any, Any]:
+    """Ours and the reference's optimizer of the same weights."""
+    torch.manual_seed(0)
+    theirs = [Parameter(p.detach().clone()) for p in params]
+    for p, other in zip(params, theirs, strict=True):
+        other.grad = None if p.grad is None else p.grad.clone()
+    return make(params, **options, backend="triton"), make(theirs, **options, backend="reference")  # type: ignore[call-arg]
+
+
+def params_of(optimizer: ProjectedOptimizer) -> list[Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def tensors(optimizer: ProjectedOptimizer) -> list[Tensor]:
+    """Weights and state, in a fixed order."""
+    states = [(p, optimizer.state.get(p, {})) for p in params_of(optimizer)]
+    return [t for p, state in states for t in (p.detach(), *(state[name] for name in sorted(state)))]
+
+
+def results(optimizer: ProjectedOptimizer) -> dict[str, list[float]]:
+    (bucket,) = optimizer._buckets
+    return dict(zip(RESULTS, bucket.results.T.tolist(), strict=True))
+
+
+def assert_same(ours: ProjectedOptimizer, theirs: ProjectedOptimizer) -> None:
+    """Decisions, weights and state, to float32's rounding, and what the report says."""
+    assert list(ours.decisions().values()) == list(theirs.decisions().values())
+    for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, check_dtype=False)
+    for name, values in results(ours).items():
+        expected = torch.tensor(results(theirs)[name])
+        # The cosine of an orthogonal pair is what rounding leaves of it.
+        torch.testing.assert_close(torch.tensor(values), expected, rtol=2e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Names and grids of the kernels that are launched."""
+    seen: list[tuple[str, int]] = []
+    start = triton._Run.start
+
+    def record(run: Any) -> None:
+        seen.append((run.kernel.__name__, run.grid))
+        start(run)
+
+    monkeypatch.setattr(triton._Run, "start", record)
+    return seen
+
+
+# Scaling and clipping.
+
+
+@pytest.mark.parametrize(("make", "options"), [(AdamP, ADAMP), (SGDP, SGDP_)])
+def test_a_clipped_step_equals_the_reference(make: Any, options: Any, launched: list[tuple[str, int]]) -> None:
+    ours, theirs = pair(make, model((*MODEL, ((2, 17 * TILE), Decision.CHANNEL))), **options)
+    for number in range(1 + (make is SGDP)):
+        expected = torch.nn.utils.get_total_norm([p.grad for p in params_of(ours)])
+        norms = [optimizer.clip_grad_norm_(0.5) for optimizer in (ours, theirs)]
+        torch.testing.assert_close(norms[0], expected, rtol=1e-5, atol=0)
+        launched.clear()
+        for optimizer in (ours, theirs):
+            optimizer.step()
+        assert_same(ours, theirs)
+        assert ours.decisions()[params_of(ours)[3]] is Decision.CHANNEL or number > 0
+        if PLAN == "split":  # nothing is measured again: one program prepares
+            assert [name for name, _ in launched] == ["measure_kernel", "dot_kernel", "update_kernel"] * (
+                len(launched) // 3
+            )
+            assert all(grid == 1 for name, grid in launched if name == "measure_kernel")
+
+
+@pytest.mark.parametrize("change", ["gradient", "delta", "a gradient missing", "weight", "nothing"])
+def test_what_was_measured_is_not_used_after_a_change(change: str) -> None:
+    shapes = MODEL[3:6]
+    ours, theirs = pair(AdamP, model(shapes), **ADAMP)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+        optimizer.clip_grad_norm_(0.5)
+        p = params_of(optimizer)[0]
+        if change == "gradient":
+            p.grad.copy_(p.detach())
+        elif change == "weight":
+            p.detach().copy_(p.grad)
+        elif change == "delta":
+            optimizer.param_groups[0]["delta"] = 1e3
+        elif change == "a gradient missing":
+            p.grad = None
+        optimizer.step()
+    assert_same(ours, theirs)
+
+
+def test_the_norm_leaves_out_what_has_no_gradient_any_more() -> None:
+    optimizer = AdamP(model(MODEL[3:6]), **ADAMP, backend="triton")
+    optimizer.clip_grad_norm_(1.0)
+    params_of(optimizer)[0].grad = None
+    expected = torch.nn.utils.get_total_norm([p.grad for p in params_of(optimizer) if p.grad is not None])
+    torch.testing.assert_close(optimizer.clip_grad_norm_(1.0), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_step_on_infinite_gradients_moves_nothing(rounding: str, clip: bool) -> None:
+    params = model((MODEL[1], ((17, 65), Decision.CHANNEL), MODEL[5]), torch.bfloat16)
+    optimizer = AdamP(params, **ADAMP, rounding=rounding, backend="triton")
+    optimizer.step()
+    (bucket,) = optimizer._buckets
+    before = [t.clone() for t in (*tensors(optimizer), bucket.decisions, bucket.results)]
+    for found_inf, moves in ((1.0, False), (math.nan, False), (0.0, True)):
+        for p in params:
+            p.grad.copy_(torch.randn(p.shape))
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([4.0]), torch.tensor([found_inf])
+        if clip:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        after = [*tensors(optimizer), bucket.decisions, bucket.results]
+        same = [torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(after, before, strict=True)]
+        assert all(same) != moves, (found_inf, same)
+
+
+def test_the_scale_decides_where_the_clamp_of_tiny_norms_does() -> None:
+    """Gradients along the weight, so small that eps stands in for their norm until they are scaled up."""
+    seen = set()
+    for factor in (0.0, 1.0, 1e3, 1e6, math.nan):
+        params = model(tuple((shape, Decision.NONE) for shape in ((17, 65), (3, 9), (2, TILE + 8), (1, 2 * TILE))))
+        for p in params:
+            p.grad = p.detach() * torch.logspace(-13, -12, p.size(0))[:, None]
+        ours, theirs = pair(SGDP, params, **SGDP_)
+        for optimizer in (ours, theirs):
+            optimizer.grad_scale = torch.tensor([1 / factor if factor else math.inf], dtype=torch.float64)
+            optimizer.step()
+        decisions = list(ours.decisions().values())
+        assert decisions == list(theirs.decisions().values()), factor
+        seen.update(decisions)
+        for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, equal_nan=True)
+    assert seen >= {Decision.CHANNEL, Decision.NONE}
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_a_gradient_of_zeros_is_orthogonal_unless_nothing_clamps_its_norm(eps: float) -> None:
+    params = model(MODEL[3:6])
+    for p in params:
+        p.grad.zero_()
+    ours, theirs = pair(SGDP, params, **SGDP_, eps=eps)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert list(ours.decisions().values()) == list(theirs.decisions().values())
+    assert set(ours.decisions().values()) == {Decision.CHANNEL if eps else Decision.NONE}
+
+
+# Projections and their report.
+
+
+def test_the_results_are_those_of_tested_parameters() -> None:
+    shapes = ((33, 65), (2, TILE + 8), (2, 17 * TILE), (5,), (4, 9), (4, 9), (4, 9), (4, 9))
+    params = model(tuple((shape, Decision.NONE) for shape in shapes))
+    params[7].grad[0, 0] = math.nan
+    groups = [{"params": params[:4] + params[7:]}, {"params": params[4:5], "projection": "layer"}]
+    groups += [{"params": params[5:6], "projection": "none"}, {"params": params[6:7], "delta": 0.0}]
+    optimizer = AdamP(groups, **ADAMP, backend="triton")
+    optimizer.step()
+    (bucket,) = optimizer._buckets
+    found = {id(p): row.tolist() for p, row in zip(bucket.params, bucket.results, strict=True)}
+    for i, p in enumerate(params):
+        cosine, norm = found[id(p)]
+        if i in (0, 1, 2):
+            before = model(tuple((shape, Decision.NONE) for shape in shapes))[i].detach().flatten(1).double()
+            g = p.grad.flatten(1).double()
+            expected = torch.nn.functional.cosine_similarity(g, before).abs().max() / 0.1 * math.sqrt(g.size(1))
+            assert (cosine, norm) == pytest.approx((expected.item(), before.norm().item()), rel=1e-5)
+        elif i == 7:
+            assert cosine == math.inf
+        else:
+            assert math.isnan(cosine)
+            assert math.isnan(norm)
+    decisions = [optimizer.decisions()[p] for p in params[4:]]
+    assert decisions == [Decision.LAYER, Decision.NONE, Decision.NONE, Decision.NONE]
+
+
+# Precision.
+
+
+@pytest.mark.parametrize(("make", "options"), [(AdamP, ADAMP), (SGDP, SGDP_ | {"project_buffer": True})])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_a_weight_with_a_remainder_is_the_float32_weight_bit_for_bit(make: Any, options: Any, layout: str) -> None:
+    shapes = MODEL if layout == "contiguous" else (((17, 65), Decision.CHANNEL), ((9, 129), Decision.LAYER))
+    whole = [Parameter(lay_out(p.detach(), layout)) for p in model(shapes)]
+    halves = [Parameter(lay_out(split(p.detach().contiguous())[0], layout)) for p in whole]
+    generator = torch.Generator().manual_seed(1)
+    ours = make(halves, **options, rounding="remainder", backend="triton")
+    expected = make(whole, **options, backend="triton")
+    for number in range(2):
+        for p, half in zip(whole, halves, strict=True):
+            g = torch.randn(p.shape, generator=generator).bfloat16()
+            if number == 1 and p.ndim == 2 and p.numel():
+                g[0, 0] = math.nan
+            half.grad, p.grad = lay_out(g, layout), lay_out(g.float(), layout)
+        if number == 0:  # makes the state
+            before = [p.detach().clone() for p in whole]
+            ours.step()
+            for p, half in zip(before, halves, strict=True):
+                high, low = split(p.contiguous())
+                half.detach().copy_(high)
+                ours.state[half]["remainder"].copy_(low)
+                for name, tensor in ours.state[half].items():
+                    if name != "remainder":
+                        tensor.zero_()
+        ours.step()
+        expected.step()
+        for p, half in zip(whole, halves, strict=True):
+            state = ours.state[half]
+            high, low = split(p.detach().contiguous())
+            assert torch.equal(half.detach().view(torch.int16), high.view(torch.int16))
+            assert torch.equal(state["remainder"], low)
+            assert half.isnan().any() or torch.equal(
+                join(half.detach().contiguous(), state["remainder"].contiguous()), p
+            )
+            for name, moment in expected.state[p].items():
+                assert torch.equal(state[name].nan_to_num(7), moment.nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("make", [AdamP, SGDP])
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)])
+def test_stochastic_rounding_is_the_reference_s_bit_for_bit(make: Any, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """On numbers of so few digits that float32 is exact, in any order. AdamP's quotient is not: its weights stay."""
+    options = {"delta": 0.0, "rounding": "stochastic", "state_dtype": dtypes[1]}
+    options |= {"lr": 0.0, "betas": (0.5, 0.5)} if make is AdamP else {"lr": 0.5, "momentum": 0.5, "dampening": 0.5}
+    for shape, layout, channel_dim in (
+        ((TILE + 3,), "contiguous", 0),
+        ((17, 129), "contiguous", 0),
+        ((17, 128), "transposed", 0),
+        ((6, 5, 4), "contiguous", 1),
+        ((6, 5, 4, 3), "channels_last", 0),
+        ((2, 2 * TILE), "contiguous", 0),
+        ((1, 3 * TILE), "contiguous", 0),
+    ):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randint(-128, 128, shape, generator=generator) / 16
+        params = [Parameter(lay_out(x.to(dtypes[0]), layout))]
+        params[0].grad = lay_out((torch.randint(-8, 8, shape, generator=generator) / 8).to(dtypes[0]), layout)
+        ours, theirs = pair(make, params, **options, channel_dim=channel_dim)
+        rounded = 0
+        for _ in range(2):
+            torch.manual_seed(7)
+            ours.step()
+            torch.manual_seed(7)
+            theirs.step()
+            state, expected = ours.state[params_of(ours)[0]], theirs.state[params_of(theirs)[0]]
+            assert state["rounding_seed"] == expected["rounding_seed"]
+            for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+                assert torch.equal(a, b), (shape, layout)
+            moment = state["exp_avg" if make is AdamP else "momentum_buffer"]
+            rounded += int((moment.double() * 64 % 1 != 0).sum()) + int(moment.count_nonzero())
+        assert rounded > 0
+
+
+def test_moments_of_two_dtypes_are_given_one() -> None:
+    ours, theirs = pair(AdamP, model(MODEL[3:5]), **ADAMP)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+        state = optimizer.state[params_of(optimizer)[0]]
+        state["exp_avg"] = state["exp_avg"].double()
+        optimizer.step()
+    assert_same(ours, theirs)
+
+
+# Hyperparameters on the device, and CUDA graphs.
+
+
+class OnDevice(AdamP):
+    """AdamP whose lr and betas are tensors that the host must not read. On a GPU they lie there; here there is none."""
+
+    learning_rate: Tensor
+
+    def scalars(self, group: dict[str, Any]) -> Scalars:
+        row = super().scalars(group)
+        lr = self.learning_rate.double().reshape(())
+        beta = torch.full((), row.beta2, dtype=torch.float64)
+        return row._replace(lr=lr, beta2=beta, gain2=1 - beta)
+
+
+def on_device(params: list[Parameter], **options: Any) -> OnDevice:
+    optimizer = OnDevice(params, **options, backend="triton")
+    optimizer.learning_rate = torch.tensor(float(options["lr"]), dtype=torch.float32)
+    return optimizer
+
+
+def test_hyperparameters_on_the_device_are_copied_there_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, expected = on_device(model(MODEL[3:6]), **ADAMP), AdamP(model(MODEL[3:6]), **ADAMP, backend="triton")
+    uploads = 0
+    upload = triton.Tables.upload
+
+    def counted(*arguments: Any) -> None:
+        nonlocal uploads
+        uploads += 1
+        upload(*arguments)
+
+    monkeypatch.setattr(triton.Tables, "upload", counted)
+    for number, lr in enumerate((0.5, 0.25, 1.0)):
+        ours.learning_rate.fill_(lr)
+        expected.param_groups[0]["lr"] = lr
+        uploads = 0
+        ours.step()
+        assert (uploads == 0) == (number > 0)
+        expected.step()
+    assert all(map(torch.equal, tensors(ours), tensors(expected)))
+
+
+class Graph(TorchDispatchMode):
+    """What a CUDA graph is to the backend: a capture records operators and launches and carries out none that write to
+    tensors that are there; a replay repeats all of them on the capture's tensors.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+        self._patch = monkeypatch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            self.calls.append(lambda: func(*args, **kwargs))
+            return args[0] if func._schema.returns else None
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and "empty" not in str(func):
+            self.calls.append(lambda: out.copy_(func(*args, **kwargs)))
+        return out
+
+    def capture(self, step: Callable[[], object]) -> None:
+        with self._patch.context() as patch:
+            patch.setattr(triton, "_capturing", lambda device: True)
+            patch.setattr(
+                triton._Run,
+                "start",
+                lambda run: self.calls.append(lambda: run.kernel[(run.grid, 1, 1)](*run.arguments)),
+            )
+            with self:
+                step()
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_replays_of_a_graph_step_like_eager_steps(clip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = [torch.randn(p.shape) for p in model(MODEL[2:7])]
+
+    def train(optimizer: ProjectedOptimizer) -> None:
+        with torch.no_grad():
+            for p, target in zip(params_of(optimizer), targets, strict=True):
+                p.grad = 2 * (p.detach() - target)
+            if clip:
+                optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+
+    captured, eager = (on_device(model(MODEL[2:7]), **ADAMP, capturable=flag) for flag in (True, False))
+    graph = Graph(monkeypatch)
+    train(captured)
+    train(eager)
+    before = copy.deepcopy(tensors(captured))
+    graph.capture(lambda: train(captured))
+    assert all(map(torch.equal, tensors(captured), before))
+    for number, replays in enumerate((True, True, False, True)):
+        for optimizer in (captured, eager):
+            optimizer.learning_rate.fill_(0.5 ** (number % 3))
+        if replays:
+            graph.replay()
+        else:
+            train(captured)
+        train(eager)
+        assert all(map(torch.equal, tensors(captured), tensors(eager))), number
+        assert captured._buckets[0].decisions.equal(eager._buckets[0].decisions)
+
+
+def test_a_capture_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped before the capture, stepped in it: a replay must not use what was measured once."""
+    optimizer = on_device(model(MODEL[3:6]), **ADAMP, capturable=True)
+    optimizer.step()
+    optimizer.clip_grad_norm_(1.0)
+    graph = Graph(monkeypatch)
+    grids: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "_run", lambda kernel, grid, *rest: grids.append(grid) or triton._Run(kernel, grid, ()))
+        graph.capture(optimizer.step)
+    assert max(grids) > 1
+    if PLAN == "split":
+        assert grids[0] > 1
+
+
+def test_a_capture_is_refused_where_it_would_go_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, late = model(((3, 4), Decision.NONE) for _ in range(2))
+    optimizer = AdamP([p], **ADAMP, backend="triton")
+    monkeypatch.setattr(triton, "_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="take a step like the one to be captured before the capture"):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.step()
+    monkeypatch.setattr(triton, "_capturing", lambda device: True)
+    before = copy.deepcopy(tensors(optimizer))
+    for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
+        with pytest.raises(RuntimeError, match=r"capturable=False: pass capturable=True to the optimizer"):
+            call()
+    assert all(map(torch.equal, tensors(optimizer), before))
+    # A group that does not take part may be as it likes.
+    optimizer.param_groups[0]["capturable"] = True
+    late.grad = None
+    optimizer.add_param_group({"params": [late], "capturable": False})
