@@ -106,26 +106,26 @@ FUSED_ADAMP_INLINE N weight_correction(N moved, N u, T step_size, T was, T is) {
   return moved - (is - was) * p;
 }
 
-// Sums over a view (a row or a whole parameter), or over a tile's part of one.
+// Sums over a view (a row or a whole parameter), or over a tile's part of one. g is what the step makes of the gradient:
+// unscaled and clipped.
 struct Sums {
   double pg, gg, pp;
 };
 
-// What the cosine test compares with. Sums are of gradients that are still to be multiplied by `scale`.
+// What the cosine test compares with.
 struct Test {
-  double delta2 = 0, least_pp = 0, least_gg = 0;
+  double delta2 = 0, eps2 = 0;
 
   Test() = default;
-  Test(double delta, double eps, double scale)
-      : delta2(delta * delta), least_pp(eps * eps), least_gg(eps / scale * (eps / scale)) {}
+  Test(double delta, double eps) : delta2(delta * delta), eps2(eps * eps) {}
 };
 
-// The square of cos(s g, p) = |p.g| s / (max(|p|, eps) max(s |g|, eps)) over its threshold delta / sqrt(dim): the test is
-// passed below 1. max(s |g|, eps) / s = max(|g|, eps / s), and max(|p|, eps)^2 = max(p.p, eps^2).
+// The square of cos(g, p) = |p.g| / (max(|p|, eps) max(|g|, eps)) over its threshold delta / sqrt(dim): the test is passed
+// below 1. Neither side is ever negative, and max(|p|, eps)^2 = max(p.p, eps^2).
 // A NaN, which every broken gradient leaves in p.g, becomes infinity, so that a maximum of these does not lose it.
 FUSED_ADAMP_INLINE double cosine_ratio(const Sums& s, const Test& test, double dim) {
-  const double pp = s.pp > test.least_pp ? s.pp : test.least_pp;
-  const double gg = s.gg > test.least_gg ? s.gg : test.least_gg;
+  const double pp = s.pp > test.eps2 ? s.pp : test.eps2;
+  const double gg = s.gg > test.eps2 ? s.gg : test.eps2;
   const double ratio = s.pg * s.pg * dim / (test.delta2 * pp * gg);
   return ratio == ratio ? ratio : HUGE_VAL;
 }

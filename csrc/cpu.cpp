@@ -329,6 +329,7 @@ class TileAccess {
       const Operand& o = x.operand[role];
       if (!o.data || !(roles >> role & 1)) continue;
       storage_.type[role] = o.type;
+      storage_.staged[role] = o.type != (sizeof(T) == 8 ? storage_f64 : storage_f32);
       if (x.dense) {
         storage_.data[role] = o.data + first * itemsize(o.type);
       } else {
@@ -384,7 +385,7 @@ const Coefficients<T>& coefficients_of(const Parameter& x) {
 template <class T>
 TileSums measure(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile) {
   TileSums s{};
-  s.sums = k.measure(data, tile.rows, tile.cols, x.test, &s.largest);
+  s.sums = k.measure(data, tile.rows, tile.cols, coefficients_of<T>(x).scale, x.test, &s.largest);
   return s;
 }
 
@@ -679,7 +680,7 @@ int64_t Step::bind(const Arguments& a) {
     x.decision = static_cast<uint8_t*>(a.decisions.mutable_data_ptr()) + i;
     x.results = static_cast<double*>(a.results.mutable_data_ptr()) + 2 * i;
     x.scalars = scalars + row.group;
-    x.test = Test(x.scalars->delta, x.scalars->eps, a.scale);
+    x.test = Test(x.scalars->delta, x.scalars->eps);
     const auto wish = Projection(int(x.scalars->projection));
     x.tested = row.projected && wish == Projection::automatic && x.scalars->delta > 0;  // at 0 no cosine is below
     x.settled = !row.projected               ? Decision::none

@@ -24,7 +24,7 @@ FUSED_ADAMP_INLINE void for_each_block(int64_t n, const Body& body) {
 }
 
 template <class T>
-FUSED_ADAMP_KERNEL Sums measure(TileData<T> t, int64_t rows, int64_t cols, Test test, double* largest) {
+FUSED_ADAMP_KERNEL Sums measure(TileData<T> t, int64_t rows, int64_t cols, T scale, Test test, double* largest) {
   Sums sums{0, 0, 0};
   for (int64_t row = 0; row < rows; ++row) {
     Sums s{0, 0, 0};
@@ -32,7 +32,7 @@ FUSED_ADAMP_KERNEL Sums measure(TileData<T> t, int64_t rows, int64_t cols, Test 
       const Block<T> b = open<with_p | with_g>(t, row * cols + begin, n);
       Accumulator<T> pg, gg, pp;
       for_each_vec<T>(n, [&](int64_t i, auto k, auto extent) {
-        const auto p = Vec<T>::load(b.p + i, extent), g = Vec<T>::load(b.g + i, extent);
+        const auto p = Vec<T>::load(b.p + i, extent), g = scale * Vec<T>::load(b.g + i, extent);
         pg.add(k, p, g);
         gg.add(k, g, g);
         pp.add(k, p, p);
@@ -152,8 +152,9 @@ FUSED_ADAMP_INLINE RowSums advance_row(const TileData<T>& t, int64_t row, int64_
       const auto u = direction<R>(g, s.m, s.v, c);
       s.store(b, i, extent);
       weights.visit(i, extent, b, p, u);
-      pg.add(k, p, g);
-      gg.add(k, g, g);
+      const auto scaled = c.scale * g;
+      pg.add(k, p, scaled);
+      gg.add(k, scaled, scaled);
       pp.add(k, p, p);
       pu.add(k, p, u);
     });

@@ -24,6 +24,7 @@ enum Role { role_p, role_g, role_m, role_v, role_remainder, role_count };
 struct Storage {
   char* data[role_count];
   StorageType type[role_count];  // of the remainder: none
+  bool staged[role_count];       // not stored as computed
   bool stochastic;               // bfloat16 is rounded up or down by chance,
   uint32_t key[2];               // of which these are the keys,
   uint32_t first;                // and this the number of the tile's first element
@@ -91,8 +92,8 @@ struct RuleKernels {
 
 template <class T>
 struct Kernels {
-  // Per row p.g, g.g and p.p; adds up the rows' sums and finds the largest cosine_ratio. Reads p g (8).
-  Sums (*measure)(TileData<T>, int64_t rows, int64_t cols, Test, double* largest);
+  // Per row p.g, g.g and p.p of the scaled gradient; adds up the rows' sums and finds the largest cosine_ratio. Reads p g (8).
+  Sums (*measure)(TileData<T>, int64_t rows, int64_t cols, T scale, Test, double* largest);
   // g.g of n elements, in double. Reads g (4).
   double (*square_norm)(TileData<T>, int64_t n);
   RuleKernels<T> rule[rule_count];

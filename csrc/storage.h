@@ -175,27 +175,33 @@ enum Roles { none = 0, with_p = 1, with_g = 2, with_m = 4, with_v = 8 };
 template <class R>
 constexpr int with_state = (R::buffer ? with_m : none) | (R::adaptive ? with_v : none);
 
+// A role's part of the block, in place or read to `stage`.
+template <class T>
+FUSED_ADAMP_INLINE T* open(const Storage& s, Role role, bool reads, int64_t begin, int64_t n, T* stage) {
+  if (!s.staged[role]) return reinterpret_cast<T*>(s.data[role]) + begin;
+  if (reads) read_block(s, role, begin, n, stage);
+  return stage;
+}
+
 // The block [begin, begin + n) of a tile, with the roles that will be read. `part` is where in the stage it goes.
 template <int roles, class T>
 FUSED_ADAMP_INLINE Block<T> open(const TileData<T>& t, int64_t begin, int64_t n, int part = 0) {
   if (!t.storage) return {t.p + begin, t.g + begin, t.m ? t.m + begin : nullptr, t.v ? t.v + begin : nullptr};
   T* const stage = t.stage + part * block_size<T>;
-  T* const g = stage + block_size<T>;
-  const Block<T> b{stage, g, stage + 2 * block_size<T>, stage + 3 * block_size<T>};
-  if constexpr (roles & with_p) read_block(*t.storage, role_p, begin, n, b.p);
-  if constexpr (roles & with_g) read_block(*t.storage, role_g, begin, n, g);
-  if constexpr (roles & with_m) read_block(*t.storage, role_m, begin, n, b.m);
-  if constexpr (roles & with_v) read_block(*t.storage, role_v, begin, n, b.v);
-  return b;
+  return {open(*t.storage, role_p, roles & with_p, begin, n, stage),
+          open(*t.storage, role_g, roles & with_g, begin, n, stage + block_size<T>),
+          open(*t.storage, role_m, roles & with_m, begin, n, stage + 2 * block_size<T>),
+          open(*t.storage, role_v, roles & with_v, begin, n, stage + 3 * block_size<T>)};
 }
 
 // Writes the roles that have changed back to the storage.
 template <int roles, class T>
 FUSED_ADAMP_INLINE void close(const TileData<T>& t, const Block<T>& b, int64_t begin, int64_t n) {
   if (!t.storage) return;
-  if constexpr (roles & with_p) write_block(*t.storage, role_p, begin, n, b.p);
-  if constexpr (roles & with_m) write_block(*t.storage, role_m, begin, n, b.m);
-  if constexpr (roles & with_v) write_block(*t.storage, role_v, begin, n, b.v);
+  const Storage& s = *t.storage;
+  if (roles & with_p && s.staged[role_p]) write_block(s, role_p, begin, n, b.p);
+  if (roles & with_m && s.staged[role_m]) write_block(s, role_m, begin, n, b.m);
+  if (roles & with_v && s.staged[role_v]) write_block(s, role_v, begin, n, b.v);
 }
 
 }  // namespace

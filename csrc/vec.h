@@ -80,6 +80,36 @@ FUSED_ADAMP_INLINE R root(R x) {
 #endif
 #endif
 
+// The first n lanes.
+#if defined(__AVX512F__)
+FUSED_ADAMP_INLINE Register<float> load_part(const float* from, int64_t n, float rest) {
+  return (Register<float>)_mm512_mask_loadu_ps(_mm512_set1_ps(rest), __mmask16((1u << n) - 1), from);
+}
+FUSED_ADAMP_INLINE Register<double> load_part(const double* from, int64_t n, double rest) {
+  return (Register<double>)_mm512_mask_loadu_pd(_mm512_set1_pd(rest), __mmask8((1u << n) - 1), from);
+}
+FUSED_ADAMP_INLINE void store_part(float* to, int64_t n, Register<float> x) {
+  _mm512_mask_storeu_ps(to, __mmask16((1u << n) - 1), (__m512)x);
+}
+FUSED_ADAMP_INLINE void store_part(double* to, int64_t n, Register<double> x) {
+  _mm512_mask_storeu_pd(to, __mmask8((1u << n) - 1), (__m512d)x);
+}
+#else
+template <class T>
+FUSED_ADAMP_INLINE Register<T> load_part(const T* from, int64_t n, T rest) {
+  T buffer[sizeof(Register<T>) / sizeof(T)];
+  for (T& x : buffer) x = rest;
+  memcpy(buffer, from, n * sizeof(T));
+  Register<T> x;
+  memcpy(&x, buffer, sizeof x);
+  return x;
+}
+template <class T>
+FUSED_ADAMP_INLINE void store_part(T* to, int64_t n, Register<T> x) {
+  memcpy(to, &x, n * sizeof(T));
+}
+#endif
+
 // How many lanes are in memory: all of them, or the first n.
 struct Whole {};
 struct Part {
@@ -98,13 +128,10 @@ struct Vec {
   }
   // Lanes that are not in memory hold `rest`.
   static FUSED_ADAMP_INLINE Vec load(const T* from, Part part, T rest = T(0)) {
-    T buffer[lanes];
-    for (T& x : buffer) x = rest;
-    memcpy(buffer, from, part.n * sizeof(T));
-    return load(buffer, Whole{});
+    return {load_part(from, part.n, rest)};
   }
   FUSED_ADAMP_INLINE void store(T* to, Whole) const { memcpy(to, &lane, sizeof lane); }
-  FUSED_ADAMP_INLINE void store(T* to, Part part) const { memcpy(to, &lane, part.n * sizeof(T)); }
+  FUSED_ADAMP_INLINE void store(T* to, Part part) const { store_part(to, part.n, lane); }
 };
 
 template <class T>

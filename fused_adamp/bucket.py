@@ -264,6 +264,10 @@ class Batch(NamedTuple):
     measured: bool = False
 
     @property
+    def has_state(self) -> bool:
+        return len(self.moments) == len(self.bucket.key.moments)
+
+    @property
     def stored(self) -> list[list[Tensor]]:
         """Per kind of tensor that has the parameters' shape, gradients included, the members' tensors."""
         return [self.params, self.grads, *self.moments, *([self.remainders] if self.remainders else [])]

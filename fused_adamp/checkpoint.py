@@ -38,6 +38,7 @@ _PROJECTED = _ADAM | _SGD | {"delta", "wd_ratio"}
 _SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
 _OURS = _PROJECTED | _SWITCHES | {"maximize", "projection", "channel_dim", "project_buffer"}
 _OURS |= {"state_dtype", "rounding", "amp_scaling", "backend"}
+_MACHINES = {"backend", "amp_scaling"}
 """Our hyperparameters. Other group keys, such as a scheduler's initial_lr, are somebody else's and are passed on."""
 
 
@@ -108,8 +109,8 @@ def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dic
     """A state_dict of any of the formats above, told apart by their group keys, in ours.
 
     Hyperparameters come from the state_dict, as in torch.optim, and where it lacks them from ``options``: ``delta`` for
-    torch's, ``project_buffer`` for all others'. What is a machine's choice stays as in ``options``: ``backend``, and of
-    other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. What theirs have and ours do not,
+    torch's, ``project_buffer`` for all others'. What is a machine's choice stays as in ``options``: ``backend`` and
+    ``amp_scaling``, and of other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. What theirs have and ours do not,
     such as ``amsgrad``, is dropped where it is off, and refused where it makes another rule.
 
     Accepted, although the other optimizer would have gone on in another way:
@@ -142,7 +143,7 @@ def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dic
     for number, (group, own) in enumerate(zip(groups, options, strict=True)):
         if foreign:
             _refuse_other_rules(fmt, group, number, loading)
-        kept = {k: v for k, v in group.items() if k != "backend" and not (foreign and k in _UNUSED)}
+        kept = {k: v for k, v in group.items() if k not in _MACHINES and not (foreign and k in _UNUSED)}
         new_groups.append({**own, **kept, "params": list(group["params"])})
         for i in group["params"]:
             if entry := _state_to_ours(fmt, group, state.pop(i, {})):

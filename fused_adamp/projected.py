@@ -227,7 +227,8 @@ class ProjectedOptimizer(Optimizer):
             total: Tensor = eager_clip(self, max_norm, norm_type, error_if_nonfinite)
             return total
         _MAX_NORM.check("max_norm", max_norm)
-        batches = self._refit(self._gather())
+        max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
+        batches = self._refit(self._gather(make_state=False))
         norm = self._total_norm(batches, float(norm_type))
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
@@ -248,7 +249,7 @@ class ProjectedOptimizer(Optimizer):
         }
 
     def _dtype_of(self, group: dict[str, Any], state: dict[Any, Any]) -> torch.dtype | None:
-        """A dtype for the moments of a group that names none, if they have not those that they would take by default."""
+        """A dtype for the moments of a group that names none, if they have not those they would take by default."""
         moments = [
             (p, state[p][name]) for p in group["params"] for name in self.moments(group) if name in state.get(p, {})
         ]
@@ -296,7 +297,7 @@ class ProjectedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        self._step_supports_amp_scaling = self.defaults["amp_scaling"]
+        self._step_supports_amp_scaling = self.defaults.get("amp_scaling", True)
         self._forget_buckets()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -334,14 +335,19 @@ class ProjectedOptimizer(Optimizer):
                 group.setdefault("param_names", own["param_names"])
             group["state_dtype"] = group["state_dtype"] or self._dtype_of(group, state)
             self._check_hyperparameters(self.defaults | group)
+        clipping = self._clipping
         self.__setstate__({"state": state, "param_groups": groups})
+        self._clipping = clipping
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     # One step's tensors, from parameter groups to batches.
 
-    def _gather(self) -> list[Batch]:
-        """This step's tensors by bucket, with buckets and state made where they are missing. Moves no weight."""
+    def _gather(self, *, make_state: bool = True) -> list[Batch]:
+        """This step's tensors by bucket, with buckets and state made where they are missing. Moves no weight.
+
+        Without ``make_state``, a bucket that lacks state is gathered without any.
+        """
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         groups = [(len(group["params"]), *self._storage(group)) for group in self.param_groups]
         if not (
@@ -352,14 +358,14 @@ class ProjectedOptimizer(Optimizer):
             self._fill_buckets()
             self._seen_params, self._seen_groups = params, groups
         try:
-            batches = [self._batch(bucket) for bucket in self._buckets]
+            batches = [self._batch(bucket, make_state) for bucket in self._buckets]
         except (RuntimeError, IndexError):  # a tensor that has no such rows: say which
             for bucket in self._buckets:
                 self._check_tensors(bucket)
             raise
         return [batch for batch in batches if batch is not None]
 
-    def _batch(self, bucket: Bucket) -> Batch | None:
+    def _batch(self, bucket: Bucket, make_state: bool) -> Batch | None:
         params, key = bucket.params, bucket.key
         grads: list[Any] = [p.grad for p in params]
         names = [*key.storage, *key.counters]
@@ -376,13 +382,17 @@ class ProjectedOptimizer(Optimizer):
                 grads = [ABSENT if g is None else g for g in grads]
             tensors = {name: [of[name] for of in states] for name in names}
         except KeyError:
-            self._make_state(bucket)
-            return self._batch(bucket)
+            if make_state:
+                self._make_state(bucket)
+                return self._batch(bucket, make_state)
+            return Batch(
+                bucket, params, [ABSENT if g is None else g for g in grads], [], [], [], [], self.param_groups, self
+            )
         for name in key.counters:
             if not all(map(isinstance, tensors[name], repeat(Tensor))):  # a number, as in old checkpoints
                 for of in states:
                     of[name] = torch.as_tensor(of[name], dtype=key.counters.get(name))
-                return self._batch(bucket)
+                return self._batch(bucket, make_state)
         if key.channel_dim != 0:
             params = [_rows_first(p, key) for p in params]
             grads = [_rows_first(g, key, copy=True) for g in grads]
@@ -468,7 +478,7 @@ class ProjectedOptimizer(Optimizer):
         for batch in stale:
             self._check_tensors(batch.bucket)
         self._fill_buckets(without=[batch.bucket for batch in stale])
-        return self._gather()
+        return self._gather(make_state=all(batch.has_state for batch in batches))
 
     # From parameters to buckets.
 
@@ -531,7 +541,7 @@ class ProjectedOptimizer(Optimizer):
         return BucketKey(backend, p.device, p.dtype, moments, state_dtype, rounding, channel_dim, self.adaptive)
 
     def _storage(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What of a group decides into which bucket a parameter goes; and the projection, so that its change is seen."""
+        """What of a group decides into which bucket a parameter goes; and the projection, to notice its change."""
         return self.moments(group), *(group[n] for n in ("channel_dim", "state_dtype", "rounding", "projection"))
 
     def _move_state(self, old: dict[str, Any], new: dict[str, Tensor]) -> dict[str, Any]:

@@ -338,8 +338,8 @@ def test_eps_clamps_the_norm_of_unscaled_gradients(
 def test_on_an_infinite_gradient_nothing_moves(
     rule: str, storage: str, max_norm: float | None, native: bool, backend: str
 ) -> None:
-    """Nor on a NaN: neither weights, moments, step counts, decisions nor seeds. The scale is halved, and the loop goes on
-    as if the step had never been. At the first step there is no state that could move: what is made is zero.
+    """Nor on a NaN: weights, moments, step counts, decisions and seeds stay. The scale is halved; the loop goes on as
+    if the step had never been. At the first step there is no state that could move: what is made is zero.
     """
     dtypes, options = STORAGE[storage]
     ours = Loop(rule, backend, dtypes, **options, amp_scaling=native)

@@ -25,7 +25,8 @@ def test_beyond_the_moments_less_than_one_percent_of_the_parameters(workload: st
     moments = sum(storage.nbytes for storage in bucket.storage.values())
     padding = moments - size * len(bucket.storage)
     tables = sum(
-        t.nbytes for t in (bucket.table, *bucket.counters.values(), bucket.decisions, bucket.results, bucket.scratch)
+        t.nbytes
+        for t in (bucket.table, *bucket.counters.values(), bucket.decisions, bucket.results, bucket.scratch.sums)
     )
     threads, rows = torch.get_num_threads(), sum(p.size(0) for p in params if p.ndim >= 2)
     scratch = threads * 32768 * 4 * 3 + rows * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,16 @@ def load() -> str | None:
     return None
 
 
+@dataclass
+class Scratch:
+    """What the steps of one bucket share."""
+
+    sums: Tensor
+    rows: list[Any] = field(default_factory=list)
+    scalars: Tensor = field(default_factory=lambda: torch.empty(0))
+    """The rows as a tensor."""
+
+
 class CpuBackend:
     name = "cpu"
     fused = True
@@ -60,8 +71,8 @@ class CpuBackend:
     def counters_device(self, device: torch.device) -> torch.device:
         return device
 
-    def scratch(self, bucket: Bucket) -> Tensor:
-        return torch.empty(bucket.tiles, _SUMS, dtype=torch.float64)
+    def scratch(self, bucket: Bucket) -> Scratch:
+        return Scratch(torch.empty(bucket.tiles, _SUMS, dtype=torch.float64))
 
     def first_stale(self, batch: Batch) -> int:
         return int(torch.ops.fused_adamp.first_stale.default(*_arguments(batch)))
@@ -78,7 +89,7 @@ class CpuBackend:
 
 def _arguments(batch: Batch) -> tuple[Any, ...]:
     bucket = batch.bucket
-    moments = [_flat(bucket, *named) for named in zip(bucket.key.moments, batch.moments, strict=True)]
+    moments = [_flat(bucket, *named) for named in zip(bucket.key.moments, batch.moments, strict=batch.has_state)]
     first, second = (*moments, [], [])[:2]
     return (
         batch.params,
@@ -90,14 +101,22 @@ def _arguments(batch: Batch) -> tuple[Any, ...]:
         batch.seeds,
         bucket.decisions,
         bucket.results,
-        bucket.scratch,
+        bucket.scratch.sums,
         bucket.table,
         bucket.offsets,
-        torch.tensor([batch.rule.scalars(group) for group in batch.groups], dtype=torch.float64),
+        _scalars(batch),
         1.0 if batch.scale is None else batch.scale.item(),
         FLOATING.index(bucket.key.dtype),  # csrc/cpu_kernels.h: StorageType
         batch.rule.adaptive,
     )
+
+
+def _scalars(batch: Batch) -> Tensor:
+    """The hyperparameters as a table, made anew where one has changed."""
+    scratch, rows = batch.bucket.scratch, [batch.rule.scalars(group) for group in batch.groups]
+    if rows != scratch.rows:
+        scratch.rows, scratch.scalars = rows, torch.tensor(rows, dtype=torch.float64)
+    return scratch.scalars
 
 
 def _flat(bucket: Bucket, name: str, tensors: list[Tensor]) -> list[Tensor]:

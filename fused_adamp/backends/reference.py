@@ -66,7 +66,8 @@ def _step(batch: Batch, i: int) -> None:
     elif batch.seeds:
         p, *moments = (t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in stored)
     if batch.scale is not None:
-        g = g.to(torch.promote_types(p.dtype, torch.float32)) * batch.scale.to(p.dtype)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        g = g.to(wide) * batch.scale.to(wide).reshape(())
     results: list[Any] = [math.nan, math.nan]
     if p.ndim >= 2 and p.numel() and group["projection"] == "auto" and group["delta"] > 0:
         x, y = (t.to(torch.promote_types(p.dtype, torch.float32)) for t in (g, p))
