@@ -91,7 +91,8 @@ struct Parameter {
   Coefficients<double> coefficients_f64;
   bool is_double;          // computed in double, else in float
   bool dense;              // tiles lie in memory row by row, else they are gathered into scratch
-  bool in_place;           // stored as computed, else they pass through the stage
+  FormatIndex format;      // of the kernels
+  bool staged;             // not stored in that format: blocks pass through the stage
   Plan plan;
   Operand operand[role_count];
   std::unique_ptr<Layout> layout;    // null: all tensors are contiguous

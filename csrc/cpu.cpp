@@ -31,6 +31,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <type_traits>
 
 #include "bucket.h"
 
@@ -205,6 +206,25 @@ void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
   }
 }
 
+// The format that kernels are compiled for, or staging.
+void choose_format(Parameter& x, bool bf16) {
+  const auto is = [&](StorageType p, StorageType g, StorageType state) {
+    const auto stored = [&](Role role) { return !x.operand[role].data || x.operand[role].type == state; };
+    return x.operand[role_p].type == p && x.operand[role_g].type == g && stored(role_m) && stored(role_v);
+  };
+  const bool remainder = x.operand[role_remainder].data;
+  x.format = x.is_double ? format_f64 : format_f32;
+  x.staged = false;
+  if (!remainder && !x.seed && is(storage_f32, storage_f32, storage_f32)) return;
+  if (!remainder && is(storage_f64, storage_f64, storage_f64)) return;
+  if (bf16 && !x.seed && (x.rule == adam || x.rule == sgd)) {
+    if (!remainder && is(storage_f32, storage_f32, storage_bf16)) x.format = format_f32_bf16_state;
+    if (is(storage_bf16, storage_bf16, storage_bf16)) x.format = remainder ? format_remainder_bf16_state : format_bf16;
+    if (is(storage_bf16, storage_bf16, storage_f32)) x.format = remainder ? format_remainder : format_bf16_f32_state;
+  }
+  x.staged = x.format <= format_f64;
+}
+
 // Speculation rests on recovering the old weight from the new one and the state, so both must be stored as computed, and
 // the shrink without projection be small. It keeps one number per row, too much for short rows.
 Plan plan_for(const Parameter& x) {
@@ -319,7 +339,7 @@ struct Scratch {
 constexpr int only_g = 1 << role_g, p_and_g = only_g | 1 << role_p | 1 << role_remainder, everything = (1 << role_count) - 1;
 
 // The tile as the kernels want it. What a gathered tile writes reaches the parameter with store().
-template <class T>
+template <class F, class T = typename F::Number>
 class TileAccess {
  public:
   TileAccess(const Parameter& x, const Tile& tile, const Scratch& scratch, int roles)
@@ -337,15 +357,17 @@ class TileAccess {
         gather(x, role, tile, storage_.data[role]);
       }
     }
-    if (x.in_place) {
-      const auto at = [&](Role role) { return reinterpret_cast<T*>(storage_.data[role]); };
-      data = {at(role_p), at(role_g), at(role_m), at(role_v), nullptr, nullptr};
+    if (!x.staged) {
+      data = {at<typename F::P>(role_p), at<typename F::G>(role_g), at<typename F::State>(role_m),
+              at<typename F::State>(role_v), nullptr, nullptr};
     } else {
       storage_.stochastic = x.seed != nullptr;
       storage_.key[0] = x.key[0];
       storage_.key[1] = x.key[1];
       storage_.first = uint32_t(first);
-      data = {nullptr, nullptr, nullptr, nullptr, &storage_, scratch.stage<T>()};
+      data = {};
+      data.storage = &storage_;
+      data.stage = scratch.stage<T>();
     }
   }
   TileAccess(const TileAccess&) = delete;
@@ -356,9 +378,17 @@ class TileAccess {
     for (Role role : {role_p, role_m, role_v, role_remainder})
       if (storage_.data[role]) scatter(parameter_, role, tile_, storage_.data[role]);
   }
-  TileData<T> data;
+  TileData<F> data;
 
  private:
+  template <class Stored>
+  typename Stored::Pointer at(Role role) const {
+    if constexpr (std::is_same<Stored, WithRemainder>::value) {
+      return {reinterpret_cast<uint16_t*>(storage_.data[role]), reinterpret_cast<int16_t*>(storage_.data[role_remainder])};
+    } else {
+      return reinterpret_cast<typename Stored::Pointer>(storage_.data[role]);
+    }
+  }
   const Parameter& parameter_;
   const Tile tile_;
   Storage storage_;
@@ -382,8 +412,8 @@ const Coefficients<T>& coefficients_of(const Parameter& x) {
   }
 }
 
-template <class T>
-TileSums measure(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile) {
+template <class F, class T = typename F::Number>
+TileSums measure(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile) {
   TileSums s{};
   s.sums = k.measure(data, tile.rows, tile.cols, coefficients_of<T>(x).scale, x.test, &s.largest);
   return s;
@@ -436,10 +466,10 @@ void project_views(const Parameter& x) {
   }
 }
 
-template <class T>
-void update(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile, const Scratch& scratch,
+template <class F, class T = typename F::Number>
+void update(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const Scratch& scratch,
             double c) {
-  const RuleKernels<T>& rule = k.rule[x.rule];
+  const RuleKernels<F>& rule = k.rule[x.rule];
   const Decision decision = decision_of(x);
   const T decay = T(decay_of(x, decision));
   if (decision == Decision::none || view_spans_tiles(x)) {
@@ -451,8 +481,8 @@ void update(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, co
   }
 }
 
-template <class T>
-void sweep(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, const Tile& tile, const Scratch& scratch,
+template <class F, class T = typename F::Number>
+void sweep(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const Scratch& scratch,
            TileSums* sums) {
   T* shrink = x.predict_channel ? reinterpret_cast<T*>(x.shrink) + tile.row : nullptr;
   const Guess<T> guess{x.test, T(decay_of(x, Decision::none)), T(decay_of(x, Decision::channel)), shrink};
@@ -460,8 +490,8 @@ void sweep(const Kernels<T>& k, const Parameter& x, const TileData<T>& data, con
 }
 
 // Each row was moved with the shrink of the guess; now the decision is known, and so is the shrink it should have had.
-template <class T>
-void finish(const Kernels<T>& k, const Parameter& x, TileData<T> data, const Tile& tile, const TileSums& sums) {
+template <class F, class T = typename F::Number>
+void finish(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const TileSums& sums) {
   const Decision decision = decision_of(x);
   const Coefficients<T> c = coefficients_of<T>(x);
   const T plain = T(decay_of(x, Decision::none));
@@ -507,8 +537,8 @@ struct Segment {
   int64_t begin, end;
 };
 
-template <class T>
-void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const Scratch& scratch) {
+template <class F, class T = typename F::Number>
+void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const Scratch& scratch) {
   const TableRow& t = *x.table;
   const int64_t tiles = t.tiles();
   // Update runs backwards: what measure read last is still in cache.
@@ -517,13 +547,13 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
   TileSums& sums = x.tiles[index];
   switch (stage) {
     case Stage::update: {
-      const TileAccess<T> access(x, tile, scratch, everything);
+      const TileAccess<F> access(x, tile, scratch, everything);
       update(k, x, access.data, tile, scratch, 0);
       access.store();
       break;
     }
     case Stage::measure_update: {
-      const TileAccess<T> access(x, tile, scratch, everything);
+      const TileAccess<F> access(x, tile, scratch, everything);
       sums = measure(k, x, access.data, tile);
       *x.decision = uint8_t(decide(x));
       update(k, x, access.data, tile, scratch, 0);
@@ -531,7 +561,7 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
       break;
     }
     case Stage::measure: {
-      sums = measure(k, x, TileAccess<T>(x, tile, scratch, p_and_g).data, tile);
+      sums = measure(k, x, TileAccess<F>(x, tile, scratch, p_and_g).data, tile);
       if (!is_last(x.measured_tiles, tiles)) break;
       *x.decision = uint8_t(decide(x));
       x.decided.store(true, std::memory_order_release);
@@ -540,7 +570,7 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
     case Stage::dot: {
       wait_for(x.decided);
       if (!view_spans_tiles(x)) break;
-      sums.pu = k.rule[x.rule].dot(TileAccess<T>(x, tile, scratch, everything).data, tile.size(), coefficients_of<T>(x));
+      sums.pu = k.rule[x.rule].dot(TileAccess<F>(x, tile, scratch, everything).data, tile.size(), coefficients_of<T>(x));
       if (!is_last(x.dotted_tiles, tiles)) break;
       project_views(x);
       x.dotted.store(true, std::memory_order_release);
@@ -550,20 +580,20 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
       wait_for(x.decided);
       const bool spans = view_spans_tiles(x);
       if (spans) wait_for(x.dotted);
-      const TileAccess<T> access(x, tile, scratch, everything);
+      const TileAccess<F> access(x, tile, scratch, everything);
       update(k, x, access.data, tile, scratch, spans ? sums.projection : 0);
       access.store();
       break;
     }
     case Stage::predict: {
-      if (!(measure(k, x, TileAccess<T>(x, tile, scratch, p_and_g).data, tile).largest < 1))
+      if (!(measure(k, x, TileAccess<F>(x, tile, scratch, p_and_g).data, tile).largest < 1))
         x.predict_channel.store(false, std::memory_order_relaxed);
       if (is_last(x.predicted_tiles, predicted_tiles(t))) x.predicted.store(true, std::memory_order_release);
       break;
     }
     case Stage::sweep: {
       wait_for(x.predicted);
-      sweep(k, x, TileAccess<T>(x, tile, scratch, everything).data, tile, scratch, &sums);
+      sweep(k, x, TileAccess<F>(x, tile, scratch, everything).data, tile, scratch, &sums);
       if (!is_last(x.measured_tiles, tiles)) break;
       *x.decision = uint8_t(decide(x));
       if (view_spans_tiles(x)) project_views(x);
@@ -572,11 +602,11 @@ void run_job(const Kernels<T>& k, Parameter& x, Stage stage, int64_t job, const 
     }
     case Stage::finish: {
       wait_for(x.decided);
-      finish(k, x, TileAccess<T>(x, tile, scratch, everything).data, tile, sums);
+      finish(k, x, TileAccess<F>(x, tile, scratch, everything).data, tile, sums);
       break;
     }
     case Stage::square_norm: {
-      sums.sums.gg = k.square_norm(TileAccess<T>(x, tile, scratch, only_g).data, tile.size());
+      sums.sums.gg = k.square_norm(TileAccess<F>(x, tile, scratch, only_g).data, tile.size());
       break;
     }
   }
@@ -634,6 +664,7 @@ int64_t Step::bind(const Arguments& a) {
   scale_ = a.scale;
   adaptive_ = a.adaptive;
   const bool is_double = a.dtype == storage_f64;
+  const InstructionSet& set = instructions();
   const int32_t no_gradient = aoti_torch_dtype_bool(), int16 = aoti_torch_dtype_int16();
   const auto* offsets = static_cast<const int64_t*>(a.offsets.const_data_ptr());
   // State of the members, or the bucket's flat storage, of which they are contiguous parts.
@@ -691,13 +722,12 @@ int64_t Step::bind(const Arguments& a) {
     x.step = step.exists ? reinterpret_cast<float*>(step.data) + (count > 1 ? i : 0) : nullptr;
     x.seed = seed.exists ? reinterpret_cast<int64_t*>(seed.data) : nullptr;
     x.is_double = is_double;
-    x.in_place = !tensor[role_remainder].exists && !seed.exists;
     for (int r = 0; r < role_count; ++r) {
       if (!tensor[r].exists) continue;
       x.operand[r].data = tensor[r].data;
       x.operand[r].type = r == role_remainder ? storage_bf16 : storage_type(tensor[r].dtype);
-      x.in_place &= x.operand[r].type == (is_double ? storage_f64 : storage_f32);
     }
+    choose_format(x, set.bf16);
     collapse(x, tensor);
     for (int r = 0; !x.dense && r < role_count; ++r)  // rows in a row never share memory
       if (r != role_g && tensor[r].exists && tensor[r].overlaps()) return i;
@@ -708,7 +738,7 @@ int64_t Step::bind(const Arguments& a) {
     }
     elements_ += p.numel;
     gathers_ |= !x.dense;
-    if (!x.in_place) stage_bytes_ = staged_blocks * block_size<char>;
+    if (x.staged) stage_bytes_ = staged_blocks * block_size<char>;
     tile_bytes_ = std::max<int64_t>(tile_bytes_, (row.tile_rows * row.tile_cols * (is_double ? 8 : 4) + 63) / 64 * 64);
   }
   return -1;
@@ -774,10 +804,15 @@ void Step::run() {
     for (int64_t job; (job = next.fetch_add(1, std::memory_order_relaxed)) < jobs();) {
       while (job >= segment->end) ++segment;
       Parameter& x = *segment->parameter;
-      if (x.is_double) {
-        run_job(set.f64, x, segment->stage, job - segment->begin, mine);
-      } else {
-        run_job(set.f32, x, segment->stage, job - segment->begin, mine);
+      const auto run = [&](const auto& kernels) { run_job(kernels, x, segment->stage, job - segment->begin, mine); };
+      switch (x.format) {
+        case format_f32: run(set.f32); break;
+        case format_f64: run(set.f64); break;
+        case format_f32_bf16_state: run(set.f32_bf16_state); break;
+        case format_bf16: run(set.bf16_all); break;
+        case format_bf16_f32_state: run(set.bf16_f32_state); break;
+        case format_remainder: run(set.remainder); break;
+        case format_remainder_bf16_state: run(set.remainder_bf16_state); break;
       }
     }
   });

@@ -23,16 +23,16 @@ FUSED_ADAMP_INLINE void for_each_block(int64_t n, const Body& body) {
   for (int64_t i = 0; i < n; i += block_size<T>) body(i, n - i < block_size<T> ? n - i : block_size<T>);
 }
 
-template <class T>
-FUSED_ADAMP_KERNEL Sums measure(TileData<T> t, int64_t rows, int64_t cols, T scale, Test test, double* largest) {
+template <class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL Sums measure(TileData<F> t, int64_t rows, int64_t cols, T scale, Test test, double* largest) {
   Sums sums{0, 0, 0};
   for (int64_t row = 0; row < rows; ++row) {
     Sums s{0, 0, 0};
     for_each_block<T>(cols, [&](int64_t begin, int64_t n) {
-      const Block<T> b = open<with_p | with_g>(t, row * cols + begin, n);
+      const Block<F> b = open<with_p | with_g>(t, row * cols + begin, n);
       Accumulator<T> pg, gg, pp;
       for_each_vec<T>(n, [&](int64_t i, auto k, auto extent) {
-        const auto p = Vec<T>::load(b.p + i, extent), g = scale * Vec<T>::load(b.g + i, extent);
+        const auto p = b.load_p(i, extent), g = scale * b.load_g(i, extent);
         pg.add(k, p, g);
         gg.add(k, g, g);
         pp.add(k, p, p);
@@ -50,65 +50,66 @@ FUSED_ADAMP_KERNEL Sums measure(TileData<T> t, int64_t rows, int64_t cols, T sca
   return sums;
 }
 
-template <class T>
-FUSED_ADAMP_KERNEL double square_norm(TileData<T> t, int64_t size) {
+template <class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL double square_norm(TileData<F> t, int64_t size) {
   double sum = 0;
   for_each_block<T>(size, [&](int64_t begin, int64_t n) {
-    const Block<T> b = open<with_g>(t, begin, n);
+    const Block<F> b = open<with_g>(t, begin, n);
     DoubleAccumulator<T> gg;
-    for_each_vec<T>(n, [&](int64_t i, auto k, auto extent) { gg.add_square(k, Vec<T>::load(b.g + i, extent)); });
+    for_each_vec<T>(n, [&](int64_t i, auto k, auto extent) { gg.add_square(k, b.load_g(i, extent)); });
     sum += gg.sum();
   });
   return sum;
 }
 
 // One vector of the state. Lanes beyond the tile's end hold m = 0, v = 1: their u is 0 / (1 + eps), never NaN.
-template <class R, class T>
+template <class R, class F>
 struct State {
+  using T = typename F::Number;
   Vec<T> m{}, v{};
 
   template <class Extent>
-  FUSED_ADAMP_INLINE State(const Block<T>& b, int64_t i, Extent extent) {
-    if constexpr (R::buffer) m = Vec<T>::load(b.m + i, extent);
-    if constexpr (R::adaptive) v = Vec<T>::load(b.v + i, extent, T(1));
+  FUSED_ADAMP_INLINE State(const Block<F>& b, int64_t i, Extent extent) {
+    if constexpr (R::buffer) m = load(typename F::State(), b.m, i, extent);
+    if constexpr (R::adaptive) v = load(typename F::State(), b.v, i, extent, T(1));
   }
   template <class Extent>
-  FUSED_ADAMP_INLINE void store(const Block<T>& b, int64_t i, Extent extent) const {
-    if constexpr (R::buffer) m.store(b.m + i, extent);
-    if constexpr (R::adaptive) v.store(b.v + i, extent);
+  FUSED_ADAMP_INLINE void store_to(const Block<F>& b, int64_t i, Extent extent) const {
+    if constexpr (R::buffer) store(typename F::State(), b.m, i, extent, m);
+    if constexpr (R::adaptive) store(typename F::State(), b.v, i, extent, v);
   }
 };
 
-template <class R, class T>
-FUSED_ADAMP_KERNEL double dot(TileData<T> t, int64_t size, Coefficients<T> c) {
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL double dot(TileData<F> t, int64_t size, Coefficients<T> c) {
   double sum = 0;
   for_each_block<T>(size, [&](int64_t begin, int64_t n) {
-    const Block<T> b = open<with_p | with_g | with_state<R>>(t, begin, n);
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin, n);
     Accumulator<T> pu;
     for_each_vec<T>(n, [&](int64_t i, auto k, auto extent) {
-      const auto g = Vec<T>::load(b.g + i, extent);
-      State<R, T> s(b, i, extent);
+      const auto g = b.load_g(i, extent);
+      State<R, F> s(b, i, extent);
       advance<R>(g, s.m, s.v, c);
-      pu.add(k, Vec<T>::load(b.p + i, extent), direction<R>(g, s.m, s.v, c));
+      pu.add(k, b.load_p(i, extent), direction<R>(g, s.m, s.v, c));
     });
     sum += pu.sum();
   });
   return sum;
 }
 
-template <class R, class T>
-FUSED_ADAMP_KERNEL void update(TileData<T> t, int64_t size, Coefficients<T> c, T projected, T decay) {
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void update(TileData<F> t, int64_t size, Coefficients<T> c, T projected, T decay) {
   const T shrink = decay - c.step_size * projected;
   for_each_block<T>(size, [&](int64_t begin, int64_t n) {
-    const Block<T> b = open<with_p | with_g | with_state<R>>(t, begin, n);
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin, n);
     for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
-      const auto p = Vec<T>::load(b.p + i, extent), g = Vec<T>::load(b.g + i, extent);
-      State<R, T> s(b, i, extent);
+      const auto p = b.load_p(i, extent), g = b.load_g(i, extent);
+      State<R, F> s(b, i, extent);
       advance<R>(g, s.m, s.v, c);
       const auto u = direction<R>(g, s.m, s.v, c);
       if constexpr (R::project_buffer) s.m = u - projected * p;
-      s.store(b, i, extent);
-      weight_update(p, u, c.step_size, shrink).store(b.p + i, extent);
+      s.store_to(b, i, extent);
+      b.store_p(i, extent, weight_update(p, u, c.step_size, shrink));
     });
     close<with_p | with_state<R>>(t, b, begin, n);
   });
@@ -116,11 +117,16 @@ FUSED_ADAMP_KERNEL void update(TileData<T> t, int64_t size, Coefficients<T> c, T
 
 // Brings the cache line 1 KB ahead closer than the hardware's prefetcher does. Measured where every row is projected: Zen 5
 // with AVX-512 gains 6% (81 to 86 GB/s), Zen 3 with AVX2 loses.
-template <class R, class T>
-FUSED_ADAMP_INLINE void prefetch(const Block<T>& b, int64_t i) {
+template <class R, class F>
+FUSED_ADAMP_INLINE void prefetch(const Block<F>& b, int64_t i) {
 #if defined(__AVX512F__)
-  constexpr int64_t ahead = 1024 / sizeof(T);
-  __builtin_prefetch(b.p + i + ahead);
+  constexpr int64_t ahead = 1024 / sizeof(typename F::Number);
+  if constexpr (std::is_same<typename F::P, WithRemainder>::value) {
+    __builtin_prefetch(b.p.high + i + ahead);
+    __builtin_prefetch(b.p.rest + i + ahead);
+  } else {
+    __builtin_prefetch(b.p + i + ahead);
+  }
   __builtin_prefetch(b.g + i + ahead);
   if constexpr (R::buffer) __builtin_prefetch(b.m + i + ahead);
   if constexpr (R::adaptive) __builtin_prefetch(b.v + i + ahead);
@@ -136,21 +142,21 @@ struct RowSums {
 
 // Advances the state of the row of n elements that starts at `row` and adds up its sums. What becomes of its weights is up
 // to `weights`: begin(start of the block within the row, elements), each vector's (i, extent, block, p, u), end().
-template <class R, class T, class Weights>
-FUSED_ADAMP_INLINE RowSums advance_row(const TileData<T>& t, int64_t row, int64_t size, const Coefficients<T>& c,
+template <class R, class F, class T, class Weights>
+FUSED_ADAMP_INLINE RowSums advance_row(const TileData<F>& t, int64_t row, int64_t size, const Coefficients<T>& c,
                                        Weights weights) {
   RowSums total;
   for_each_block<T>(size, [&](int64_t begin, int64_t n) {
-    const Block<T> b = open<with_p | with_g | with_state<R>>(t, row + begin, n);
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, row + begin, n);
     weights.begin(begin, n);
     Accumulator<T> pg, gg, pp, pu;
     for_each_vec<T>(n, [&](int64_t i, auto k, auto extent) {
       prefetch<R>(b, i);
-      const auto p = Vec<T>::load(b.p + i, extent), g = Vec<T>::load(b.g + i, extent);
-      State<R, T> s(b, i, extent);
+      const auto p = b.load_p(i, extent), g = b.load_g(i, extent);
+      State<R, F> s(b, i, extent);
       advance<R>(g, s.m, s.v, c);
       const auto u = direction<R>(g, s.m, s.v, c);
-      s.store(b, i, extent);
+      s.store_to(b, i, extent);
       weights.visit(i, extent, b, p, u);
       const auto scaled = c.scale * g;
       pg.add(k, p, scaled);
@@ -169,43 +175,43 @@ FUSED_ADAMP_INLINE RowSums advance_row(const TileData<T>& t, int64_t row, int64_
 }
 
 // The weights of a row that is not projected move at once.
-template <class T>
+template <class F, class T = typename F::Number>
 struct MoveNow {
   static constexpr int roles = with_p;
   T step_size, shrink;
 
   FUSED_ADAMP_INLINE void begin(int64_t, int64_t) {}
   template <class Extent>
-  FUSED_ADAMP_INLINE void visit(int64_t i, Extent extent, const Block<T>& b, Vec<T> p, Vec<T> u) const {
-    weight_update(p, u, step_size, shrink).store(b.p + i, extent);
+  FUSED_ADAMP_INLINE void visit(int64_t i, Extent extent, const Block<F>& b, Vec<T> p, Vec<T> u) const {
+    b.store_p(i, extent, weight_update(p, u, step_size, shrink));
   }
   FUSED_ADAMP_INLINE void end() {}
 };
 
 // How the weights of a row move once its sums are known: the second half of its update, from u in scratch.
-template <class R, class T>
+template <class R, class F, class T = typename F::Number>
 struct Move {
-  const TileData<T>* t;
+  const TileData<F>* t;
   int64_t row;  // its first element
   const T* u;
   T step_size, projected, shrink;
 
   template <class Extent>
-  FUSED_ADAMP_INLINE void vector(const Block<T>& b, const T* from, int64_t i, Extent extent) const {
-    const auto p = Vec<T>::load(b.p + i, extent), y = Vec<T>::load(from + i, extent);
-    if constexpr (R::project_buffer) (y - projected * p).store(b.m + i, extent);
-    weight_update(p, y, step_size, shrink).store(b.p + i, extent);
+  FUSED_ADAMP_INLINE void vector(const Block<F>& b, const T* from, int64_t i, Extent extent) const {
+    const auto p = b.load_p(i, extent), y = Vec<T>::load(from + i, extent);
+    if constexpr (R::project_buffer) b.store_m(i, extent, y - projected * p);
+    b.store_p(i, extent, weight_update(p, y, step_size, shrink));
   }
 };
 
 // The weights of a row wait for its sums: u is kept in scratch. Meanwhile those of an earlier row move.
-template <class R, class T, bool moves>
+template <class R, class F, bool moves, class T = typename F::Number>
 struct MoveLater {
   static constexpr int roles = none, moved_roles = with_p | (R::project_buffer ? with_m : none);
   T* u;
-  Move<R, T> old;
+  Move<R, F> old;
   int64_t start = 0, size = 0;
-  Block<T> block{};
+  Block<F> block{};
 
   FUSED_ADAMP_INLINE void begin(int64_t begin, int64_t n) {
     start = begin;
@@ -213,7 +219,7 @@ struct MoveLater {
     if constexpr (moves) block = open<with_p>(*old.t, old.row + start, n, 4);
   }
   template <class Extent>
-  FUSED_ADAMP_INLINE void visit(int64_t i, Extent extent, const Block<T>&, Vec<T>, Vec<T> y) const {
+  FUSED_ADAMP_INLINE void visit(int64_t i, Extent extent, const Block<F>&, Vec<T>, Vec<T> y) const {
     y.store(u + start + i, extent);
     if constexpr (moves) old.vector(block, old.u + start, i, extent);
   }
@@ -226,23 +232,23 @@ struct MoveLater {
 // of a later one advances: moving works in cache, advancing waits for memory. The next one but one where rows are short, so
 // that how to move, a chain of some hundred cycles from the row's sums, is not waited for; else the next one, so that the
 // row is still in the first-level cache.
-template <class R, class T, class MoveOf>
-FUSED_ADAMP_INLINE void update_rows(const TileData<T>& t, T* u, int64_t rows, int64_t cols, const Coefficients<T>& c,
+template <class R, class F, class T, class MoveOf>
+FUSED_ADAMP_INLINE void update_rows(const TileData<F>& t, T* u, int64_t rows, int64_t cols, const Coefficients<T>& c,
                                     const MoveOf& move_of) {
   constexpr int64_t line = Accumulator<T>::lanes;
   const int64_t stride = (cols + line - 1) / line * line;
   const int lag = cols <= 512 ? 2 : 1;
-  Move<R, T> ring[rows_in_flight];
+  Move<R, F> ring[rows_in_flight];
   for (int64_t row = 0; row < rows; ++row) {
     T* const u_now = u + row % rows_in_flight * stride;
     const RowSums s =
-        row < lag ? advance_row<R>(t, row * cols, cols, c, MoveLater<R, T, false>{u_now, {}})
-                  : advance_row<R>(t, row * cols, cols, c, MoveLater<R, T, true>{u_now, ring[(row - lag) % rows_in_flight]});
+        row < lag ? advance_row<R>(t, row * cols, cols, c, MoveLater<R, F, false>{u_now, {}})
+                  : advance_row<R>(t, row * cols, cols, c, MoveLater<R, F, true>{u_now, ring[(row - lag) % rows_in_flight]});
     const auto by = move_of(row, s);
     ring[row % rows_in_flight] = {&t, row * cols, u_now, c.step_size, by.projected, by.shrink};
   }
   for (int64_t row = rows > lag ? rows - lag : 0; row < rows; ++row) {
-    MoveLater<R, T, true> later{nullptr, ring[row % rows_in_flight]};
+    MoveLater<R, F, true> later{nullptr, ring[row % rows_in_flight]};
     for_each_block<T>(cols, [&](int64_t begin, int64_t n) {
       later.begin(begin, n);
       for_each_vec<T>(n, [&](int64_t i, auto, auto extent) { later.old.vector(later.block, later.old.u + begin, i, extent); });
@@ -257,16 +263,16 @@ struct By {
   T projected, shrink;
 };
 
-template <class R, class T>
-FUSED_ADAMP_KERNEL void update_projected(TileData<T> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, T decay) {
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void update_projected(TileData<F> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, T decay) {
   update_rows<R>(t, u, rows, cols, c, [&](int64_t, const RowSums& s) {
     const T projected = T(projection(s.pu, s.sums.pp, double(c.eps)));
     return By<T>{projected, decay - c.step_size * projected};
   });
 }
 
-template <class R, class T>
-FUSED_ADAMP_KERNEL void sweep(TileData<T> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, Guess<T> guess,
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void sweep(TileData<F> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, Guess<T> guess,
                               TileSums* tile) {
   TileSums total{};
   const auto count = [&](const RowSums& s) {
@@ -288,39 +294,55 @@ FUSED_ADAMP_KERNEL void sweep(TileData<T> t, T* u, int64_t rows, int64_t cols, C
     });
   } else {
     for (int64_t row = 0; row < rows; ++row)
-      count(advance_row<R>(t, row * cols, cols, c, MoveNow<T>{c.step_size, guess.decay}));
+      count(advance_row<R>(t, row * cols, cols, c, MoveNow<F>{c.step_size, guess.decay}));
   }
   *tile = total;
 }
 
-template <class R, class T>
-FUSED_ADAMP_KERNEL void finish(TileData<T> t, int64_t first, int64_t size, Coefficients<T> c, T was, T is) {
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void finish(TileData<F> t, int64_t first, int64_t size, Coefficients<T> c, T was, T is) {
   for_each_block<T>(size, [&](int64_t begin, int64_t n) {
-    const Block<T> b = open<with_p | with_g | with_state<R>>(t, first + begin, n);
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, first + begin, n);
     for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
-      const auto g = Vec<T>::load(b.g + i, extent);
-      State<R, T> s(b, i, extent);
+      const auto g = b.load_g(i, extent);
+      State<R, F> s(b, i, extent);
       if constexpr (!R::buffer) advance<R>(g, s.m, s.v, c);
       const auto u = direction<R>(g, s.m, s.v, c);
-      weight_correction(Vec<T>::load(b.p + i, extent), u, c.step_size, was, is).store(b.p + i, extent);
+      b.store_p(i, extent, weight_correction(b.load_p(i, extent), u, c.step_size, was, is));
     });
     close<with_p>(t, b, first + begin, n);
   });
 }
 
-template <class R, class T>
-constexpr RuleKernels<T> rule_kernels() {
-  return {dot<R, T>, update<R, T>, update_projected<R, T>, sweep<R, T>, finish<R, T>};
+template <class R, class F>
+constexpr RuleKernels<F> rule_kernels() {
+  return {dot<R, F>, update<R, F>, update_projected<R, F>, sweep<R, F>, finish<R, F>};
 }
 
-template <class T>
-constexpr Kernels<T> kernels() {
-  return {measure<T>,
-          square_norm<T>,
-          {rule_kernels<RuleAdam, T>(), rule_kernels<RuleAdamNesterov, T>(), rule_kernels<RuleSgd, T>(),
-           rule_kernels<RuleSgdNesterov, T>(), rule_kernels<RuleSgdProjectBuffer, T>(),
-           rule_kernels<RuleSgdNoBuffer, T>()}};
+template <class F>
+constexpr Kernels<F> kernels() {
+  return {measure<F>,
+          square_norm<F>,
+          {rule_kernels<RuleAdam, F>(), rule_kernels<RuleAdamNesterov, F>(), rule_kernels<RuleSgd, F>(),
+           rule_kernels<RuleSgdNesterov, F>(), rule_kernels<RuleSgdProjectBuffer, F>(),
+           rule_kernels<RuleSgdNoBuffer, F>()}};
 }
+
+// Of the usual rules only, to keep the build short.
+template <class F>
+constexpr Kernels<F> bf16_kernels() {
+#if defined(FUSED_ADAMP_BF16)
+  return {measure<F>, square_norm<F>, {rule_kernels<RuleAdam, F>(), {}, rule_kernels<RuleSgd, F>(), {}, {}, {}}};
+#else
+  return {};
+#endif
+}
+
+#if defined(FUSED_ADAMP_BF16)
+constexpr bool has_bf16 = true;
+#else
+constexpr bool has_bf16 = false;
+#endif
 
 }  // namespace
 
@@ -330,4 +352,5 @@ constexpr Kernels<T> kernels() {
 #define FUSED_ADAMP_QUOTE(x) FUSED_ADAMP_TEXT(x)
 
 const fused_adamp::InstructionSet fused_adamp::FUSED_ADAMP_NAME(FUSED_ADAMP_INSTRUCTIONS) = {
-    FUSED_ADAMP_QUOTE(FUSED_ADAMP_INSTRUCTIONS), kernels<float>(), kernels<double>()};
+    FUSED_ADAMP_QUOTE(FUSED_ADAMP_INSTRUCTIONS), has_bf16, kernels<F32>(), kernels<F64>(), bf16_kernels<F32Bf16State>(),
+    bf16_kernels<Bf16>(), bf16_kernels<Bf16F32State>(), bf16_kernels<Remainder>(), bf16_kernels<RemainderBf16State>()};

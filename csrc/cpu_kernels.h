@@ -30,15 +30,39 @@ struct Storage {
   uint32_t first;                // and this the number of the tile's first element
 };
 
-// One tile. Rows follow each other without a gap.
+// How a tensor of a tile is stored, as far as a kernel reads and writes it by itself: csrc/storage.h.
 template <class T>
+struct AsComputed {
+  using Pointer = T*;
+};
+struct Bfloat16 {
+  using Pointer = uint16_t*;
+};
+struct WithRemainder {
+  struct Pointer {
+    uint16_t* high;
+    int16_t* rest;
+  };
+};
+
+// How the tensors of a tile are stored, and the type they are computed in.
+template <class T, class P_ = AsComputed<T>, class G_ = AsComputed<T>, class State_ = AsComputed<T>>
+struct Format {
+  using Number = T;
+  using P = P_;
+  using G = G_;
+  using State = State_;
+};
+
+// One tile. Rows follow each other without a gap.
+template <class F>
 struct TileData {
-  T* p;  // in place
-  const T* g;
-  T* m;
-  T* v;
-  const Storage* storage;  // null: in place
-  T* stage;                // room for blocks of numbers on their way from and to the storage
+  typename F::P::Pointer p;
+  typename F::G::Pointer g;
+  typename F::State::Pointer m;
+  typename F::State::Pointer v;
+  const Storage* storage;       // of tensors that are not stored as F says; else null, and the rest counts for nothing
+  typename F::Number* stage;    // room for blocks of numbers on their way from and to the storage
 };
 
 // Elements that are added up in T, and pass through the stage, at once; and how many of them the stage holds.
@@ -74,35 +98,52 @@ constexpr int rows_in_flight = 3;
 
 // Kernels that depend on the momentum rule. What they read once per tile is passed by value: behind a pointer the
 // compiler would have to read it again after every store.
-template <class T>
+template <class F, class T = typename F::Number>
 struct RuleKernels {
   // p.u of n elements. Reads p g m v (16 bytes per fp32 element), writes nothing.
-  double (*dot)(TileData<T>, int64_t n, Coefficients<T>);
+  double (*dot)(TileData<F>, int64_t n, Coefficients<T>);
   // n elements whose projection c is known, 0 where there is none. Reads p g m v, writes p m v (28).
-  void (*update)(TileData<T>, int64_t n, Coefficients<T>, T c, T decay);
+  void (*update)(TileData<F>, int64_t n, Coefficients<T>, T c, T decay);
   // Rows whose projection is not known yet, each row a view: the sums p.u and p.p first, with u kept in scratch, then
   // the weights, from the first-level cache. Reads p g m v, writes p m v (28).
-  void (*update_projected)(TileData<T>, T* u, int64_t rows, int64_t cols, Coefficients<T>, T decay);
+  void (*update_projected)(TileData<F>, T* u, int64_t rows, int64_t cols, Coefficients<T>, T decay);
   // Measures and updates at once, as if the decision were the guess. Reads p g m v, writes p m v (28).
-  void (*sweep)(TileData<T>, T* u, int64_t rows, int64_t cols, Coefficients<T>, Guess<T>, TileSums*);
+  void (*sweep)(TileData<F>, T* u, int64_t rows, int64_t cols, Coefficients<T>, Guess<T>, TileSums*);
   // n elements from `first` on that were updated with one shrink and should have been with another. Reads p g m v, writes
   // p (20; g only for nesterov and for SGDP without momentum, else 16).
-  void (*finish)(TileData<T>, int64_t first, int64_t n, Coefficients<T>, T was, T is);
+  void (*finish)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T was, T is);
 };
 
-template <class T>
+template <class F, class T = typename F::Number>
 struct Kernels {
   // Per row p.g, g.g and p.p of the scaled gradient; adds up the rows' sums and finds the largest cosine_ratio. Reads p g (8).
-  Sums (*measure)(TileData<T>, int64_t rows, int64_t cols, T scale, Test, double* largest);
+  Sums (*measure)(TileData<F>, int64_t rows, int64_t cols, T scale, Test, double* largest);
   // g.g of n elements, in double. Reads g (4).
-  double (*square_norm)(TileData<T>, int64_t n);
-  RuleKernels<T> rule[rule_count];
+  double (*square_norm)(TileData<F>, int64_t n);
+  RuleKernels<F> rule[rule_count];
 };
+
+// The formats that kernels are compiled for. Any other storage is staged for f32 or f64.
+using F32 = Format<float>;
+using F64 = Format<double>;
+using F32Bf16State = Format<float, AsComputed<float>, AsComputed<float>, Bfloat16>;
+using Bf16 = Format<float, Bfloat16, Bfloat16, Bfloat16>;
+using Bf16F32State = Format<float, Bfloat16, Bfloat16, AsComputed<float>>;
+using Remainder = Format<float, WithRemainder, Bfloat16, AsComputed<float>>;
+using RemainderBf16State = Format<float, WithRemainder, Bfloat16, Bfloat16>;
+enum FormatIndex { format_f32, format_f64, format_f32_bf16_state, format_bf16, format_bf16_f32_state, format_remainder,
+                   format_remainder_bf16_state };
 
 struct InstructionSet {
   const char* name;
-  Kernels<float> f32;
-  Kernels<double> f64;
+  bool bf16;  // whether there are kernels for the formats after f64; of their rules, adam and sgd
+  Kernels<F32> f32;
+  Kernels<F64> f64;
+  Kernels<F32Bf16State> f32_bf16_state;
+  Kernels<Bf16> bf16_all;
+  Kernels<Bf16F32State> bf16_f32_state;
+  Kernels<Remainder> remainder;
+  Kernels<RemainderBf16State> remainder_bf16_state;
 };
 
 // Made by cpu_kernels.cpp, compiled once for each; the last two only where the compiler knows them.

@@ -160,13 +160,124 @@ FUSED_ADAMP_OUTLINE void write_block(const Storage& s, Role role, int64_t begin,
   }
 }
 
-// A block of a tile as numbers: where they lie, or staged.
+// Vectors of a tensor, from and to its storage.
+
+template <class T, class Extent>
+FUSED_ADAMP_INLINE Vec<T> load(AsComputed<T>, const T* from, int64_t i, Extent extent, T rest = T(0)) {
+  return Vec<T>::load(from + i, extent, rest);
+}
+template <class T, class Extent>
+FUSED_ADAMP_INLINE void store(AsComputed<T>, T* to, int64_t i, Extent extent, Vec<T> x) {
+  x.store(to + i, extent);
+}
 template <class T>
+FUSED_ADAMP_INLINE T* shift(AsComputed<T>, T* pointer, int64_t n) {
+  return pointer ? pointer + n : nullptr;
+}
+
+FUSED_ADAMP_INLINE uint16_t* shift(Bfloat16, uint16_t* pointer, int64_t n) { return pointer ? pointer + n : nullptr; }
+FUSED_ADAMP_INLINE WithRemainder::Pointer shift(WithRemainder, WithRemainder::Pointer pointer, int64_t n) {
+  return {pointer.high + n, pointer.rest + n};
+}
+
+#if defined(__AVX2__) && defined(__GNUC__)
+#define FUSED_ADAMP_BF16 1
+
+using Bits = Register<uint32_t>;
+using Halves = typename RegisterOf<uint16_t, register_bytes / 2>::type;
+
+FUSED_ADAMP_INLINE Bits load_halves(const uint16_t* from, Whole) {
+  Halves x;
+  memcpy(&x, from, sizeof x);
+  return __builtin_convertvector(x, Bits);
+}
+FUSED_ADAMP_INLINE void store_halves(uint16_t* to, Whole, Bits low) {
+  const Halves x = __builtin_convertvector(low, Halves);
+  memcpy(to, &x, sizeof x);
+}
+#if defined(__AVX512F__)
+FUSED_ADAMP_INLINE Bits load_halves(const uint16_t* from, Part part) {
+  const auto x = (Halves)_mm256_maskz_loadu_epi16(__mmask16((1u << part.n) - 1), from);
+  return __builtin_convertvector(x, Bits);
+}
+FUSED_ADAMP_INLINE void store_halves(uint16_t* to, Part part, Bits low) {
+  const Halves x = __builtin_convertvector(low, Halves);
+  _mm256_mask_storeu_epi16(to, __mmask16((1u << part.n) - 1), (__m256i)x);
+}
+#else
+FUSED_ADAMP_INLINE Bits load_halves(const uint16_t* from, Part part) {
+  Halves x{};
+  memcpy(&x, from, part.n * sizeof(uint16_t));
+  return __builtin_convertvector(x, Bits);
+}
+FUSED_ADAMP_INLINE void store_halves(uint16_t* to, Part part, Bits low) {
+  const Halves x = __builtin_convertvector(low, Halves);
+  memcpy(to, &x, part.n * sizeof(uint16_t));
+}
+#endif
+
+FUSED_ADAMP_INLINE Vec<float> with_rest(Vec<float> x, Whole, float) { return x; }
+FUSED_ADAMP_INLINE Vec<float> with_rest(Vec<float> x, Part part, float rest) {
+  if (rest == 0) return x;  // as it is
+  float lanes[Vec<float>::lanes];
+  x.store(lanes, Whole{});
+  return Vec<float>::load(lanes, part, rest);
+}
+
+FUSED_ADAMP_INLINE Vec<float> as_floats(Bits bits) { return {same_bits<Register<float>>(bits)}; }
+
+template <class Extent>
+FUSED_ADAMP_INLINE Vec<float> load(Bfloat16, const uint16_t* from, int64_t i, Extent extent, float rest = 0) {
+  return with_rest(as_floats(load_halves(from + i, extent) << 16), extent, rest);
+}
+template <class Extent>
+FUSED_ADAMP_INLINE void store(Bfloat16, uint16_t* to, int64_t i, Extent extent, Vec<float> x) {
+  const Bits bits = same_bits<Bits>(x.lane);
+  const Bits nan = Bits((bits & 0x7fffffff) > 0x7f800000);  // all ones, or none
+  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  store_halves(to + i, extent, ((rounded & ~nan) | (nan & 0x7fc00000)) >> 16);
+}
+
+template <class Extent>
+FUSED_ADAMP_INLINE Vec<float> load(WithRemainder, WithRemainder::Pointer from, int64_t i, Extent extent) {
+  const Bits high = load_halves(from.high + i, extent) << 16;
+  const Bits rest = (load_halves(reinterpret_cast<const uint16_t*>(from.rest) + i, extent) ^ 0x8000) - 0x8000;
+  const Bits stale = Bits((high & 0x7fffffff) == 0) & Bits((rest >> 31) != 0);
+  return as_floats(high + (rest & ~stale));
+}
+template <class Extent>
+FUSED_ADAMP_INLINE void store(WithRemainder, WithRemainder::Pointer to, int64_t i, Extent extent, Vec<float> x) {
+  const Bits bits = same_bits<Bits>(x.lane);
+  const Bits nan = Bits((bits & 0x7fffffff) > 0x7f800000);
+  const Bits clean = (bits & ~nan) | (nan & 0x7fc00000);
+  store_halves(to.high + i, extent, (clean + 0x8000) >> 16);
+  store_halves(reinterpret_cast<uint16_t*>(to.rest) + i, extent, clean & 0xffff);
+}
+#endif
+
+// A block of a tile: where it lies, or staged.
+template <class F>
 struct Block {
-  T* p;
-  const T* g;
-  T* m;
-  T* v;
+  typename F::P::Pointer p;
+  typename F::G::Pointer g;
+  typename F::State::Pointer m, v;
+
+  template <class Extent>
+  FUSED_ADAMP_INLINE auto load_p(int64_t i, Extent extent) const {
+    return load(typename F::P(), p, i, extent);
+  }
+  template <class Extent>
+  FUSED_ADAMP_INLINE auto load_g(int64_t i, Extent extent) const {
+    return load(typename F::G(), g, i, extent);
+  }
+  template <class Extent, class V>
+  FUSED_ADAMP_INLINE void store_p(int64_t i, Extent extent, V x) const {
+    store(typename F::P(), p, i, extent, x);
+  }
+  template <class Extent, class V>
+  FUSED_ADAMP_INLINE void store_m(int64_t i, Extent extent, V x) const {
+    store(typename F::State(), m, i, extent, x);
+  }
 };
 
 enum Roles { none = 0, with_p = 1, with_g = 2, with_m = 4, with_v = 8 };
@@ -184,24 +295,32 @@ FUSED_ADAMP_INLINE T* open(const Storage& s, Role role, bool reads, int64_t begi
 }
 
 // The block [begin, begin + n) of a tile, with the roles that will be read. `part` is where in the stage it goes.
-template <int roles, class T>
-FUSED_ADAMP_INLINE Block<T> open(const TileData<T>& t, int64_t begin, int64_t n, int part = 0) {
-  if (!t.storage) return {t.p + begin, t.g + begin, t.m ? t.m + begin : nullptr, t.v ? t.v + begin : nullptr};
-  T* const stage = t.stage + part * block_size<T>;
-  return {open(*t.storage, role_p, roles & with_p, begin, n, stage),
-          open(*t.storage, role_g, roles & with_g, begin, n, stage + block_size<T>),
-          open(*t.storage, role_m, roles & with_m, begin, n, stage + 2 * block_size<T>),
-          open(*t.storage, role_v, roles & with_v, begin, n, stage + 3 * block_size<T>)};
+template <int roles, class F>
+FUSED_ADAMP_INLINE Block<F> open(const TileData<F>& t, int64_t begin, int64_t n, int part = 0) {
+  using T = typename F::Number;
+  if constexpr (std::is_same<F, Format<T>>::value) {
+    if (t.storage) {
+      T* const stage = t.stage + part * block_size<T>;
+      return {open(*t.storage, role_p, roles & with_p, begin, n, stage),
+              open(*t.storage, role_g, roles & with_g, begin, n, stage + block_size<T>),
+              open(*t.storage, role_m, roles & with_m, begin, n, stage + 2 * block_size<T>),
+              open(*t.storage, role_v, roles & with_v, begin, n, stage + 3 * block_size<T>)};
+    }
+  }
+  return {shift(typename F::P(), t.p, begin), shift(typename F::G(), t.g, begin), shift(typename F::State(), t.m, begin),
+          shift(typename F::State(), t.v, begin)};
 }
 
 // Writes the roles that have changed back to the storage.
-template <int roles, class T>
-FUSED_ADAMP_INLINE void close(const TileData<T>& t, const Block<T>& b, int64_t begin, int64_t n) {
-  if (!t.storage) return;
-  const Storage& s = *t.storage;
-  if (roles & with_p && s.staged[role_p]) write_block(s, role_p, begin, n, b.p);
-  if (roles & with_m && s.staged[role_m]) write_block(s, role_m, begin, n, b.m);
-  if (roles & with_v && s.staged[role_v]) write_block(s, role_v, begin, n, b.v);
+template <int roles, class F>
+FUSED_ADAMP_INLINE void close(const TileData<F>& t, const Block<F>& b, int64_t begin, int64_t n) {
+  if constexpr (std::is_same<F, Format<typename F::Number>>::value) {
+    if (!t.storage) return;
+    const Storage& s = *t.storage;
+    if (roles & with_p && s.staged[role_p]) write_block(s, role_p, begin, n, b.p);
+    if (roles & with_m && s.staged[role_m]) write_block(s, role_m, begin, n, b.m);
+    if (roles & with_v && s.staged[role_v]) write_block(s, role_v, begin, n, b.v);
+  }
 }
 
 }  // namespace
