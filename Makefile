@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
 
-demo: $(VENV)/demo.done build  ## train a real network with five optimizers; table and plot (under three minutes)
+demo: $(VENV)/demo.done build  ## train a real network with seven optimizers; table and plot (under three minutes)
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/test.done build lint types  ## lint, types and every test

@@ -97,6 +97,11 @@ def llama_8b_layer() -> Iterator[Shape]:
     yield from llama_layer(4096, 1024, 14336)
 
 
+def small() -> Iterator[Shape]:
+    """Two hundred small tensors: what a step costs before it computes anything."""
+    yield from ((64,), (8, 8)) * 100
+
+
 def tiny() -> Iterator[Shape]:
     """Shapes that are awkward rather than large, for smoke runs: one element wide or high, prime, 1-D and 0-D."""
     yield from ((7, 1), (1, 7), (), (1,), (5, 3, 3, 3), (31,), (3, 1009), (257, 33), (2, 8193))
@@ -122,6 +127,7 @@ def llama_layer(hidden: int, kv: int, ffn: int) -> Iterator[Shape]:
 
 
 WORKLOADS: dict[str, Workload] = {
+    "small": Workload(small, 200, 12_800),
     "tiny": Workload(tiny, 9, 28_076),
     "dry_run": Workload(dry_run, 5, 6_385),
     "resnet50": Workload(resnet50, 161, 25_557_032),

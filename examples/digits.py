@@ -1,4 +1,4 @@
-"""Trains a small residual network on handwritten digits with five optimizers and shows what becomes of the weights.
+"""Trains a small residual network on handwritten digits with seven optimizers and shows what becomes of the weights.
 
 The data are the 1797 real 8x8 digits that scikit-learn ships. Every convolution is followed by BatchNorm, so its weight
 is scale-invariant: its length |w| does not change what the network computes, only how far a step of given length turns
@@ -11,6 +11,9 @@ step that makes it longer. What to look at, always averaged over the convolution
   gradient descent is lr / |w_t|^2 times the gradient at w_t/|w_t|. The table has the mean over the last epoch before
   the learning rate falls;
 - projected: the layers projected in more than half of the steps, and the share of the steps over all such layers;
+- train loss: the mean over the last epoch. The last two rows train a bfloat16 network: with a remainder AdamP keeps the
+  float32 weights, in no more memory than those, and ends where the float32 run does; without, each step rounds the
+  weights, which this small network forgives;
 - ms: the median time of optimizer.step(). The network is so small that this is mostly the cost of the call.
 
 The learning rate is constant for three quarters of the run, and labels are smoothed so that gradients do not vanish
@@ -71,6 +74,7 @@ class Recipe(NamedTuple):
     build: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
     color: str
     line: str
+    dtype: torch.dtype | None = None  # of the network; None: torch's default
 
 
 RECIPES = {
@@ -79,6 +83,10 @@ RECIPES = {
     "AdamW": Recipe(lambda params: torch.optim.AdamW(params, **ADAM_FAMILY, fused=True), "tab:cyan", "--"),
     "AdamP": Recipe(lambda params: fused_adamp.AdamP(params, **ADAM_FAMILY), "tab:blue", "-"),
     "clovaai AdamP": Recipe(lambda params: adamp.AdamP(params, **ADAM_FAMILY), "black", ":"),
+    "AdamP bf16 + remainder": Recipe(
+        lambda params: fused_adamp.AdamP(params, **ADAM_FAMILY, rounding="remainder"), "tab:green", "-", torch.bfloat16
+    ),
+    "AdamP bf16": Recipe(lambda params: fused_adamp.AdamP(params, **ADAM_FAMILY), "tab:olive", "-", torch.bfloat16),
 }
 
 
@@ -128,6 +136,7 @@ class Run:
     """What one training left behind; the lists have one entry per step."""
 
     accuracy: float = 0.0
+    loss: list[float] = field(default_factory=list)
     norm: list[float] = field(default_factory=list)
     effective_step: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -138,7 +147,8 @@ def train(recipe: Recipe, seed: int, data: Digits, epochs: int, on_epoch: Callab
     """Trains one network. Initial weights and batch order depend on the seed alone, not on the optimizer."""
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)
-    network = build_network()
+    network = build_network().to(recipe.dtype)
+    train_x, test_x = data.train_x.to(recipe.dtype), data.test_x.to(recipe.dtype)
     optimizer = recipe.build(network.parameters())
     names = {p: name.removesuffix(".weight") for name, p in network.named_parameters() if p.ndim >= 2}
     invariant = [p for p, name in names.items() if name.endswith("conv")]
@@ -150,8 +160,10 @@ def train(recipe: Recipe, seed: int, data: Digits, epochs: int, on_epoch: Callab
         shuffled = torch.randperm(len(data.train_y), generator=order)
         for batch in shuffled[: len(shuffled) // BATCH * BATCH].split(BATCH):
             optimizer.zero_grad()
-            logits = network(data.train_x[batch])
-            nn.functional.cross_entropy(logits, data.train_y[batch], label_smoothing=LABEL_SMOOTHING).backward()
+            logits = network(train_x[batch]).to(torch.get_default_dtype())
+            loss = nn.functional.cross_entropy(logits, data.train_y[batch], label_smoothing=LABEL_SMOOTHING)
+            loss.backward()
+            run.loss.append(loss.item())
             start = time.perf_counter()
             optimizer.step()
             run.seconds.append(time.perf_counter() - start)
@@ -169,15 +181,16 @@ def train(recipe: Recipe, seed: int, data: Digits, epochs: int, on_epoch: Callab
         on_epoch()
     network.eval()
     with torch.no_grad():
-        run.accuracy = (network(data.test_x).argmax(dim=1) == data.test_y).double().mean().item()
+        run.accuracy = (network(test_x).argmax(dim=1) == data.test_y).double().mean().item()
     return run
 
 
 def lengths_and_directions(weights: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
     """``|w|`` of every weight, ``(L,)``, and ``w / |w|``."""
     with torch.no_grad():
-        norms = torch.stack([w.norm() for w in weights])
-        return norms, [w / norm for w, norm in zip(weights, norms, strict=True)]
+        wide = [w.to(torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        norms = torch.stack([w.norm() for w in wide])
+        return norms, [w / norm for w, norm in zip(wide, norms, strict=True)]
 
 
 def summarize(name: str, runs: list[Run], epochs: int) -> dict[str, Any]:
@@ -189,6 +202,7 @@ def summarize(name: str, runs: list[Run], epochs: int) -> dict[str, Any]:
     return {
         "optimizer": name,
         "test_accuracy": [run.accuracy for run in runs],
+        "train_loss": [fmean(run.loss[-(steps // epochs) :]) for run in runs],
         "norm_growth": fmean(run.norm[-1] for run in runs),
         "effective_step_rad": fmean(fmean(run.effective_step[last_epoch]) for run in runs),
         "ms_per_step": 1e3 * median(second for run in runs for second in run.seconds[WARMUP:]),
@@ -200,7 +214,13 @@ def summarize(name: str, runs: list[Run], epochs: int) -> dict[str, Any]:
 
 
 def results_table(rows: list[dict[str, Any]], caption: str) -> Table:
-    measured = ("test accuracy %\nmean (min-max)", "norm growth\n|w_T| / |w_0|", "effective step\nmrad", "ms per\nstep")
+    measured = (
+        "test accuracy %\nmean (min-max)",
+        "train loss\nmean (min-max)",
+        "norm growth\n|w_T| / |w_0|",
+        "effective step\nmrad",
+        "ms per\nstep",
+    )
     headers = ("optimizer", *measured, "projected layers,\nshare of steps")
     table = Table(*headers, title="Digits, over all seeds", caption=caption, caption_justify="left")
     for row in rows:
@@ -213,6 +233,7 @@ def results_table(rows: list[dict[str, Any]], caption: str) -> Table:
         table.add_row(
             row["optimizer"],
             f"{fmean(accuracy):.2f} ({min(accuracy):.2f}-{max(accuracy):.2f})",
+            "{:.4f} ({:.4f}-{:.4f})".format(fmean(row["train_loss"]), min(row["train_loss"]), max(row["train_loss"])),
             f"{row['norm_growth']:.3f}",
             f"{1e3 * row['effective_step_rad']:5.2f}",
             f"{row['ms_per_step']:.3f}",
@@ -266,7 +287,7 @@ def plot(results: dict[str, list[Run]], epochs: int, path: Path) -> None:
         axes.axvspan((1 - COOLDOWN) * steps, steps, color="gray", alpha=0.1, linewidth=0, label="learning rate falls")
         axes.set(xlabel="optimizer step", xlim=(0, steps))
         axes.grid(alpha=0.3, which="both")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=len(results) + 1)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=(len(results) + 2) // 2)
     figure.savefig(path)
 
 
@@ -300,7 +321,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.set_default_dtype(torch.float64 if args.float64 else torch.float32)
     # A log file has no width of its own, and the usual 80 columns would break the table.
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     environment = {
         "cpu": cpu_name(),
         "threads": args.threads,

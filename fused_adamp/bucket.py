@@ -292,8 +292,10 @@ def first_stale(batch: Batch) -> int:
             return i
         for name, counts in (("step", batch.steps), ("rounding_seed", batch.seeds)):
             own = bucket.counters.get(name)
-            if own is not None and not (
-                counts[i].dtype == own.dtype and counts[i].device == own.device and counts[i].numel() == 1
+            if (
+                counts
+                and own is not None
+                and not (counts[i].dtype == own.dtype and counts[i].device == own.device and counts[i].numel() == 1)
             ):
                 return i
     return -1

@@ -110,8 +110,9 @@ def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dic
 
     Hyperparameters come from the state_dict, as in torch.optim, and where it lacks them from ``options``: ``delta`` for
     torch's, ``project_buffer`` for all others'. What is a machine's choice stays as in ``options``: ``backend`` and
-    ``amp_scaling``, and of other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. What theirs have and ours do not,
-    such as ``amsgrad``, is dropped where it is off, and refused where it makes another rule.
+    ``amp_scaling``, and of other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. What
+    theirs have and ours do not, such as ``amsgrad``, is dropped where it is off, and refused where it makes another
+    rule.
 
     Accepted, although the other optimizer would have gone on in another way:
 

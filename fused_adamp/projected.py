@@ -366,42 +366,41 @@ class ProjectedOptimizer(Optimizer):
         return [batch for batch in batches if batch is not None]
 
     def _batch(self, bucket: Bucket, make_state: bool) -> Batch | None:
-        params, key = bucket.params, bucket.key
+        params, key, state = bucket.params, bucket.key, self.state
         grads: list[Any] = [p.grad for p in params]
-        names = [*key.storage, *key.counters]
+        names, none = [*key.storage, *key.counters], dict[str, Tensor]()
+        if all(map(is_not, grads, repeat(None))):
+            in_order = len(state) == len(params) and all(map(is_, state, params))  # no key is hashed
+            states = list(state.values() if in_order else map(state.get, params, repeat(none)))
+        elif all(map(is_, grads, repeat(None))):
+            return None
+        else:
+            absent = dict.fromkeys(names, ABSENT)
+            states = [absent if g is None else state.get(p, none) for p, g in zip(params, grads, strict=True)]
+            grads = [ABSENT if g is None else g for g in grads]
         try:
-            state: Any = self.state if names else dict.fromkeys(params)  # asked for a key, state makes it
-            if all(map(is_not, grads, repeat(None))):
-                in_order = len(state) == len(params) and all(map(is_, state, params))  # no key is hashed
-                states: list[Any] = list(state.values() if in_order else map(state.__getitem__, params))
-            elif all(map(is_, grads, repeat(None))):
-                return None
-            else:
-                absent = dict.fromkeys(names, ABSENT)
-                states = [absent if g is None else state[p] for p, g in zip(params, grads, strict=True)]
-                grads = [ABSENT if g is None else g for g in grads]
             tensors = {name: [of[name] for of in states] for name in names}
         except KeyError:
             if make_state:
                 self._make_state(bucket)
                 return self._batch(bucket, make_state)
-            return Batch(
-                bucket, params, [ABSENT if g is None else g for g in grads], [], [], [], [], self.param_groups, self
-            )
-        for name in key.counters:
+            for p in params:
+                self._check_state(p, key)
+            tensors = {}
+        for name in key.counters.keys() & tensors:
             if not all(map(isinstance, tensors[name], repeat(Tensor))):  # a number, as in old checkpoints
                 for of in states:
-                    of[name] = torch.as_tensor(of[name], dtype=key.counters.get(name))
+                    of[name] = torch.as_tensor(of[name], dtype=key.counters[name])
                 return self._batch(bucket, make_state)
         if key.channel_dim != 0:
             params = [_rows_first(p, key) for p in params]
             grads = [_rows_first(g, key, copy=True) for g in grads]
-            tensors |= {name: [_rows_first(t, key) for t in tensors[name]] for name in key.storage}
+            tensors |= {name: [_rows_first(t, key) for t in tensors[name]] for name in key.storage.keys() & tensors}
         return Batch(
             bucket,
             params,
             grads,
-            [tensors[name] for name in key.moments],
+            [tensors[name] for name in key.moments if tensors],
             tensors.get("step", []),
             tensors.get("rounding_seed", []),
             tensors.get("remainder", []),
@@ -688,7 +687,7 @@ def _default_state_dtype(p: Tensor, rounding: str) -> torch.dtype:
 def _seeded(new: dict[str, Tensor], old: dict[str, Any]) -> dict[str, Tensor]:
     """The new state, with a seed of torch's default generator where it needs one and the old state has none."""
     if "rounding_seed" in new and "rounding_seed" not in old:
-        new["rounding_seed"].fill_(int(torch.randint(1 << 62, ())))
+        new["rounding_seed"].fill_(int(torch.randint(1 << 62, (), device="cpu")))
     return new
 
 

@@ -1,18 +1,45 @@
-"""Documentation that is code runs; numbers and names in it are those of the code."""
+"""Documentation that is code runs; numbers, names and links in it are those of the code.
+
+In a page the python blocks run in order in one namespace. The comment behind a ``print`` is what it prints. A block
+whose fence says ``python cuda`` needs a GPU, one that says ``python timm`` that package; both are compiled everywhere.
+A table headed ``this`` and ``says`` has calls and their errors, "..." standing for what was left out; it runs at the
+page's end.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import importlib.util
+import inspect
+import io
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import adamp
 import pytest
+import torch
+from test_precision import BYTES, MODES
 
 import fused_adamp.adamp
 import fused_adamp.sgdp
+from fused_adamp import SGDP, AdamP
 from fused_adamp.bucket import Scalars
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
+GUIDES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", *GUIDES]
+RUNNABLE = [page for page in PAGES if "```python" in (ROOT / page).read_text()]
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("module", [fused_adamp.adamp, fused_adamp.sgdp])
@@ -22,23 +49,119 @@ def test_docstrings(module: object) -> None:
     assert results.failed == 0
 
 
-@pytest.mark.parametrize("page", ["README.md"])
-def test_python_blocks_run(page: str) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, page, "exec"), {})
+# What runs.
+
+
+def blocks(page: str) -> Iterator[tuple[str, str]]:
+    """What each python block needs and its source, with the lines before it left empty, for tracebacks."""
+    text = read(page)
+    matches = list(re.finditer(r"^```python *(.*)\n((?s:.*?))^```$", text, re.MULTILINE))
+    assert len(matches) == text.count("```python")
+    for match in matches:
+        yield match[1], "\n" * (text[: match.start()].count("\n") + 1) + match[2]
+
+
+def there_is(need: str) -> bool:
+    if need == "cuda":
+        return torch.cuda.is_available()
+    return not need or importlib.util.find_spec(need) is not None
+
+
+def errors(page: str) -> Iterator[tuple[str, str]]:
+    """The rows of the page's tables of errors: call and message."""
+    for table in re.findall(r"^\| this \| says \|\n\|[-|]+\|\n((?:\|.*\n)+)", read(page) + "\n", re.MULTILINE):
+        rows = re.findall(r"^\| `(.*)` \| `(.*)` \|$", table, re.MULTILINE)
+        assert len(rows) == table.count("\n")
+        yield from rows
+
+
+@pytest.mark.parametrize("page", RUNNABLE)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # these two are torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch._dynamo.reset()
+    namespace: dict[str, Any] = {}
+    for need, source in blocks(page):
+        code = compile(source, page, "exec")
+        if not there_is(need):
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            exec(code, namespace)
+        printed = iter(output.getvalue().splitlines())
+        for line in re.findall(r"^ *print\(.*\)  # (.*)$", source, re.MULTILINE):
+            assert line in printed, f"{page} says {line!r}, printed was {output.getvalue()!r}"
+    for call, says in errors(page):
+        with pytest.raises(Exception) as caught:  # noqa: PT011  # the table says which
+            exec(call, namespace)
+        pieces = f"{caught.type.__name__}: {caught.value}", *says.split("...")
+        assert re.fullmatch("(?s)" + ".*".join(map(re.escape, pieces[1:])), pieces[0]), f"{says}\n{pieces[0]}"
 
 
 def test_make_targets_that_the_documents_name_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in ("README.md", "CONTRIBUTING.md", "bench/README.md", "docs/architecture.md"):
-        named = set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", (ROOT / page).read_text(), re.MULTILINE))
-        assert named <= targets, page
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    for page in PAGES:
+        assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", read(page), re.MULTILINE)) <= targets, page
+
+
+# What points somewhere.
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings as GitHub links to them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", read(page)):
+        if not link.startswith("https://"):
+            path, _, anchor = link.partition("#")
+            target = ROOT / page if not path else (ROOT / page).parent / path
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    assert set(GUIDES) <= set(re.findall(r"\]\(([^)#\s]+)", read("README.md")))
+
+
+# What the code says too.
+
+
+def named(text: str) -> set[str]:
+    """The names that stand first in a piece of code within the text."""
+    return set(re.findall(r"`(?:\w+=[^`]*, )?([a-z_]+)", text)) | set(re.findall(r"\b([a-z_]+)=", text))
+
+
+@pytest.mark.parametrize("cls", [AdamP, SGDP])
+def test_every_argument_is_explained(cls: type[torch.optim.Optimizer]) -> None:
+    assert inspect.signature(cls).parameters.keys() <= named("".join(map(read, ["README.md", *GUIDES])))
+
+
+@pytest.mark.parametrize(
+    ("page", "theirs"), [("from-adamp", adamp.AdamP), ("from-adamp", adamp.SGDP), ("from-adamw", torch.optim.AdamW)]
+)
+def test_migration_covers_every_argument(page: str, theirs: type[torch.optim.Optimizer]) -> None:
+    assert inspect.signature(theirs).parameters.keys() <= named(read(f"docs/{page}.md"))
+
+
+def test_bytes_are_those_of_the_tests() -> None:
+    """docs/precision.md: state, both, step, for AdamP and SGDP, against what tests/test_precision.py measures."""
+    table = re.findall(r"^\| ((?:b?float)\d+) \| (?:`(.*)` )?\| (.*) \|$", read("docs/precision.md"), re.MULTILINE)
+    assert len(table) >= 7
+    for weights, options, numbers in table:
+        mode = getattr(torch, weights), eval(f"dict({options})", {"torch": torch})
+        (name,) = (name for name, known in MODES.items() if known == mode)
+        (both, step), size = BYTES[name][:2], mode[0].itemsize
+        sgdp_both, sgdp_step = BYTES[name][2:]
+        expected = [both - size, both, step, sgdp_both - size, sgdp_both, sgdp_step]
+        assert [float(number) for number in numbers.split(" | ")] == expected, name
 
 
 def test_the_extension_reads_the_hyperparameters_in_the_same_order() -> None:
-    header = (ROOT / "csrc/algorithm.h").read_text()
+    header = read("csrc/algorithm.h")
     fields = re.search(r"struct Scalars \{\s*double ([^;]*);", header)
     assert fields
     assert re.split(r",\s*", fields.group(1)) == list(Scalars._fields)

@@ -116,7 +116,8 @@ def _scalars(batch: Batch) -> Tensor:
     scratch, rows = batch.bucket.scratch, [batch.rule.scalars(group) for group in batch.groups]
     if rows != scratch.rows:
         scratch.rows, scratch.scalars = rows, torch.tensor(rows, dtype=torch.float64)
-    return scratch.scalars
+    table: Tensor = scratch.scalars
+    return table
 
 
 def _flat(bucket: Bucket, name: str, tensors: list[Tensor]) -> list[Tensor]:
