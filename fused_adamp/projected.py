@@ -620,6 +620,18 @@ class ProjectedOptimizer(Optimizer):
 
 
 def _check_parameter(p: Tensor, label: str) -> None:
+    if getattr(
+        p, "_fsdp_flattened", False
+    ):  # set by FSDP1 on flat parameters and on the originals that are their parts
+        raise TypeError(
+            f"{label} is part of a flat parameter of FSDP1, of which no rows are left: stepped, it would never be "
+            "projected. Keep the parameters whole, e.g. with DistributedDataParallel"
+        )
+    if hasattr(p, "device_mesh") and hasattr(p, "placements"):
+        raise TypeError(
+            f"{label} is a DTensor, whose rows may lie on several devices: sharded parameters are not supported yet. "
+            "Keep the parameters whole, e.g. with DistributedDataParallel"
+        )
     if p.is_meta:
         raise TypeError(f"{label} is on the meta device and holds no data: materialise it first, e.g. model.to_empty()")
     if p.layout is not torch.strided:

@@ -40,7 +40,7 @@ def test_verify_fails_on_a_wrong_number(
     error: float, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(commands, "cases", lambda *tile: cases(*tile)[:1])
-    monkeypatch.setattr(commands, "check", lambda *_: Outcome({"p": error}, []))
+    monkeypatch.setattr(commands, "check", lambda *_: Outcome({"p": error}, {"p": 6.0}, []))
     assert commands.verify() == 1
     assert "FAILED" in capsys.readouterr().out
 
@@ -55,11 +55,13 @@ def test_the_example_trains_every_optimizer_and_writes_what_it_says(tmp_path: Pa
     run = _run("examples/digits.py", "--epochs", "1", "--seeds", "1", "--out", str(tmp_path))
     assert run.returncode == 0, run.stderr
     rows = {row["optimizer"]: row for row in json.loads((tmp_path / "digits.json").read_text())["rows"]}
-    assert list(rows) == ["SGD", "SGDP", "AdamW", "AdamP", "clovaai AdamP"]
+    assert list(rows) == ["SGD", "SGDP", "AdamW", "AdamP", "clovaai AdamP", "AdamP bf16 + remainder", "AdamP bf16"]
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     # The same trajectory up to rounding; and the convolutions, all scale-invariant, are projected in most steps.
     assert rows["AdamP"]["norm_growth"] == pytest.approx(rows["clovaai AdamP"]["norm_growth"], rel=1e-3)
     assert rows["AdamP"]["norm_growth"] < rows["AdamW"]["norm_growth"]
+    # The network computes in bfloat16, but the weights that are trained are float32's.
+    assert rows["AdamP bf16 + remainder"]["norm_growth"] == pytest.approx(rows["AdamP"]["norm_growth"], rel=0.02)
     channels = [views["channel"] for layer, views in rows["AdamP"]["projected"].items() if layer.endswith("conv")]
     assert len(channels) == 8
     assert min(channels) > 0.9

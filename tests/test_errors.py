@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
+from torch.distributed.tensor import Shard, distribute_tensor
 from trajectory import RULES, Run, assert_snapshots_equal, gradient, parameters, snapshot
 
 from fused_adamp.backends import BACKENDS, available
@@ -169,6 +171,29 @@ def test_parameter(rule: str, kind: str) -> None:
     assert all(a is b for a, b in zip(run.optimizer.param_groups, groups, strict=True))
     assert_snapshots_equal(snapshot(run.optimizer), before)
     run.step()
+
+
+@EVERY_RULE
+def test_part_of_a_flat_parameter_of_fsdp1(rule: str) -> None:
+    """A vector that once was part of a matrix would silently be stepped by Adam's rule."""
+    cls, options = RULES[rule]
+    shard = nn.Parameter(torch.ones(6))
+    _set_fsdp_flattened(shard)  # as FSDP1 does
+    with raises(TypeError, "parameter 0 of group 0", "flat parameter of FSDP1", "DistributedDataParallel"):
+        cls([shard], **options)
+
+
+@EVERY_RULE
+def test_dtensor(rule: str) -> None:
+    cls, options = RULES[rule]
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        sharded = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
+        with raises(TypeError, "parameter 0 of group 0", "DTensor", "DistributedDataParallel"):
+            cls([sharded], **options)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # Tensors that are bad when the step begins.
