@@ -33,7 +33,7 @@ bench-smoke: $(VENV)/bench.done build  ## the benchmark's machinery on tiny shap
 gpu:  ## on a CUDA machine: build, GPU tests, benchmark and profile in nine minutes, with the python at hand
 	$(PYTHON) -m bench.gpu
 
-gpu-dry-run: $(VENV)/bench.done build  ## the same command's machinery on the CPU, in Triton's interpreter
+gpu-dry-run: $(VENV)/test.done build  ## the same command's machinery on the CPU, in Triton's interpreter
 	$(BIN)/python -m bench.gpu --dry-run
 
 build: $(VENV)/build.done  ## install the package in place, with its extension where there is a compiler

@@ -620,9 +620,7 @@ class ProjectedOptimizer(Optimizer):
 
 
 def _check_parameter(p: Tensor, label: str) -> None:
-    if getattr(
-        p, "_fsdp_flattened", False
-    ):  # set by FSDP1 on flat parameters and on the originals that are their parts
+    if getattr(p, "_fsdp_flattened", False):  # FSDP1 marks flat parameters, and originals that are parts of one
         raise TypeError(
             f"{label} is part of a flat parameter of FSDP1, of which no rows are left: stepped, it would never be "
             "projected. Keep the parameters whole, e.g. with DistributedDataParallel"
