@@ -254,6 +254,9 @@ class TritonBackend:
 
         work = batch.bucket.scratch
         with _on(batch.bucket.key.device):
+            if not batch.has_state:  # before the first step: what it needs cannot be lined up yet
+                norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in batch.grads if g is not ABSENT]
+                return torch.stack(norms).square().sum()
             tables = work.tables(batch._replace(measured=False), capturing=_captured(batch))
             stale = self._refresh(batch, tables)
             assert stale < 0, "the front end has checked that the batch fits"
