@@ -44,7 +44,8 @@ struct Coefficients {
 
   Coefficients() = default;
 
-  // t is the 1-based step; scale is what loss scaling and clipping multiply the gradient by. Bias corrections and 1 - beta come in double: in float32, 1 - 0.999f is off by 1e-5.
+  // t is the 1-based step; scale is what loss scaling and clipping multiply the gradient by. Bias corrections and 1 - beta
+  // come in double: in float32, 1 - 0.999f is off by 1e-5.
   Coefficients(const Scalars& s, bool adaptive, double t, double scale_)
       : momentum(T(s.momentum)),
         gain(T(s.gain)),

@@ -157,8 +157,7 @@ class AdamP(ProjectedOptimizer):
         assert step is not None, "AdamP counts steps"
         beta1, beta2 = map(float, group["betas"])
         exp_avg, exp_avg_sq = moments
-        options: dict[str, Any] = {name: float(group[name]) for name in self.ranges}
-        options |= {name: group[name] for name in ("nesterov", "maximize", "projection")}
+        options = self.reference_options(group, "nesterov", "maximize", "projection")
         return adamp_ref(p, g, exp_avg, exp_avg_sq, step.item(), betas=(beta1, beta2), **options)
 
     def direction(

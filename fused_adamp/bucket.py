@@ -118,7 +118,6 @@ class Bucket:
         self.key = key
         self.params = list(params)
         self.groups = [0] * len(self.params)
-        self._given: set[int] = set()
         self.given: dict[str, list[Tensor | None]] = {
             name: [None] * len(self.params) for name in (*key.storage, *key.counters)
         }
@@ -175,14 +174,13 @@ class Bucket:
         was taken away gets tensors of its own.
         """
         p, offset = self.params[index], int(self.offsets[index])
-        if index in self._given:
+        if any(given[index] is not None for given in self.given.values()):
             counters = {name: torch.zeros_like(counter[index]) for name, counter in self.counters.items()}
             dtypes = self.key.storage
             return counters | {n: torch.zeros_like(p, dtype=d, requires_grad=False) for n, d in dtypes.items()}
         strides = torch.empty_like(p, device="meta").stride()
         counters = {name: _own(counter[index]) for name, counter in self.counters.items()}
         state = counters | {n: _own(flat.as_strided(p.shape, strides, offset)) for n, flat in self.storage.items()}
-        self._given.add(index)
         for name, tensor in state.items():
             self.given[name][index] = tensor
         return state
@@ -265,7 +263,9 @@ class Batch(NamedTuple):
 
     @property
     def has_state(self) -> bool:
-        return len(self.moments) == len(self.bucket.key.moments)
+        """Whether the members' state is in the batch, all kinds of it."""
+        kinds = [*self.moments, self.remainders, self.steps, self.seeds]
+        return sum(map(bool, kinds)) == len(self.bucket.key.storage) + len(self.bucket.key.counters)
 
     @property
     def stored(self) -> list[list[Tensor]]:

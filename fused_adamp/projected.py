@@ -138,6 +138,10 @@ class ProjectedOptimizer(Optimizer):
         """The group's hyperparameters of :attr:`ranges`, by :func:`number`."""
         return {name: number(group[name]) for name in self.ranges}
 
+    def reference_options(self, group: dict[str, Any], *flags: str) -> dict[str, Any]:
+        """The group's hyperparameters of :attr:`ranges` as floats, the named ones as they are."""
+        return {name: float(group[name]) for name in self.ranges} | {name: group[name] for name in flags}
+
     # What users call.
 
     @torch.no_grad()
@@ -247,14 +251,6 @@ class ProjectedOptimizer(Optimizer):
             for p, d in zip(bucket.params, bucket.decisions.tolist(), strict=True)
             if d != UNDECIDED
         }
-
-    def _dtype_of(self, group: dict[str, Any], state: dict[Any, Any]) -> torch.dtype | None:
-        """A dtype for the moments of a group that names none, if they have not those they would take by default."""
-        moments = [
-            (p, state[p][name]) for p in group["params"] for name in self.moments(group) if name in state.get(p, {})
-        ]
-        usual = all(moment.dtype == _default_state_dtype(p, group["rounding"]) for p, moment in moments)
-        return None if usual else _promoted([moment.dtype for _, moment in moments])
 
     def projection_report(self, model: torch.nn.Module | None = None) -> ProjectionReport:
         """How the last step was projected and what it did to the norms, parameter by parameter. Waits for the device.
@@ -538,6 +534,14 @@ class ProjectedOptimizer(Optimizer):
             rounding = "nearest"
         channel_dim = 0 if p.ndim < 2 else channel_dim
         return BucketKey(backend, p.device, p.dtype, moments, state_dtype, rounding, channel_dim, self.adaptive)
+
+    def _dtype_of(self, group: dict[str, Any], state: dict[Any, Any]) -> torch.dtype | None:
+        """A dtype for the moments of a group that names none, if they have not those they would take by default."""
+        moments = [
+            (p, state[p][name]) for p in group["params"] for name in self.moments(group) if name in state.get(p, {})
+        ]
+        usual = all(moment.dtype == _default_state_dtype(p, group["rounding"]) for p, moment in moments)
+        return None if usual else _promoted([moment.dtype for _, moment in moments])
 
     def _storage(self, group: dict[str, Any]) -> tuple[Any, ...]:
         """What of a group decides into which bucket a parameter goes; and the projection, to notice its change."""

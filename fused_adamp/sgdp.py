@@ -162,8 +162,7 @@ class SGDP(ProjectedOptimizer):
     def reference_step(
         self, p: Tensor, g: Tensor, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
     ) -> Decision:
-        options: dict[str, Any] = {name: float(group[name]) for name in self.ranges}
-        options |= {name: group[name] for name in ("nesterov", "maximize", "project_buffer", "projection")}
+        options = self.reference_options(group, "nesterov", "maximize", "project_buffer", "projection")
         return sgdp_ref(p, g, moments[0] if moments else None, **options)
 
     def direction(
