@@ -384,7 +384,7 @@ class TileAccess {
   template <class Stored>
   typename Stored::Pointer at(Role role) const {
     if constexpr (std::is_same<Stored, WithRemainder>::value) {
-      return {reinterpret_cast<uint16_t*>(storage_.data[role]), reinterpret_cast<int16_t*>(storage_.data[role_remainder])};
+      return {reinterpret_cast<uint16_t*>(storage_.data[role]), reinterpret_cast<uint16_t*>(storage_.data[role_remainder])};
     } else {
       return reinterpret_cast<typename Stored::Pointer>(storage_.data[role]);
     }

@@ -41,7 +41,7 @@ struct Bfloat16 {
 struct WithRemainder {
   struct Pointer {
     uint16_t* high;
-    int16_t* rest;
+    uint16_t* rest;  // int16
   };
 };
 

@@ -25,24 +25,33 @@ FUSED_ADAMP_INLINE To same_bits(From from) {
   return to;
 }
 
-// bfloat16 is the upper half of a float. The functions return a float's bits, of which the lower half is then dropped.
+// bfloat16 is the upper half of a float. The functions return a float's bits, of which the lower half is then dropped. N is
+// uint32_t, or a vector of them.
 
-FUSED_ADAMP_INLINE uint32_t magnitude(uint32_t bits) { return bits & 0x7fffffff; }
+template <class N>
+FUSED_ADAMP_INLINE N magnitude(N bits) {
+  return bits & 0x7fffffff;
+}
 
-FUSED_ADAMP_INLINE uint32_t without_nan(uint32_t bits) { return magnitude(bits) > 0x7f800000 ? 0x7fc00000 : bits; }
+template <class N>
+FUSED_ADAMP_INLINE N without_nan(N bits) {
+  return magnitude(bits) > 0x7f800000 ? N{} + 0x7fc00000 : bits;
+}
 
-FUSED_ADAMP_INLINE uint32_t round_to_nearest(uint32_t bits) {
-  return magnitude(bits) > 0x7f800000 ? 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
+template <class N>
+FUSED_ADAMP_INLINE N round_to_nearest(N bits) {
+  return magnitude(bits) > 0x7f800000 ? N{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
 }
 
 FUSED_ADAMP_INLINE uint32_t round_by_chance(uint32_t bits, uint32_t random) {
   return without_nan(bits) + (magnitude(bits) >= 0x7f800000 ? 0 : random);
 }
 
-// fused_adamp/precision.py, join.
-FUSED_ADAMP_INLINE uint32_t join(uint16_t high, int16_t rest) {
-  const uint32_t bits = uint32_t(high) << 16;
-  return magnitude(bits) == 0 && rest < 0 ? bits : bits + uint32_t(int32_t(rest));
+// fused_adamp/precision.py, join, of both halves as they are stored.
+template <class N>
+FUSED_ADAMP_INLINE N join(N high, N low) {
+  const N bits = high << 16, rest = (low ^ 0x8000) - 0x8000;
+  return ((magnitude(bits) == 0) & ((rest >> 31) != 0)) ? bits : bits + rest;
 }
 
 // fused_adamp/precision.py, noise.
@@ -88,8 +97,8 @@ FUSED_ADAMP_OUTLINE void read_block(const Storage& s, Role role, int64_t begin, 
     case storage_bf16: {
       const uint16_t* from = reinterpret_cast<const uint16_t*>(s.data[role]) + begin;
       if (role == role_p && s.data[role_remainder]) {
-        const int16_t* rest = reinterpret_cast<const int16_t*>(s.data[role_remainder]) + begin;
-        for (int64_t i = 0; i < n; ++i) to[i] = T(same_bits<float>(join(from[i], rest[i])));
+        const uint16_t* rest = reinterpret_cast<const uint16_t*>(s.data[role_remainder]) + begin;
+        for (int64_t i = 0; i < n; ++i) to[i] = T(same_bits<float>(join(uint32_t(from[i]), uint32_t(rest[i]))));
       } else {
         for (int64_t i = 0; i < n; ++i) to[i] = T(same_bits<float>(uint32_t(from[i]) << 16));
       }
@@ -232,26 +241,18 @@ FUSED_ADAMP_INLINE Vec<float> load(Bfloat16, const uint16_t* from, int64_t i, Ex
 }
 template <class Extent>
 FUSED_ADAMP_INLINE void store(Bfloat16, uint16_t* to, int64_t i, Extent extent, Vec<float> x) {
-  const Bits bits = same_bits<Bits>(x.lane);
-  const Bits nan = Bits((bits & 0x7fffffff) > 0x7f800000);  // all ones, or none
-  const Bits rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  store_halves(to + i, extent, ((rounded & ~nan) | (nan & 0x7fc00000)) >> 16);
+  store_halves(to + i, extent, round_to_nearest(same_bits<Bits>(x.lane)) >> 16);
 }
 
 template <class Extent>
 FUSED_ADAMP_INLINE Vec<float> load(WithRemainder, WithRemainder::Pointer from, int64_t i, Extent extent) {
-  const Bits high = load_halves(from.high + i, extent) << 16;
-  const Bits rest = (load_halves(reinterpret_cast<const uint16_t*>(from.rest) + i, extent) ^ 0x8000) - 0x8000;
-  const Bits stale = Bits((high & 0x7fffffff) == 0) & Bits((rest >> 31) != 0);
-  return as_floats(high + (rest & ~stale));
+  return as_floats(join(load_halves(from.high + i, extent), load_halves(from.rest + i, extent)));
 }
 template <class Extent>
 FUSED_ADAMP_INLINE void store(WithRemainder, WithRemainder::Pointer to, int64_t i, Extent extent, Vec<float> x) {
-  const Bits bits = same_bits<Bits>(x.lane);
-  const Bits nan = Bits((bits & 0x7fffffff) > 0x7f800000);
-  const Bits clean = (bits & ~nan) | (nan & 0x7fc00000);
-  store_halves(to.high + i, extent, (clean + 0x8000) >> 16);
-  store_halves(reinterpret_cast<uint16_t*>(to.rest) + i, extent, clean & 0xffff);
+  const Bits bits = without_nan(same_bits<Bits>(x.lane));
+  store_halves(to.high + i, extent, (bits + 0x8000) >> 16);
+  store_halves(to.rest + i, extent, bits & 0xffff);
 }
 #endif
 
