@@ -10,6 +10,9 @@ help:  ## list the targets
 demo: $(VENV)/demo.done build  ## train a real network with seven optimizers; table and plot (under three minutes)
 	$(BIN)/python examples/digits.py
 
+train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes by FSDP2, resumable (about a minute)
+	$(BIN)/torchrun --nproc-per-node 2 examples/train_fsdp2.py
+
 test: $(VENV)/test.done build lint types  ## lint, types and every test
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest
 
@@ -25,10 +28,14 @@ bench: $(VENV)/bench.done build  ## the full benchmark against torch, clovaai an
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-json=out/bench.json
 	$(BIN)/python -m bench.report out/bench.json --out bench/results
 
-bench-smoke: $(VENV)/bench.done build  ## the benchmark's machinery on tiny shapes
+bench-sharded: $(VENV)/bench.done build  ## sharded parameters on two ranks, against torch and the formula on DTensors
+	$(BIN)/python -m bench.sharded --out bench/results
+
+bench-smoke: $(VENV)/bench.done build  ## both benchmarks' machinery on tiny shapes
 	mkdir -p out
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --smoke --benchmark-json=out/bench-smoke.json
 	$(BIN)/python -m bench.report out/bench-smoke.json
+	$(BIN)/python -m bench.sharded --smoke
 
 gpu:  ## on a CUDA machine: build, GPU tests, benchmark and profile in nine minutes, with the python at hand
 	$(PYTHON) -m bench.gpu
@@ -54,4 +61,4 @@ $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo test lint types bench bench-smoke gpu gpu-dry-run build clean
+.PHONY: help demo train test lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from bench.report import torch_info
 from bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
@@ -35,15 +33,4 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.update(
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        isa=torch.backends.cpu.get_cpu_capability(),
-        huge_pages=_selected("/sys/kernel/mm/transparent_hugepage/enabled"),
-    )
-
-
-def _selected(path: str) -> str | None:
-    """The word in brackets of a kernel setting such as ``always [madvise] never``; None where there is no such file."""
-    file = Path(path)
-    return file.read_text().partition("[")[2].partition("]")[0] if file.exists() else None
+    machine_info.update(torch_info())

@@ -8,13 +8,14 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["main", "results"]
+__all__ = ["environment", "main", "marked", "results", "torch_info", "write"]
 
 Row = dict[str, Any]
 
@@ -32,23 +33,50 @@ RIVALS = {"adamw_fused": "clovaai.AdamP", "sgd_fused": "clovaai.SGDP"}
 
 DISTURBED = 1.25
 """A peer does the same work in every case. Where its median is this many times its best, something else ran."""
+DISTURBED_LINE = f"?: disturbed by other programs: the peer took over {DISTURBED:g} times its best. Measure again."
 
 
 def results(run: dict[str, Any]) -> dict[str, Any]:
     """What is kept of pytest-benchmark's JSON: the machine, the commit, and one row per measurement."""
-    machine, commit = run["machine_info"], run["commit_info"]
     info = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
-    rows = [extra for extra in info if "workload" in extra]
+    return {
+        **environment(run["machine_info"], run["commit_info"], run["datetime"]),
+        **next((extra for extra in info if "copy_gbps" in extra), {}),
+        "rows": marked([extra for extra in info if "workload" in extra]),
+    }
+
+
+def environment(machine: dict[str, Any], commit: dict[str, Any], datetime: str) -> dict[str, Any]:
+    """What is kept of pytest-benchmark's information, with :func:`torch_info` in the machine's."""
     return {
         "device": machine["cpu"]["brand_raw"],
         "cores": machine["cpu"]["count"],
         **{name: machine[name] for name in ("threads", "isa", "huge_pages", "torch")},
         "commit": commit["id"][:7],
         "uncommitted_changes": commit["dirty"],
-        "date": run["datetime"][:10],
-        **next((extra for extra in info if "copy_gbps" in extra), {}),
-        "rows": [row | {"disturbed": row["peer_ms_p50"] > DISTURBED * _best_of_peer(row, rows)} for row in rows],
+        "date": datetime[:10],
     }
+
+
+def torch_info() -> dict[str, Any]:
+    """What torch's speed depends on and pytest-benchmark does not ask for."""
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "huge_pages": _selected("/sys/kernel/mm/transparent_hugepage/enabled"),
+    }
+
+
+def _selected(path: str) -> str | None:
+    """The word in brackets of a kernel setting such as ``always [madvise] never``; None where there is no such file."""
+    file = Path(path)
+    return file.read_text().partition("[")[2].partition("]")[0] if file.exists() else None
+
+
+def marked(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with whether something else ran while they were measured."""
+    return [row | {"disturbed": row["peer_ms_p50"] > DISTURBED * _best_of_peer(row, rows)} for row in rows]
 
 
 def _best_of_peer(row: Row, rows: Sequence[Row]) -> float:
@@ -158,11 +186,11 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
         yield table
 
 
-def target_table(rows: Sequence[Row]) -> Table:
+def target_table(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> Table:
     table = Table(title="Targets")
     for name in ("target", "limit", "model", *CASES):
         table.add_column(name, no_wrap=True)
-    for target in TARGETS:
+    for target in targets:
         limit = f"{'>=' if target.at_least else '<='} {target.limit:.2f}{target.unit}"
         for model in target.models:
             table.add_row(target.text, limit, model, *(judge(target, model, case, rows) for case in CASES))
@@ -171,16 +199,31 @@ def target_table(rows: Sequence[Row]) -> Table:
 
 
 def heading(found: dict[str, Any]) -> str:
-    copy = f"copy {found['copy_gbps']:.1f} GB/s; " if "copy_gbps" in found else ""
-    changes = " with uncommitted changes" if found["uncommitted_changes"] else ""
     peers = "; ".join(f"{name} for {of}" for (_, name), of in zip(PEERS.items(), _COMPARED, strict=True))
     return (
-        f"{found['device']}, {found['cores']} cores, {found['threads']} threads, {found['isa']}, huge pages "
-        f"{found['huge_pages']}; {copy}torch {found['torch']}; {found['date']}, commit {found['commit']}{changes}\n"
+        f"{machine_line(found)}\n"
         f"ratio: to the peer, stepped in turns with it; median over rounds. Peers: {peers}.\n"
-        f"?: disturbed by other programs: the peer took over {DISTURBED:g} times its best. Measure again.\n"
+        f"{DISTURBED_LINE}\n"
         "GB/s: of the bytes that a step cannot avoid. extra memory: held beyond the moments, in % of the parameters."
     )
+
+
+def machine_line(found: dict[str, Any]) -> str:
+    copy = f"copy {found['copy_gbps']:.1f} GB/s; " if "copy_gbps" in found else ""
+    changes = " with uncommitted changes" if found["uncommitted_changes"] else ""
+    return (
+        f"{found['device']}, {found['cores']} cores, {found['threads']} threads, {found['isa']}, huge pages "
+        f"{found['huge_pages']}; {copy}torch {found['torch']}; {found['date']}, commit {found['commit']}{changes}"
+    )
+
+
+def write(found: dict[str, Any], folder: Path, suffix: str = "") -> Path:
+    """Writes ``<device>-<date>-<commit><suffix>.json``."""
+    device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
+    path = folder / f"{device}-{found['date']}-{found['commit']}{suffix}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return path
 
 
 def main() -> None:
@@ -195,11 +238,7 @@ def main() -> None:
     for table in (*tables(found["rows"]), target_table(found["rows"])):
         console.print(table)
     if arguments.out:
-        device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-        path = arguments.out / f"{device}-{found['date']}-{found['commit']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        console.print(f"wrote {path}")
+        console.print(f"wrote {write(found, arguments.out)}")
 
 
 if __name__ == "__main__":

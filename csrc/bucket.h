@@ -46,15 +46,47 @@ class TensorList {
   std::vector<AtenTensorHandle> handles_;
 };
 
-// Counted up whenever TableRow, TileSums, Scalars or the operators change: fused_adamp/backends/cpu.py compares it.
-constexpr int64_t layout_version = 3;
+// Counted up whenever TableRow, TileSums, Scalars, Shared or the operators change: fused_adamp/backends/cpu.py compares it.
+constexpr int64_t layout_version = 4;
+
+// How a parameter's rows lie on the ranks: fused_adamp/sharding.py.
+enum class Sharing : int64_t { local = 0, shared = 1, split = 2 };
 
 // One row of the bucket's table: fused_adamp/bucket.py, COLUMNS.
 struct TableRow {
   int64_t group, projected, rows, cols, tile_rows, tile_cols, first_tile;
+  Sharing sharing;
+  int64_t first_row, first_number, row_numbers;
+
+  bool local() const { return sharing == Sharing::local; }
 
   int64_t segments() const { return (cols + tile_cols - 1) / tile_cols; }  // of a row that is wider than a tile
   int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows * segments(); }
+};
+
+// Whether measure has moved a parameter that lies on several ranks, as if nothing or every row were projected.
+enum class Swept : uint8_t { no, plain, channel };
+
+// What this rank tells the others of a parameter, and what all have agreed on: fused_adamp/bucket.py, SHARES and Shared.
+struct Shares {
+  double limit, cosine;
+  ViewSums sums;
+};
+struct Verdict {
+  double decision, projection;
+};
+
+// The tensors of Shared, and those that measure leaves for step.
+struct Shared {
+  explicit Shared(const TensorList& list);
+
+  const uint8_t* needs;
+  Shares* shares;
+  ViewSums* rows;
+  const Verdict* verdicts;
+  const double* row_projections;
+  Swept* swept;
+  char* shrink;  // speculative, one number per row
 };
 
 // One of a parameter's tensors.
@@ -71,7 +103,7 @@ struct Layout {
 };
 
 // How a parameter passes through the stages: cpu.cpp.
-enum class Plan { settled, one_tile, split, speculative };
+enum class Plan { none, settled, one_tile, split, speculative, share, finish };
 
 struct Parameter {
   const TableRow* table;
@@ -82,7 +114,7 @@ struct Parameter {
   const Scalars* scalars;
   Test test;
   bool tested;             // by the cosine test; else the decision is settled:
-  Decision settled;        // by the projection that the group names, or by there being none
+  Decision settled;        // by the projection that the group names, by all ranks, or by there being none
   float* step;             // t, kept in the state; null where the rule counts no steps
   int64_t* seed;           // of stochastic rounding; null where there is none
   uint32_t key[2] = {0, 0};  // of this step's chance
@@ -96,8 +128,15 @@ struct Parameter {
   Plan plan;
   Operand operand[role_count];
   std::unique_ptr<Layout> layout;    // null: all tensors are contiguous
-  int64_t shrink_offset = 0;         // bytes into the step's scratch: speculative, one number per row
-  char* shrink = nullptr;
+  char* shrink = nullptr;            // speculative, one number per row
+
+  // In a bucket of which some parameters lie on several ranks.
+  int needs = 0;  // Need
+  Shares* shares = nullptr;
+  const Verdict* verdict = nullptr;
+  Swept* swept = nullptr;                   // null where the parameter is local
+  ViewSums* rows = nullptr;                 // of rows that are split, what this rank shares of each,
+  const double* row_projections = nullptr;  // and the projection c of each; else null
 
   // Tiles that finished the stage, and what holds once all have.
   std::atomic<int64_t> predicted_tiles{0}, measured_tiles{0}, dotted_tiles{0};

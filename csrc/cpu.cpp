@@ -7,6 +7,13 @@
 //   split        measure, decide, dot, update          any storage
 //   speculative  predict, sweep, decide, finish        weight and state keep what was computed
 //
+// A parameter that lies on several ranks is decided by all of them together, between two operators: `measure` shares its
+// sums, `step` is given the verdict, which settles the decision.
+//
+//   share        share                                 in measure: the sums, nothing moves
+//   speculative  predict, sweep                        in measure: the sums and the step, by a guess
+//   finish       finish                                in step, after that
+//
 //   measure  per row p.g, g.g and p.p; the largest cosine of a row                                 reads p g
 //   decide   by the thread that ends the parameter's last tile: sums in tile order, decision
 //   dot      p.u, where the chosen view is wider than a tile                                      reads p g m v
@@ -14,6 +21,7 @@
 //   predict  measure of the first rows: if one fails, the channels cannot be projected           reads p g
 //   sweep    measure and update in one, as if the prediction were the decision                    reads p g m v, writes p m v
 //   finish   puts weights right where it was not; most often there is nothing to do              reads p m v, writes p
+//   share    what a parameter's needs ask for: g.g, measure or dot                                reads g, p g or p g m v
 //
 // The prediction looks at this step's tensors only, so a step depends on nothing but its arguments. Every (stage, tile) is a
 // job. Threads draw jobs in order from one counter, so a job only ever waits for jobs that were drawn before it by threads
@@ -100,6 +108,15 @@ TensorList::TensorList(StableIValue argument) {
 TensorList::~TensorList() {
   for (AtenTensorHandle handle : handles_) aoti_torch_delete_tensor_object(handle);
 }
+
+Shared::Shared(const TensorList& list)
+    : needs(reinterpret_cast<uint8_t*>(list[0].data)),
+      shares(reinterpret_cast<Shares*>(list[1].data)),
+      rows(reinterpret_cast<ViewSums*>(list[2].data)),
+      verdicts(reinterpret_cast<Verdict*>(list[3].data)),
+      row_projections(reinterpret_cast<double*>(list[4].data)),
+      swept(reinterpret_cast<Swept*>(list[5].data)),
+      shrink(list[6].data) {}
 
 namespace {
 
@@ -225,27 +242,49 @@ void choose_format(Parameter& x, bool bf16) {
   x.staged = x.format <= format_f64;
 }
 
-// Speculation rests on recovering the old weight from the new one and the state, so both must be stored as computed, and
-// the shrink without projection be small. It keeps one number per row, too much for short rows.
-Plan plan_for(const Parameter& x) {
-  constexpr int64_t shortest_row = 64;
+// Whether other ranks hold parts of a view, so that its projection is given.
+bool spans_ranks(const Parameter& x, Decision view) {
+  const Sharing sharing = x.table->sharing;
+  return view == Decision::layer ? sharing != Sharing::local : view == Decision::channel && sharing == Sharing::split;
+}
+
+// Whether a view is wider than a tile, or than what is here.
+bool spans_tiles(const Parameter& x, Decision view) {
   const TableRow& t = *x.table;
-  if (!x.tested) {
-    const bool spans = x.settled == Decision::layer ? t.tiles() > 1 : x.settled == Decision::channel && t.segments() > 1;
-    return spans ? Plan::split : Plan::settled;
-  }
-  if (t.tiles() <= 1) return Plan::one_tile;
+  return spans_ranks(x, view) || (view == Decision::layer ? t.tiles() > 1 : view == Decision::channel && t.segments() > 1);
+}
+
+// Speculation keeps one number per row, too much for short rows: fused_adamp/backends/cpu.py.
+bool keeps_shrink(const TableRow& t) { return t.cols >= 64; }
+
+// Speculation rests on recovering the old weight from the new one and the state, so both must be stored as computed, and
+// the shrink without projection be small.
+bool recovers(const Parameter& x) {
   const StorageType wanted = x.is_double ? storage_f64 : storage_f32;
   const auto exact = [&](Role role) { return !x.operand[role].data || x.operand[role].type == wanted; };
   const bool keeps = (exact(role_p) || x.operand[role_remainder].data) && exact(role_m) && exact(role_v);
-  const bool recovers = keeps && x.dense && x.rule != sgd_project_buffer && recoverable(x.scalars->lr * x.scalars->decay);
-  return recovers && t.cols >= shortest_row ? Plan::speculative : Plan::split;
+  return keeps && x.dense && x.rule != sgd_project_buffer && recoverable(x.scalars->lr * x.scalars->decay) &&
+         keeps_shrink(*x.table);
+}
+
+Plan plan_for_step(const Parameter& x) {
+  if (x.swept && *x.swept != Swept::no) return Plan::finish;
+  if (!x.tested) return spans_tiles(x, x.settled) && !spans_ranks(x, x.settled) ? Plan::split : Plan::settled;
+  if (x.table->tiles() <= 1) return Plan::one_tile;
+  return recovers(x) ? Plan::speculative : Plan::split;
+}
+
+Plan plan_for_measure(const Parameter& x, bool final) {
+  if (!x.needs) return Plan::none;
+  const bool whole = (x.needs & need_test) && (x.needs & need_dot);
+  return final && whole && recovers(x) ? Plan::speculative : Plan::share;
 }
 
 // The tiles that predict measures: at least 16 rows. If rows pass the test by chance, as 8% of random ones do at
-// delta = 0.1, all of 16 hardly ever do.
+// delta = 0.1, all of 16 hardly ever do. None where a row is not in one piece: its shrink is not known before its last
+// part, so the guess is that nothing is projected.
 int64_t predicted_tiles(const TableRow& t) {
-  if (t.segments() > 1) return 1;
+  if (t.segments() > 1 || t.sharing == Sharing::split) return 0;
   return std::min((16 + t.tile_rows - 1) / t.tile_rows, t.tiles());
 }
 
@@ -364,7 +403,7 @@ class TileAccess {
       storage_.stochastic = x.seed != nullptr;
       storage_.key[0] = x.key[0];
       storage_.key[1] = x.key[1];
-      storage_.first = uint32_t(first);
+      storage_.first = uint32_t(x.table->first_number + tile.row * x.table->row_numbers + tile.col);
       data = {};
       data.storage = &storage_;
       data.stage = scratch.stage<T>();
@@ -412,81 +451,111 @@ const Coefficients<T>& coefficients_of(const Parameter& x) {
   }
 }
 
-template <class F, class T = typename F::Number>
-TileSums measure(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile) {
-  TileSums s{};
-  s.sums = k.measure(data, tile.rows, tile.cols, coefficients_of<T>(x).scale, x.test, &s.largest);
-  return s;
+// Where the sums of the tile's rows go. Rows of several tiles are added up by share_sums.
+RowShares row_shares(const Parameter& x, const Tile& tile) {
+  return {x.rows && x.table->segments() == 1 ? x.rows + tile.row : nullptr, x.needs};
 }
 
-// The decision, and what the user may ask of the test. For rows of several tiles the tiles of a row are added up here, in
-// tile order, else whole tiles.
+template <class F, class T = typename F::Number>
+void measure(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, TileSums* sums) {
+  k.measure(data, tile.rows, tile.cols, coefficients_of<T>(x).scale, x.test, sums, row_shares(x, tile));
+}
+
+// The sums of a row of several tiles, or of none, in tile order.
+ViewSums sum_row(const Parameter& x, int64_t row) {
+  ViewSums sums;
+  const int64_t segments = x.table->segments();
+  for (int64_t i = row * segments; i < (row + 1) * segments; ++i) sums.add(x.tiles[i].total);
+  return sums;
+}
+
+// The sums of all tiles, in their order; those of a row first.
+TileSums sum_tiles(const Parameter& x) {
+  const TableRow& t = *x.table;
+  TileSums all;
+  if (t.segments() > 1) {
+    for (int64_t row = 0; row < t.rows; ++row) all.add(sum_row(x, row), x.test, double(t.cols));
+  } else {
+    for (int64_t i = 0; i < t.tiles(); ++i) {
+      all.total.add(x.tiles[i].total);
+      all.largest = std::max(all.largest, x.tiles[i].largest);
+      all.least_limit = std::min(all.least_limit, x.tiles[i].least_limit);
+    }
+  }
+  return all;
+}
+
+// The decision, and what the user may ask of the test.
 Decision decide(const Parameter& x) {
   if (!x.tested) return x.settled;
   const TableRow& t = *x.table;
-  const int64_t segments = t.segments(), tiles = t.tiles();
-  double largest = 0;
-  Sums layer{0, 0, 0};
-  for (int64_t i = 0; i < tiles; i += segments) {
-    Sums row{0, 0, 0};
-    for (int64_t j = i; j < i + segments; ++j) {
-      row.pg += x.tiles[j].sums.pg;
-      row.gg += x.tiles[j].sums.gg;
-      row.pp += x.tiles[j].sums.pp;
-    }
-    largest = std::max(largest, segments == 1 ? x.tiles[i].largest : cosine_ratio(row, x.test, double(t.cols)));
-    layer.pg += row.pg;
-    layer.gg += row.gg;
-    layer.pp += row.pp;
+  const TileSums all = sum_tiles(x);
+  x.results[0] = std::sqrt(all.largest);
+  x.results[1] = std::sqrt(all.total.sums.pp);
+  if (all.largest < 1) return Decision::channel;
+  return cosine_ratio(all.total.sums, x.test, double(t.rows) * double(t.cols)) < 1 ? Decision::layer : Decision::none;
+}
+
+// What the other ranks have to know, as far as they need it: rows whose parts they hold, else the parameter.
+void share_sums(const Parameter& x) {
+  const TileSums all = sum_tiles(x);
+  const double scale = x.needs == need_square ? x.coefficients_f64.scale : 1;  // of gradients as they are
+  Shares& to = *x.shares;
+  if (x.needs & need_test) {
+    to.limit = std::sqrt(all.least_limit);
+    to.cosine = std::sqrt(all.largest);
   }
-  x.results[0] = std::sqrt(largest);
-  x.results[1] = std::sqrt(layer.pp);
-  if (largest < 1) return Decision::channel;
-  return cosine_ratio(layer, x.test, double(t.rows) * double(t.cols)) < 1 ? Decision::layer : Decision::none;
+  if (x.needs & need_square) to.sums.sums.gg = scale * scale * all.total.sums.gg;
+  put_needed(all.total, x.rows ? x.needs & ~need_dot : x.needs, &to.sums);
+  if (x.rows && x.table->segments() != 1)
+    for (int64_t row = 0; row < x.table->rows; ++row) put_needed(sum_row(x, row), x.needs, x.rows + row);
 }
 
-// Whether the chosen view is wider than a tile.
-bool view_spans_tiles(const Parameter& x) {
-  return (decision_of(x) == Decision::layer && x.table->tiles() > 1) ||
-         (decision_of(x) == Decision::channel && x.table->segments() > 1);
-}
-
-// The projection c of every view of several tiles, written to each of its tiles.
+// The projection c of every view of several tiles, written to each of its tiles. Rows that other ranks hold parts of have
+// theirs in row_projections.
 void project_views(const Parameter& x) {
   const int64_t tiles = x.table->tiles();
-  const int64_t width = decision_of(x) == Decision::layer ? tiles : x.table->segments();
+  const Decision decision = decision_of(x);
+  const int64_t width = decision == Decision::layer ? tiles : x.table->segments();
   for (int64_t i = 0; i < tiles; i += width) {
-    double pu = 0, pp = 0;
-    for (int64_t j = i; j < i + width; ++j) {
-      pu += x.tiles[j].pu;
-      pp += x.tiles[j].sums.pp;
-    }
-    const double c = projection(pu, pp, x.scalars->eps);
+    ViewSums view;
+    for (int64_t j = i; j < i + width; ++j) view.add(x.tiles[j].total);
+    const double c = spans_ranks(x, decision) ? x.verdict->projection : projection(view.pu, view.sums.pp, x.scalars->eps);
     for (int64_t j = i; j < i + width; ++j) x.tiles[j].projection = c;
   }
 }
 
 template <class F, class T = typename F::Number>
 void update(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const Scratch& scratch,
-            double c) {
+            const TileSums& sums) {
   const RuleKernels<F>& rule = k.rule[x.rule];
   const Decision decision = decision_of(x);
   const T decay = T(decay_of(x, decision));
-  if (decision == Decision::none || view_spans_tiles(x)) {
-    rule.update(data, tile.size(), coefficients_of<T>(x), T(c), decay);
+  const Coefficients<T>& c = coefficients_of<T>(x);
+  if (decision == Decision::none) {
+    rule.update(data, 0, tile.size(), c, T(0), decay);
+  } else if (x.row_projections) {
+    for (int64_t row = 0; row < tile.rows; ++row)
+      rule.update(data, row * tile.cols, tile.cols, c, T(x.row_projections[tile.row + row]), decay);
+  } else if (spans_tiles(x, decision)) {
+    rule.update(data, 0, tile.size(), c, T(sums.projection), decay);
   } else if (decision == Decision::layer) {
-    rule.update_projected(data, scratch.u<T>(), 1, tile.size(), coefficients_of<T>(x), decay);
+    rule.update_projected(data, scratch.u<T>(), 1, tile.size(), c, decay);
   } else {
-    rule.update_projected(data, scratch.u<T>(), tile.rows, tile.cols, coefficients_of<T>(x), decay);
+    rule.update_projected(data, scratch.u<T>(), tile.rows, tile.cols, c, decay);
   }
 }
 
+// A parameter that other ranks hold parts of keeps the shrink of rows that it has whole under either guess.
 template <class F, class T = typename F::Number>
 void sweep(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const Scratch& scratch,
            TileSums* sums) {
-  T* shrink = x.predict_channel ? reinterpret_cast<T*>(x.shrink) + tile.row : nullptr;
-  const Guess<T> guess{x.test, T(decay_of(x, Decision::none)), T(decay_of(x, Decision::channel)), shrink};
-  k.rule[x.rule].sweep(data, scratch.u<T>(), tile.rows, tile.cols, coefficients_of<T>(x), guess, sums);
+  const bool channel = x.predict_channel;
+  const bool keeps = channel || (!x.table->local() && !spans_tiles(x, Decision::channel));
+  T* shrink = keeps ? reinterpret_cast<T*>(x.shrink) + tile.row : nullptr;
+  const Guess<T> guess{x.test, T(decay_of(x, Decision::none)), T(decay_of(x, Decision::channel)), channel, shrink};
+  k.rule[x.rule].sweep(data, scratch.u<T>(), tile.rows, tile.cols, coefficients_of<T>(x), guess, sums,
+                       row_shares(x, tile));
 }
 
 // Each row was moved with the shrink of the guess; now the decision is known, and so is the shrink it should have had.
@@ -494,19 +563,17 @@ template <class F, class T = typename F::Number>
 void finish(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const TileSums& sums) {
   const Decision decision = decision_of(x);
   const Coefficients<T> c = coefficients_of<T>(x);
-  const T plain = T(decay_of(x, Decision::none));
-  T is = T(decay_of(x, decision));
-  if (view_spans_tiles(x)) is -= c.step_size * T(sums.projection);
-  if (!x.predict_channel) {
-    if (decision != Decision::none) k.rule[x.rule].finish(data, 0, tile.size(), c, plain, is);
-    return;
-  }
-  if (decision == Decision::channel && sums.deferred == 0) return;
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    const T shrink = reinterpret_cast<const T*>(x.shrink)[tile.row + row];
-    const T was = recoverable(shrink) ? shrink : plain;
-    if (decision == Decision::channel) is = shrink;
-    if (was != is) k.rule[x.rule].finish(data, row * tile.cols, tile.cols, c, was, is);
+  const bool guess = x.predict_channel, spans = spans_tiles(x, decision), own = decision == Decision::channel && !spans;
+  if (guess ? own && sums.deferred == 0 : decision == Decision::none) return;
+  const T plain = T(decay_of(x, Decision::none)), projected = T(decay_of(x, decision));
+  const bool by_row = guess || own || x.row_projections;
+  const int64_t rows = by_row ? tile.rows : 1, cols = tile.size() / rows;
+  for (int64_t row = 0; row < rows; ++row) {
+    const T shrink = guess || own ? reinterpret_cast<const T*>(x.shrink)[tile.row + row] : plain;
+    const T was = guess && recoverable(shrink) ? shrink : plain;
+    const double given = x.row_projections ? x.row_projections[tile.row + row] : sums.projection;
+    const T is = own ? shrink : spans ? projected - c.step_size * T(given) : projected;
+    if (was != is) k.rule[x.rule].finish(data, row * cols, cols, c, was, is);
   }
 }
 
@@ -528,7 +595,7 @@ bool is_last(std::atomic<int64_t>& finished, int64_t tiles) {
   return finished.fetch_add(1, std::memory_order_acq_rel) + 1 == tiles;
 }
 
-enum class Stage { update, measure_update, measure, dot, update_measured, predict, sweep, finish, square_norm };
+enum class Stage { update, measure_update, measure, dot, update_measured, predict, sweep, finish, share };
 
 // One stage of one parameter: a run of jobs, one per tile.
 struct Segment {
@@ -548,20 +615,20 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
   switch (stage) {
     case Stage::update: {
       const TileAccess<F> access(x, tile, scratch, everything);
-      update(k, x, access.data, tile, scratch, 0);
+      update(k, x, access.data, tile, scratch, sums);
       access.store();
       break;
     }
     case Stage::measure_update: {
       const TileAccess<F> access(x, tile, scratch, everything);
-      sums = measure(k, x, access.data, tile);
+      measure(k, x, access.data, tile, &sums);
       *x.decision = uint8_t(decide(x));
-      update(k, x, access.data, tile, scratch, 0);
+      update(k, x, access.data, tile, scratch, sums);
       access.store();
       break;
     }
     case Stage::measure: {
-      sums = measure(k, x, TileAccess<F>(x, tile, scratch, p_and_g).data, tile);
+      measure(k, x, TileAccess<F>(x, tile, scratch, p_and_g).data, tile, &sums);
       if (!is_last(x.measured_tiles, tiles)) break;
       *x.decision = uint8_t(decide(x));
       x.decided.store(true, std::memory_order_release);
@@ -569,8 +636,11 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
     }
     case Stage::dot: {
       wait_for(x.decided);
-      if (!view_spans_tiles(x)) break;
-      sums.pu = k.rule[x.rule].dot(TileAccess<F>(x, tile, scratch, everything).data, tile.size(), coefficients_of<T>(x));
+      if (!spans_tiles(x, decision_of(x))) break;
+      TileSums dotted;  // the tile's other sums stay those of its rows
+      k.rule[x.rule].dot(TileAccess<F>(x, tile, scratch, everything).data, 1, tile.size(), coefficients_of<T>(x), x.test,
+                         &dotted, {});
+      sums.total.pu = dotted.total.pu;
       if (!is_last(x.dotted_tiles, tiles)) break;
       project_views(x);
       x.dotted.store(true, std::memory_order_release);
@@ -578,25 +648,25 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
     }
     case Stage::update_measured: {
       wait_for(x.decided);
-      const bool spans = view_spans_tiles(x);
-      if (spans) wait_for(x.dotted);
+      if (spans_tiles(x, decision_of(x))) wait_for(x.dotted);
       const TileAccess<F> access(x, tile, scratch, everything);
-      update(k, x, access.data, tile, scratch, spans ? sums.projection : 0);
+      update(k, x, access.data, tile, scratch, sums);
       access.store();
       break;
     }
     case Stage::predict: {
-      if (!(measure(k, x, TileAccess<F>(x, tile, scratch, p_and_g).data, tile).largest < 1))
-        x.predict_channel.store(false, std::memory_order_relaxed);
+      TileSums first;
+      measure(k, x, TileAccess<F>(x, tile, scratch, p_and_g).data, tile, &first);
+      if (!(first.largest < 1)) x.predict_channel.store(false, std::memory_order_relaxed);
       if (is_last(x.predicted_tiles, predicted_tiles(t))) x.predicted.store(true, std::memory_order_release);
       break;
     }
     case Stage::sweep: {
       wait_for(x.predicted);
       sweep(k, x, TileAccess<F>(x, tile, scratch, everything).data, tile, scratch, &sums);
-      if (!is_last(x.measured_tiles, tiles)) break;
+      if (!t.local() || !is_last(x.measured_tiles, tiles)) break;
       *x.decision = uint8_t(decide(x));
-      if (view_spans_tiles(x)) project_views(x);
+      if (spans_tiles(x, decision_of(x))) project_views(x);
       x.decided.store(true, std::memory_order_release);
       break;
     }
@@ -605,8 +675,16 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
       finish(k, x, TileAccess<F>(x, tile, scratch, everything).data, tile, sums);
       break;
     }
-    case Stage::square_norm: {
-      sums.sums.gg = k.square_norm(TileAccess<F>(x, tile, scratch, only_g).data, tile.size());
+    case Stage::share: {
+      if (x.needs & need_dot) {
+        k.rule[x.rule].dot(TileAccess<F>(x, tile, scratch, everything).data, tile.rows, tile.cols, coefficients_of<T>(x),
+                           x.test, &sums, row_shares(x, tile));
+      } else if (x.needs & need_test) {
+        measure(k, x, TileAccess<F>(x, tile, scratch, p_and_g).data, tile, &sums);
+      } else {
+        sums = TileSums();
+        sums.total.sums.gg = k.square_norm(TileAccess<F>(x, tile, scratch, only_g).data, tile.size());
+      }
       break;
     }
   }
@@ -621,6 +699,8 @@ struct Arguments {
   const double scale;
   const StorageType dtype;
   const bool adaptive;
+  const TensorList shared;
+  const bool final;
 };
 
 // One pass over a bucket.
@@ -628,10 +708,12 @@ class Step {
  public:
   // Returns the index of the first parameter that does not fit its row of the table, -1 if all do. Writes nothing.
   int64_t bind(const Arguments& a);
+  void measure(bool final);
   void step();
   double square_norm();
 
  private:
+  void compute_coefficients();
   void schedule();
   void add(Parameter* x, Stage stage, int64_t jobs);
   void prepare();
@@ -649,7 +731,7 @@ class Step {
   std::deque<std::vector<int64_t>> strides_;  // of parts of flat storage
   double scale_ = 1;
   bool adaptive_ = false;
-  int64_t count_ = 0, elements_ = 0, tile_bytes_ = 0, stage_bytes_ = 0, shrink_bytes_ = 0;
+  int64_t count_ = 0, elements_ = 0, tile_bytes_ = 0, stage_bytes_ = 0;
   bool gathers_ = false;
 };
 
@@ -664,6 +746,8 @@ int64_t Step::bind(const Arguments& a) {
   scale_ = a.scale;
   adaptive_ = a.adaptive;
   const bool is_double = a.dtype == storage_f64;
+  const Shared shared(a.shared);
+  int64_t shrinks = 0;
   const InstructionSet& set = instructions();
   const int32_t no_gradient = aoti_torch_dtype_bool(), int16 = aoti_torch_dtype_int16();
   const auto* offsets = static_cast<const int64_t*>(a.offsets.const_data_ptr());
@@ -687,6 +771,8 @@ int64_t Step::bind(const Arguments& a) {
   for (int64_t i = 0; i < size; ++i) {
     const TableRow& row = table[i];
     const TensorRef p = a.params[i], g = a.grads[i];
+    const int64_t first_shrink = shrinks;
+    if (row.sharing == Sharing::shared && keeps_shrink(row)) shrinks += row.rows;
     if (g.dtype == no_gradient && g.numel == 0) continue;
     const TensorRef tensor[role_count] = {p, g, state(a.moments[0], i, p), state(a.moments[1], i, p),
                                           state(a.remainders, i, p)};
@@ -711,10 +797,23 @@ int64_t Step::bind(const Arguments& a) {
     x.decision = static_cast<uint8_t*>(a.decisions.mutable_data_ptr()) + i;
     x.results = static_cast<double*>(a.results.mutable_data_ptr()) + 2 * i;
     x.scalars = scalars + row.group;
-    x.test = Test(x.scalars->delta, x.scalars->eps);
+    x.test = Test(x.scalars->delta, x.scalars->eps, !row.local());
     const auto wish = Projection(int(x.scalars->projection));
-    x.tested = row.projected && wish == Projection::automatic && x.scalars->delta > 0;  // at 0 no cosine is below
-    x.settled = !row.projected               ? Decision::none
+    if (!a.shared.empty()) {
+      x.needs = shared.needs[i];
+      x.shares = shared.shares + i;
+      x.verdict = shared.verdicts + i;
+      x.swept = row.local() ? nullptr : shared.swept + i;
+      x.shrink = shared.shrink + first_shrink * (is_double ? 8 : 4);
+      if (row.sharing == Sharing::split) {
+        x.rows = shared.rows + row.first_row;
+        x.row_projections = shared.row_projections + row.first_row;
+      }
+    }
+    x.tested = row.local() && row.projected && wish == Projection::automatic &&
+               x.scalars->delta > 0;  // at 0 no cosine is below
+    x.settled = !row.local()                 ? Decision(int(x.verdict->decision))
+                : !row.projected             ? Decision::none
                 : wish == Projection::channel ? Decision::channel
                 : wish == Projection::layer   ? Decision::layer
                                               : Decision::none;
@@ -731,11 +830,6 @@ int64_t Step::bind(const Arguments& a) {
     collapse(x, tensor);
     for (int r = 0; !x.dense && r < role_count; ++r)  // rows in a row never share memory
       if (r != role_g && tensor[r].exists && tensor[r].overlaps()) return i;
-    x.plan = plan_for(x);
-    if (x.plan == Plan::speculative) {
-      x.shrink_offset = shrink_bytes_;
-      shrink_bytes_ += (row.rows * (is_double ? 8 : 4) + 63) / 64 * 64;
-    }
     elements_ += p.numel;
     gathers_ |= !x.dense;
     if (x.staged) stage_bytes_ = staged_blocks * block_size<char>;
@@ -749,19 +843,21 @@ void Step::add(Parameter* x, Stage stage, int64_t count) {
 }
 
 // Lines up the jobs. A speculative parameter's sweep follows the prediction of the next one, and its finish the sweep of
-// the next one, so that no thread waits for the last tiles of another.
+// the next one, so that no thread waits for the last tiles of another. On several ranks it is finished in another pass.
 void Step::schedule() {
   Parameter *swept = nullptr, *predicted = nullptr;
   const auto proceed = [&](Parameter* x) {
     if (x) add(x, Stage::predict, predicted_tiles(*x->table));
     add(predicted, Stage::sweep, tiles_of(predicted));
-    add(swept, Stage::finish, tiles_of(swept));
+    if (swept && swept->table->local()) add(swept, Stage::finish, tiles_of(swept));
     swept = predicted;
     predicted = x;
   };
   for (int64_t i = 0; i < count_; ++i) {
     Parameter* x = &parameters_[i];
     switch (x->plan) {
+      case Plan::none:
+        break;
       case Plan::settled:
         add(x, Stage::update, tiles_of(x));
         break;
@@ -775,6 +871,12 @@ void Step::schedule() {
         break;
       case Plan::speculative:
         proceed(x);
+        break;
+      case Plan::share:
+        add(x, Stage::share, tiles_of(x));
+        break;
+      case Plan::finish:
+        add(x, Stage::finish, tiles_of(x));
         break;
     }
   }
@@ -791,8 +893,23 @@ int64_t Step::threads() const {
 
 // Everything that can fail comes before the first write.
 void Step::prepare() {
-  memory_.reset(new char[threads() * scratch_bytes() + shrink_bytes_ + 64]);
+  schedule();
+  const auto shrink_bytes = [](const Parameter& x) -> int64_t {
+    const bool here = x.plan == Plan::speculative && x.table->local();
+    return here ? (x.table->rows * (x.is_double ? 8 : 4) + 63) / 64 * 64 : 0;
+  };
+  int64_t bytes = threads() * scratch_bytes();
+  for (int64_t i = 0; i < count_; ++i) bytes += shrink_bytes(parameters_[i]);
+  memory_.reset(new char[bytes + 64]);
   scratch_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
+  char* shrink = scratch_ + threads() * scratch_bytes();
+  for (int64_t i = 0; i < count_; ++i) {
+    Parameter& x = parameters_[i];
+    if (shrink_bytes(x)) x.shrink = shrink;
+    shrink += shrink_bytes(x);
+    x.predict_channel = predicted_tiles(*x.table) > 0;
+    x.predicted = !x.predict_channel;
+  }
 }
 
 void Step::run() {
@@ -828,13 +945,10 @@ void make_key(uint64_t seed, uint32_t (&key)[2]) {
   key[1] = uint32_t(z >> 32);
 }
 
-void Step::step() {
-  schedule();
-  prepare();
+// Of every parameter, whose t and scale are known.
+void Step::compute_coefficients() {
   for (int64_t i = 0; i < count_; ++i) {
     Parameter& x = parameters_[i];
-    if (x.step) x.t = *x.step += 1;
-    if (x.seed) make_key(uint64_t((*x.seed)++), x.key);
     const Parameter* last = i > 0 ? &parameters_[i - 1] : nullptr;
     if (last && last->scalars == x.scalars && last->t == x.t) {  // saves two powers
       x.coefficients = last->coefficients;
@@ -843,21 +957,60 @@ void Step::step() {
       x.coefficients = Coefficients<float>(*x.scalars, adaptive_, x.t, scale_);
       x.coefficients_f64 = Coefficients<double>(*x.scalars, adaptive_, x.t, scale_);
     }
-    *x.decision = uint8_t(tiles_of(&x) ? x.settled : Decision::none);
-    x.results[0] = x.results[1] = std::nan("");
-    x.shrink = scratch_ + threads() * scratch_bytes() + x.shrink_offset;
-    if (x.table->segments() > 1) x.predict_channel = false;  // a row's shrink is not known before its last tile
   }
+}
+
+void Step::measure(bool final) {
+  for (int64_t i = 0; i < count_; ++i) parameters_[i].plan = plan_for_measure(parameters_[i], final);
+  prepare();
+  for (int64_t i = 0; i < count_; ++i) {
+    Parameter& x = parameters_[i];
+    if (!x.step) continue;
+    x.t = *x.step + 1;
+    if (x.plan == Plan::speculative) *x.step = float(x.t);
+  }
+  compute_coefficients();
+  run();
+  for (int64_t i = 0; i < count_; ++i) {
+    const Parameter& x = parameters_[i];
+    if (x.plan == Plan::none) continue;
+    share_sums(x);
+    if (!x.swept) continue;
+    *x.swept = x.plan != Plan::speculative ? Swept::no : x.predict_channel ? Swept::channel : Swept::plain;
+  }
+}
+
+void Step::step() {
+  for (int64_t i = 0; i < count_; ++i) parameters_[i].plan = plan_for_step(parameters_[i]);
+  prepare();
+  for (int64_t i = 0; i < count_; ++i) {
+    Parameter& x = parameters_[i];
+    if (x.plan == Plan::finish) {
+      x.predict_channel = *x.swept == Swept::channel;
+      x.decided = true;
+      *x.swept = Swept::no;
+    } else {
+      if (x.step) *x.step += 1;
+      if (x.seed) make_key(uint64_t((*x.seed)++), x.key);
+    }
+    if (x.step) x.t = *x.step;
+    *x.decision = uint8_t(tiles_of(&x) || !x.table->local() ? x.settled : Decision::none);
+    if (x.table->local()) x.results[0] = x.results[1] = std::nan("");
+    if (x.plan != Plan::split && spans_tiles(x, x.settled)) project_views(x);
+  }
+  compute_coefficients();
   run();
 }
 
 double Step::square_norm() {
-  for (int64_t i = 0; i < count_; ++i) add(&parameters_[i], Stage::square_norm, tiles_of(&parameters_[i]));
+  for (int64_t i = 0; i < count_; ++i) {
+    parameters_[i].plan = Plan::share;
+    parameters_[i].needs = need_square;
+  }
   prepare();
   run();
   double sum = 0;
-  for (const Segment& s : segments_)
-    for (int64_t i = 0; i < s.end - s.begin; ++i) sum += s.parameter->tiles[i].sums.gg;
+  for (int64_t i = 0; i < count_; ++i) sum += sum_tiles(parameters_[i]).total.sums.gg;
   return sum;
 }
 
@@ -886,9 +1039,18 @@ Arguments::Arguments(StableIValue* stack)
       scalars(to<torch::stable::Tensor>(stack[12])),
       scale(to<double>(stack[13])),
       dtype(StorageType(to<int64_t>(stack[14]))),
-      adaptive(to<bool>(stack[15])) {}
+      adaptive(to<bool>(stack[15])),
+      shared(stack[16]),
+      final(to<bool>(stack[17])) {}
 
 }  // namespace
+
+void measure(StableIValue* stack, uint64_t, uint64_t) {
+  const Arguments arguments(stack);
+  Step step;
+  if (step.bind(arguments) >= 0) throw std::runtime_error("fused_adamp::measure: a parameter does not fit its bucket");
+  step.measure(arguments.final);
+}
 
 void step(StableIValue* stack, uint64_t, uint64_t) {
   const Arguments arguments(stack);

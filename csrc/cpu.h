@@ -10,6 +10,7 @@
 namespace fused_adamp {
 
 // The operators over a bucket, with their arguments on the stack: registration.cpp has their schemas.
+void measure(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 void step(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 void first_stale(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);
 void square_norm(StableIValue* stack, uint64_t num_inputs, uint64_t num_outputs);

@@ -24,10 +24,12 @@ FUSED_ADAMP_INLINE void for_each_block(int64_t n, const Body& body) {
 }
 
 template <class F, class T = typename F::Number>
-FUSED_ADAMP_KERNEL Sums measure(TileData<F> t, int64_t rows, int64_t cols, T scale, Test test, double* largest) {
-  Sums sums{0, 0, 0};
+FUSED_ADAMP_KERNEL void measure(TileData<F> t, int64_t rows, int64_t cols, T scale, Test test, TileSums* tile,
+                                RowShares shares) {
+  TileSums total;
   for (int64_t row = 0; row < rows; ++row) {
-    Sums s{0, 0, 0};
+    ViewSums view;
+    Sums& s = view.sums;
     for_each_block<T>(cols, [&](int64_t begin, int64_t n) {
       const Block<F> b = open<with_p | with_g>(t, row * cols + begin, n);
       Accumulator<T> pg, gg, pp;
@@ -41,13 +43,10 @@ FUSED_ADAMP_KERNEL Sums measure(TileData<F> t, int64_t rows, int64_t cols, T sca
       s.gg += gg.sum();
       s.pp += pp.sum();
     });
-    const double ratio = cosine_ratio(s, test, double(cols));
-    *largest = ratio > *largest ? ratio : *largest;
-    sums.pg += s.pg;
-    sums.gg += s.gg;
-    sums.pp += s.pp;
+    total.add(view, test, double(cols));
+    shares.put(row, view);
   }
-  return sums;
+  *tile = total;
 }
 
 template <class F, class T = typename F::Number>
@@ -81,27 +80,10 @@ struct State {
 };
 
 template <class R, class F, class T = typename F::Number>
-FUSED_ADAMP_KERNEL double dot(TileData<F> t, int64_t size, Coefficients<T> c) {
-  double sum = 0;
-  for_each_block<T>(size, [&](int64_t begin, int64_t n) {
-    const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin, n);
-    Accumulator<T> pu;
-    for_each_vec<T>(n, [&](int64_t i, auto k, auto extent) {
-      const auto g = b.load_g(i, extent);
-      State<R, F> s(b, i, extent);
-      advance<R>(g, s.m, s.v, c);
-      pu.add(k, b.load_p(i, extent), direction<R>(g, s.m, s.v, c));
-    });
-    sum += pu.sum();
-  });
-  return sum;
-}
-
-template <class R, class F, class T = typename F::Number>
-FUSED_ADAMP_KERNEL void update(TileData<F> t, int64_t size, Coefficients<T> c, T projected, T decay) {
+FUSED_ADAMP_KERNEL void update(TileData<F> t, int64_t first, int64_t size, Coefficients<T> c, T projected, T decay) {
   const T shrink = decay - c.step_size * projected;
   for_each_block<T>(size, [&](int64_t begin, int64_t n) {
-    const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin, n);
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, first + begin, n);
     for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
       const auto p = b.load_p(i, extent), g = b.load_g(i, extent);
       State<R, F> s(b, i, extent);
@@ -111,7 +93,7 @@ FUSED_ADAMP_KERNEL void update(TileData<F> t, int64_t size, Coefficients<T> c, T
       s.store_to(b, i, extent);
       b.store_p(i, extent, weight_update(p, u, c.step_size, shrink));
     });
-    close<with_p | with_state<R>>(t, b, begin, n);
+    close<with_p | with_state<R>>(t, b, first + begin, n);
   });
 }
 
@@ -135,17 +117,14 @@ FUSED_ADAMP_INLINE void prefetch(const Block<F>& b, int64_t i) {
 #endif
 }
 
-struct RowSums {
-  Sums sums{0, 0, 0};
-  double pu = 0;
-};
-
 // Advances the state of the row of n elements that starts at `row` and adds up its sums. What becomes of its weights is up
-// to `weights`: begin(start of the block within the row, elements), each vector's (i, extent, block, p, u), end().
+// to `weights`: begin(start of the block within the row, elements), each vector's (i, extent, block, p, u), end(); and
+// whether the state is stored.
 template <class R, class F, class T, class Weights>
-FUSED_ADAMP_INLINE RowSums advance_row(const TileData<F>& t, int64_t row, int64_t size, const Coefficients<T>& c,
-                                       Weights weights) {
-  RowSums total;
+FUSED_ADAMP_INLINE ViewSums advance_row(const TileData<F>& t, int64_t row, int64_t size, const Coefficients<T>& c,
+                                        Weights weights) {
+  constexpr int written = Weights::roles | (Weights::stores_state ? with_state<R> : none);
+  ViewSums total;
   for_each_block<T>(size, [&](int64_t begin, int64_t n) {
     const Block<F> b = open<with_p | with_g | with_state<R>>(t, row + begin, n);
     weights.begin(begin, n);
@@ -156,7 +135,7 @@ FUSED_ADAMP_INLINE RowSums advance_row(const TileData<F>& t, int64_t row, int64_
       State<R, F> s(b, i, extent);
       advance<R>(g, s.m, s.v, c);
       const auto u = direction<R>(g, s.m, s.v, c);
-      s.store_to(b, i, extent);
+      if constexpr (Weights::stores_state) s.store_to(b, i, extent);
       weights.visit(i, extent, b, p, u);
       const auto scaled = c.scale * g;
       pg.add(k, p, scaled);
@@ -165,7 +144,7 @@ FUSED_ADAMP_INLINE RowSums advance_row(const TileData<F>& t, int64_t row, int64_
       pu.add(k, p, u);
     });
     weights.end();
-    close<Weights::roles | with_state<R>>(t, b, row + begin, n);
+    close<written>(t, b, row + begin, n);
     total.sums.pg += pg.sum();
     total.sums.gg += gg.sum();
     total.sums.pp += pp.sum();
@@ -174,9 +153,22 @@ FUSED_ADAMP_INLINE RowSums advance_row(const TileData<F>& t, int64_t row, int64_
   return total;
 }
 
+// Nothing moves.
+template <class F, class T = typename F::Number>
+struct Stay {
+  static constexpr bool stores_state = false;
+  static constexpr int roles = none;
+
+  FUSED_ADAMP_INLINE void begin(int64_t, int64_t) {}
+  template <class Extent>
+  FUSED_ADAMP_INLINE void visit(int64_t, Extent, const Block<F>&, Vec<T>, Vec<T>) const {}
+  FUSED_ADAMP_INLINE void end() {}
+};
+
 // The weights of a row that is not projected move at once.
 template <class F, class T = typename F::Number>
 struct MoveNow {
+  static constexpr bool stores_state = true;
   static constexpr int roles = with_p;
   T step_size, shrink;
 
@@ -207,6 +199,7 @@ struct Move {
 // The weights of a row wait for its sums: u is kept in scratch. Meanwhile those of an earlier row move.
 template <class R, class F, bool moves, class T = typename F::Number>
 struct MoveLater {
+  static constexpr bool stores_state = true;
   static constexpr int roles = none, moved_roles = with_p | (R::project_buffer ? with_m : none);
   T* u;
   Move<R, F> old;
@@ -241,7 +234,7 @@ FUSED_ADAMP_INLINE void update_rows(const TileData<F>& t, T* u, int64_t rows, in
   Move<R, F> ring[rows_in_flight];
   for (int64_t row = 0; row < rows; ++row) {
     T* const u_now = u + row % rows_in_flight * stride;
-    const RowSums s =
+    const ViewSums s =
         row < lag ? advance_row<R>(t, row * cols, cols, c, MoveLater<R, F, false>{u_now, {}})
                   : advance_row<R>(t, row * cols, cols, c, MoveLater<R, F, true>{u_now, ring[(row - lag) % rows_in_flight]});
     const auto by = move_of(row, s);
@@ -265,36 +258,45 @@ struct By {
 
 template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void update_projected(TileData<F> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, T decay) {
-  update_rows<R>(t, u, rows, cols, c, [&](int64_t, const RowSums& s) {
+  update_rows<R>(t, u, rows, cols, c, [&](int64_t, const ViewSums& s) {
     const T projected = T(projection(s.pu, s.sums.pp, double(c.eps)));
     return By<T>{projected, decay - c.step_size * projected};
   });
 }
 
 template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void dot(TileData<F> t, int64_t rows, int64_t cols, Coefficients<T> c, Test test, TileSums* tile,
+                            RowShares shares) {
+  TileSums total;
+  for (int64_t row = 0; row < rows; ++row) {
+    const ViewSums s = advance_row<R>(t, row * cols, cols, c, Stay<F>{});
+    total.add(s, test, double(cols));
+    shares.put(row, s);
+  }
+  *tile = total;
+}
+
+template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void sweep(TileData<F> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, Guess<T> guess,
-                              TileSums* tile) {
-  TileSums total{};
-  const auto count = [&](const RowSums& s) {
-    const double ratio = cosine_ratio(s.sums, guess.test, double(cols));
-    total.largest = ratio > total.largest ? ratio : total.largest;
-    total.sums.pg += s.sums.pg;
-    total.sums.gg += s.sums.gg;
-    total.sums.pp += s.sums.pp;
-    total.pu += s.pu;
+                              TileSums* tile, RowShares shares) {
+  TileSums total;
+  // Counts a row; returns the shrink that its projection asks for.
+  const auto count = [&](int64_t row, const ViewSums& s) {
+    total.add(s, guess.test, double(cols));
+    shares.put(row, s);
+    if (!guess.shrink) return guess.decay;
+    return guess.shrink[row] = guess.projected_decay - c.step_size * T(projection(s.pu, s.sums.pp, double(c.eps)));
   };
-  if (guess.shrink) {
-    update_rows<R>(t, u, rows, cols, c, [&](int64_t row, const RowSums& s) {
-      count(s);
-      const T shrink = guess.projected_decay - c.step_size * T(projection(s.pu, s.sums.pp, double(c.eps)));
+  if (guess.channel) {
+    update_rows<R>(t, u, rows, cols, c, [&](int64_t row, const ViewSums& s) {
+      const T shrink = count(row, s);
       const bool safe = recoverable(shrink);
-      guess.shrink[row] = shrink;
       total.deferred += !safe;
       return By<T>{T(0), safe ? shrink : guess.decay};
     });
   } else {
     for (int64_t row = 0; row < rows; ++row)
-      count(advance_row<R>(t, row * cols, cols, c, MoveNow<F>{c.step_size, guess.decay}));
+      count(row, advance_row<R>(t, row * cols, cols, c, MoveNow<F>{c.step_size, guess.decay}));
   }
   *tile = total;
 }

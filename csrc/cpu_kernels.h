@@ -70,13 +70,54 @@ template <class T>
 constexpr int64_t block_size = 4096 / sizeof(T);
 constexpr int64_t staged_blocks = 8;
 
+// What one reading of a view, or of a tile's part of one, tells: fused_adamp/bucket.py, ROW_SHARES.
+struct ViewSums {
+  Sums sums{0, 0, 0};
+  double pu = 0;  // p.u
+
+  FUSED_ADAMP_INLINE void add(const ViewSums& other) {
+    sums.pg += other.sums.pg;
+    sums.gg += other.sums.gg;
+    sums.pp += other.sums.pp;
+    pu += other.pu;
+  }
+};
+
 // What the stages know of a tile: a row of the bucket's scratch.
 struct TileSums {
-  double largest;     // of its rows' cosine_ratio
-  Sums sums;          // over the tile
-  double pu;          // p.u over the tile
-  double projection;  // c of weight_update, where a view is wider than a tile
-  double deferred;    // rows that sweep did not dare to project
+  double largest = 0;             // cosine_ratio of a row
+  double least_limit = HUGE_VAL;  // squared_limit of a row, if it is wanted
+  ViewSums total;
+  double projection = 0;  // c of weight_update, where a view is wider than a tile
+  double deferred = 0;    // rows that sweep did not dare to project
+
+  FUSED_ADAMP_INLINE void add(const ViewSums& row, const Test& test, double cols) {
+    const double ratio = cosine_ratio(row.sums, test, cols);
+    largest = ratio > largest ? ratio : largest;
+    if (test.limits) {
+      const double limit = squared_limit(row.sums, test, cols);
+      least_limit = limit < least_limit ? limit : least_limit;
+    }
+    total.add(row);
+  }
+};
+
+// fused_adamp/bucket.py, Need.
+enum Need { need_test = 1, need_dot = 2, need_square = 4 };
+
+FUSED_ADAMP_INLINE void put_needed(const ViewSums& s, int needs, ViewSums* to) {
+  if (needs & need_test) to->sums = s.sums;
+  if (needs & need_dot) to->sums.pp = s.sums.pp, to->pu = s.pu;
+}
+
+// Where the sums of a tile's rows go if other ranks hold parts of these rows, and which are needed; else null.
+struct RowShares {
+  ViewSums* row;
+  int needs;
+
+  FUSED_ADAMP_INLINE void put(int64_t i, const ViewSums& s) const {
+    if (row) put_needed(s, needs, &row[i]);
+  }
 };
 
 // What sweep needs to take and to test a guess.
@@ -84,7 +125,8 @@ template <class T>
 struct Guess {
   Test test;
   T decay, projected_decay;  // w of a parameter that is not projected, and of one that is
-  T* shrink;                 // per row, out: the shrink that the projection asks for; null: guess that nothing is projected
+  bool channel;              // the guess: rows are projected, or nothing is
+  T* shrink;                 // per row, out: the shrink that the row's projection asks for; null: nobody will ask for it
 };
 
 // Whether weight_correction can recover the old weight from one that was moved with this shrink; false for NaN.
@@ -100,15 +142,15 @@ constexpr int rows_in_flight = 3;
 // compiler would have to read it again after every store.
 template <class F, class T = typename F::Number>
 struct RuleKernels {
-  // p.u of n elements. Reads p g m v (16 bytes per fp32 element), writes nothing.
-  double (*dot)(TileData<F>, int64_t n, Coefficients<T>);
-  // n elements whose projection c is known, 0 where there is none. Reads p g m v, writes p m v (28).
-  void (*update)(TileData<F>, int64_t n, Coefficients<T>, T c, T decay);
+  // Measures, p.u included. Reads p g m v (16 bytes per fp32 element), writes nothing.
+  void (*dot)(TileData<F>, int64_t rows, int64_t cols, Coefficients<T>, Test, TileSums*, RowShares);
+  // n elements from `first` on whose projection c is known, 0 where there is none. Reads p g m v, writes p m v (28).
+  void (*update)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T c, T decay);
   // Rows whose projection is not known yet, each row a view: the sums p.u and p.p first, with u kept in scratch, then
   // the weights, from the first-level cache. Reads p g m v, writes p m v (28).
   void (*update_projected)(TileData<F>, T* u, int64_t rows, int64_t cols, Coefficients<T>, T decay);
   // Measures and updates at once, as if the decision were the guess. Reads p g m v, writes p m v (28).
-  void (*sweep)(TileData<F>, T* u, int64_t rows, int64_t cols, Coefficients<T>, Guess<T>, TileSums*);
+  void (*sweep)(TileData<F>, T* u, int64_t rows, int64_t cols, Coefficients<T>, Guess<T>, TileSums*, RowShares);
   // n elements from `first` on that were updated with one shrink and should have been with another. Reads p g m v, writes
   // p (20; g only for nesterov and for SGDP without momentum, else 16).
   void (*finish)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T was, T is);
@@ -116,8 +158,8 @@ struct RuleKernels {
 
 template <class F, class T = typename F::Number>
 struct Kernels {
-  // Per row p.g, g.g and p.p of the scaled gradient; adds up the rows' sums and finds the largest cosine_ratio. Reads p g (8).
-  Sums (*measure)(TileData<F>, int64_t rows, int64_t cols, T scale, Test, double* largest);
+  // Per row p.g, g.g and p.p of the scaled gradient; tests the rows and adds up their sums. Reads p g (8).
+  void (*measure)(TileData<F>, int64_t rows, int64_t cols, T scale, Test, TileSums*, RowShares);
   // g.g of n elements, in double. Reads g (4).
   double (*square_norm)(TileData<F>, int64_t n);
   RuleKernels<F> rule[rule_count];

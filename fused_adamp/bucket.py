@@ -9,6 +9,7 @@ fits the table.
 
 from __future__ import annotations
 
+import enum
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from fused_adamp.reference import rows_first
+from fused_adamp.sharding import Sharing, is_distributed, layout_of, like, local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,12 +32,16 @@ __all__ = [
     "FLOATING",
     "PROJECTIONS",
     "RESULTS",
+    "ROW_SHARES",
+    "SHARES",
     "UNDECIDED",
     "Batch",
     "Bucket",
     "BucketKey",
+    "Need",
     "Rule",
     "Scalars",
+    "Shared",
     "first_stale",
     "overlaps",
     "rows_cols",
@@ -44,7 +50,10 @@ __all__ = [
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """The dtypes of parameters, gradients and state."""
 
-COLUMNS = ("group", "projected", "rows", "cols", "tile_rows", "tile_cols", "first_tile")
+COLUMNS = (
+    *("group", "projected", "rows", "cols", "tile_rows", "tile_cols", "first_tile"),
+    *("sharing", "first_row", "first_number", "row_numbers"),
+)
 """The columns of :attr:`Bucket.table`. csrc/bucket.h reads them by the same names in the same order."""
 
 RESULTS = ("cosine", "norm")
@@ -55,6 +64,24 @@ PROJECTIONS = ("auto", "channel", "layer", "none")
 
 UNDECIDED = 255
 """The decision of a parameter that has not been stepped."""
+
+SHARES = ("limit", "cosine", "pg", "gg", "pp", "pu")
+"""The columns of :attr:`Shared.shares`."""
+
+ROW_SHARES = ("pg", "gg", "pp", "pu")
+"""The columns of :attr:`Shared.rows`."""
+
+
+class Need(enum.IntFlag):
+    """What :meth:`Backend.measure` is asked of a member."""
+
+    TEST = 1
+    """p.g, g.g and p.p, and whether every row passes the cosine test."""
+    DOT = 2
+    """p.u and p.p, u being the update that the next step would make."""
+    SQUARE = 4
+    """g.g."""
+
 
 _ALIGN = 64  # bytes: a cache line, and the widest vector register
 
@@ -91,6 +118,28 @@ class BucketKey(NamedTuple):
         return step | ({"rounding_seed": torch.int64} if self.rounding == "stochastic" else {})
 
 
+class Shared(NamedTuple):
+    """What a backend and the front end tell each other about members that lie on several ranks.
+
+    Attributes:
+        needs: ``(P,)`` uint8, of :class:`Need`: what :meth:`Backend.measure` has to find out. 0 of members that do not
+            take part.
+        shares: ``(P, len(SHARES))`` float64, this rank's share of the sums, of the gradient as the batch scales it. The
+            channels here pass the test at a further scale s if ``s < limit``; ``cosine`` is the largest of a row over
+            its threshold. Of vectors and of SPLIT members, limit and cosine mean nothing.
+        rows: ``(rows, len(ROW_SHARES))`` float64, the same of every row of SPLIT members.
+        verdicts: ``(P, 2)`` float64: the decision, :data:`UNDECIDED` of LOCAL members, on which the backend decides
+            alone; and the projection c of a SHARED member under the layer view.
+        row_projections: ``(rows,)`` float64: c of every row of SPLIT members, 0 where they are not projected.
+    """
+
+    needs: Tensor
+    shares: Tensor
+    rows: Tensor
+    verdicts: Tensor
+    row_projections: Tensor
+
+
 class Bucket:
     """Parameters with equal :class:`BucketKey`, addressed as one flat range of tiles.
 
@@ -99,9 +148,13 @@ class Bucket:
         groups: the members' parameter groups, by index.
         storage: per key of :attr:`BucketKey.storage`, the flat tensor that the members' state is a view of.
         counters: per key of :attr:`BucketKey.counters`, ``(P,)``: the members' counts, of which their state is a view.
+        layouts: how the members lie on the ranks; distributed: whether any is a DTensor.
+        shared: None where no member lies on several ranks.
         table: ``(P, len(COLUMNS))`` int64 on the CPU: group index; 1 where the parameter has two or more dimensions;
-            R rows of K columns; rows and columns of a tile; index of the first tile. A tile never spans parameters. It
-            holds whole rows, or one piece of a row that is wider than a tile.
+            R rows of K columns here; rows and columns of a tile; index of the first tile; a value of
+            :class:`~fused_adamp.sharding.Sharing`; of SPLIT members the place of their first row in
+            :attr:`Shared.rows`; the number of their first element in the whole tensor, and how many lie from row to
+            row. A tile never spans parameters. It holds whole rows, or one piece of a row that is wider than a tile.
         tiles: the number of tiles.
         given: per key, the state that members were given.
         offsets: ``(P,)`` int64 on the CPU, where each member's part of the storage starts.
@@ -117,6 +170,8 @@ class Bucket:
         """Allocate storage and table. Raises what the allocator raises when memory runs out; changes nothing else."""
         self.key = key
         self.params = list(params)
+        self.distributed = any(map(is_distributed, self.params))
+        self.layouts = [layout_of(p, key.channel_dim) for p in self.params]
         self.groups = [0] * len(self.params)
         self.given: dict[str, list[Tensor | None]] = {
             name: [None] * len(self.params) for name in (*key.storage, *key.counters)
@@ -125,20 +180,25 @@ class Bucket:
         line = _ALIGN // widest
         offsets = []
         end = 0
-        for p in self.params:
+        for p in map(local, self.params):
             offsets.append(end)
             end += (p.numel() + line - 1) // line * line
         self.offsets = torch.tensor(offsets, dtype=torch.int64)
         self.storage = {name: key.backend.zeros(end, dtype, key.device) for name, dtype in key.storage.items()}
         device = key.backend.counters_device(key.device)
         self.counters = {n: torch.zeros(len(self.params), dtype=d, device=device) for n, d in key.counters.items()}
-        rows, first_tile = [], 0
-        for p in self.params:
-            row, tiles = _geometry(rows_first(p, key.channel_dim), key.backend)
-            rows.append((0, *row, first_tile))
+        rows, first_tile, first_row = [], 0, 0
+        for p, layout in zip(map(local, self.params), self.layouts, strict=True):
+            part, numbers = rows_first(p, key.channel_dim), layout.numbers or (0, 0)
+            # Chance goes by an element's number: rows that do not follow each other in the whole are tiles.
+            apart = key.rounding == "stochastic" and numbers[1] != rows_cols(part)[1]
+            row, tiles = _geometry(part, key.backend, apart=apart)
+            rows.append((0, *row, first_tile, layout.sharing, first_row, *numbers))
             first_tile += tiles
+            first_row += rows_cols(part)[0] if layout.sharing is Sharing.SPLIT else 0
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, len(COLUMNS))
         self.tiles = first_tile
+        self.shared = self._shared(first_row) if any(layout.sharing for layout in self.layouts) else None
         self.addresses = self._addresses()
         self.decisions = torch.full((len(self.params),), UNDECIDED, dtype=torch.uint8, device=key.device)
         self.results = torch.full((len(self.params), len(RESULTS)), math.nan, dtype=torch.float64, device=key.device)
@@ -149,6 +209,16 @@ class Bucket:
         self.groups = list(groups)
         self.table[:, COLUMNS.index("group")] = torch.tensor(self.groups, dtype=torch.int64)
 
+    def _shared(self, rows: int) -> Shared:
+        count, device, double = len(self.params), self.key.device, torch.float64
+        return Shared(
+            needs=torch.zeros(count, dtype=torch.uint8, device=device),
+            shares=torch.zeros(count, len(SHARES), dtype=double, device=device),
+            rows=torch.zeros(rows, len(ROW_SHARES), dtype=double, device=device),
+            verdicts=torch.full((count, 2), UNDECIDED, dtype=double, device=device),
+            row_projections=torch.zeros(rows, dtype=double, device=device),
+        )
+
     def _addresses(self) -> dict[str, list[int]]:
         """Where the state lies that members are given, of keys under which all of it is contiguous."""
         if len(self.params) == 1 or self.key.channel_dim != 0:
@@ -157,8 +227,9 @@ class Bucket:
             name: [counts.data_ptr() + i * counts.itemsize for i in range(len(counts))]
             for name, counts in self.counters.items()
         }
-        if all(p.is_contiguous() for p in self.params):
-            starts = [(p.numel() > 0, offset) for p, offset in zip(self.params, self.offsets.tolist(), strict=True)]
+        parts = [local(p) for p in self.params]
+        if all(p.is_contiguous() for p in parts):
+            starts = [(p.numel() > 0, offset) for p, offset in zip(parts, self.offsets.tolist(), strict=True)]
             for name, flat in self.storage.items():
                 addresses[name] = [flat.data_ptr() + start * flat.itemsize if some else 0 for some, start in starts]
         return addresses
@@ -171,18 +242,20 @@ class Bucket:
         """New state for member ``index``: zeros with its shape, and its strides where they are dense, and counts.
 
         The first time they are its part of the storage. Whoever got that may still hold it, so a member whose state
-        was taken away gets tensors of its own.
+        was taken away gets tensors of its own. State of a DTensor's shape is a DTensor that lies as it does.
         """
-        p, offset = self.params[index], int(self.offsets[index])
+        param, offset = self.params[index], int(self.offsets[index])
+        p = local(param)
         if any(given[index] is not None for given in self.given.values()):
             counters = {name: torch.zeros_like(counter[index]) for name, counter in self.counters.items()}
-            dtypes = self.key.storage
-            return counters | {n: torch.zeros_like(p, dtype=d, requires_grad=False) for n, d in dtypes.items()}
+            storage = {n: torch.zeros_like(p, dtype=d, requires_grad=False) for n, d in self.key.storage.items()}
+            return counters | {name: like(t, param) for name, t in storage.items()}
         strides = torch.empty_like(p, device="meta").stride()
         counters = {name: _own(counter[index]) for name, counter in self.counters.items()}
-        state = counters | {n: _own(flat.as_strided(p.shape, strides, offset)) for n, flat in self.storage.items()}
+        storage = {n: _own(flat.as_strided(p.shape, strides, offset)) for n, flat in self.storage.items()}
+        state = counters | {name: like(t, param) for name, t in storage.items()}
         for name, tensor in state.items():
-            self.given[name][index] = tensor
+            self.given[name][index] = local(tensor)
         return state
 
 
@@ -237,7 +310,8 @@ class Batch(NamedTuple):
 
     Attributes:
         bucket: where they belong.
-        params, grads: the members' weights and gradients, with rows first (dim 0 is the output channel).
+        params, grads: the members' weights and gradients, with rows first (dim 0 is the output channel); of DTensors
+            what this rank holds, which is so of all their tensors.
         moments: ``moments[k][i]`` is member i's state under ``bucket.key.moments[k]``, with rows first.
         steps, seeds, remainders: the members' other state; empty if they have none of that kind.
         groups: the optimizer's parameter groups.
@@ -246,6 +320,7 @@ class Batch(NamedTuple):
             of one element on the bucket's device; None is 1.
         found_inf: a tensor of one element on the bucket's device: where it is not 0, nothing moves. None is 0.
         measured: nothing in the batch has changed since :meth:`Backend.square_norm` saw it.
+        final: the scale is the step's, and nothing can keep it from being taken.
     """
 
     bucket: Bucket
@@ -260,6 +335,7 @@ class Batch(NamedTuple):
     scale: Tensor | None = None
     found_inf: Tensor | None = None
     measured: bool = False
+    final: bool = False
 
     @property
     def has_state(self) -> bool:
@@ -319,9 +395,10 @@ def rows_cols(p: Tensor) -> tuple[int, int]:
     return p.size(0), p.numel() // max(p.size(0), 1)
 
 
-def _geometry(p: Tensor, backend: Backend) -> tuple[tuple[int, int, int, int, int], int]:
-    """The table's columns from ``projected`` to ``tile_cols``, and the number of tiles."""
+def _geometry(p: Tensor, backend: Backend, *, apart: bool) -> tuple[tuple[int, int, int, int, int], int]:
+    """The table's columns from ``projected`` to ``tile_cols``, and the number of tiles; rows may be kept apart."""
     rows, cols = rows_cols(p)
     tile_rows, tile_cols = backend.geometry(max(rows, 1), max(cols, 1))
+    tile_rows = 1 if apart else tile_rows
     tiles = -(-rows // tile_rows) * -(-cols // tile_cols)
     return (int(p.ndim >= 2), rows, cols, tile_rows, tile_cols), tiles

@@ -54,8 +54,8 @@ def step_key(seed: int) -> tuple[int, int]:
     return z & 0xFFFFFFFF, z >> 32
 
 
-def noise(seed: int, shape: torch.Size, stream: int, device: torch.device) -> Tensor:
-    """16 random bits (int64) for every element of a tensor, by its number row by row; another stream, other bits.
+def noise(seed: int, numbers: Tensor, stream: int) -> Tensor:
+    """16 random bits (int64) for elements by their numbers, counted row by row (int64); another stream, other bits.
 
     A multiply-xorshift hash of the element's number under two keys. Stream 0 (the weight) takes the low half of the
     hash, stream 1 (the first moment) the high half, stream 2 (the second) the low half of the hash under swapped keys.
@@ -63,11 +63,10 @@ def noise(seed: int, shape: torch.Size, stream: int, device: torch.device) -> Te
     low, high = step_key(seed)
     if stream == 2:
         low, high = high, low
-    x = torch.arange(shape.numel(), device=device)
-    x = (x + low) & 0xFFFFFFFF
+    x = (numbers + low) & 0xFFFFFFFF
     x = ((x ^ x >> 16) * 0x21F0AAAD) & 0xFFFFFFFF
     x ^= high
     x = ((x ^ x >> 15) * 0x735A2D97) & 0xFFFFFFFF
     x = ((x ^ x >> 15) * 0x846CA68B) & 0xFFFFFFFF
     x ^= x >> 16
-    return (x >> 16 if stream == 1 else x & 0xFFFF).reshape(shape)
+    return x >> 16 if stream == 1 else x & 0xFFFF

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from copy import deepcopy
@@ -16,12 +17,25 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from fused_adamp.backends import check_name, choose
-from fused_adamp.bucket import ABSENT, FLOATING, PROJECTIONS, UNDECIDED, Batch, Bucket, BucketKey, Scalars, overlaps
+from fused_adamp.bucket import (
+    ABSENT,
+    FLOATING,
+    PROJECTIONS,
+    UNDECIDED,
+    Batch,
+    Bucket,
+    BucketKey,
+    Need,
+    Scalars,
+    overlaps,
+)
 from fused_adamp.checkpoint import check, to_ours
 from fused_adamp.compiled import register
+from fused_adamp.exchange import Exchange, Header, shake_hands
 from fused_adamp.precision import ROUNDINGS
 from fused_adamp.reference import Decision, rows_first
 from fused_adamp.report import ProjectionReport, projection_report
+from fused_adamp.sharding import copy, is_distributed, layout_of, local, local_gradient, odd_placement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -30,6 +44,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fused_adamp.backends import Backend
+    from fused_adamp.exchange import Outcome
 
 __all__ = ["ProjectedOptimizer", "Range", "number"]
 
@@ -62,6 +77,11 @@ class Range(NamedTuple):
             raise ValueError(f"{name}={value!r} is outside [{self.low:g}, {self.high:g}{end}: {self.remedy}")
 
 
+_FLAT_REMEDY = (
+    "Pass whole rows of the original shape, as DTensor.from_local(rows, mesh, [Shard(0)], shape=..., stride=...): see "
+    "docs/sharding.md. Or shard with FSDP2, or keep parameters whole (DistributedDataParallel, ZeroRedundancyOptimizer)"
+)
+
 _MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may have", on_device=True)
 
 
@@ -74,6 +94,8 @@ class _Clipping(NamedTuple):
     """0-dim float64."""
     seen: list[tuple[TensorWeakRef, int | None, int | None]]
     """The gradients it was computed from, their versions and the weights'; None: no version is kept."""
+    outcome: Outcome | None
+    """What the ranks that share parameters found out on the way."""
 
 
 class ProjectedOptimizer(Optimizer):
@@ -96,6 +118,12 @@ class ProjectedOptimizer(Optimizer):
     _seen_params: list[Tensor]
     _seen_groups: list[tuple[Any, ...]]
     _clipping: _Clipping | None
+    _had_matrices: tuple[bool, ...] = ()
+    """Of every parameter group, whether it was added with a parameter of two or more dimensions."""
+    exchange: Exchange | None
+    """Of parameters that lie on several ranks."""
+    _agreed: Exchange | None
+    _filled: dict[Tensor, Tensor]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Not in __init__, which copied and unpickled optimizers skip.
@@ -190,17 +218,21 @@ class ProjectedOptimizer(Optimizer):
             )
 
     def _step(self) -> None:
-        batches = self._scaled(self._gather())
-        # A step checks its own batch before it moves anything; several have to be checked before the first moves.
-        if len(batches) != 1 or batches[0].bucket.key.backend.step(batches[0]) >= 0:
-            batches = self._scaled(self._refit(batches))
-            for batch in batches:
-                stale = batch.bucket.key.backend.step(batch)
-                assert stale < 0, "a bucket that was checked a moment ago does not fit its tensors"
+        batches = self._gathered()
+        if self.exchange is None:
+            batches = self._scaled(batches)
+            # A step checks its own batch before it moves anything; several are checked before the first moves.
+            moved = len(batches) == 1 and batches[0].bucket.key.backend.step(batches[0]) < 0
+            batches = batches if moved else self._scaled(self._refit(batches))
+        else:
+            batches, moved = self._judged(self.exchange, batches), False
+        for batch in () if moved else batches:
+            stale = batch.bucket.key.backend.step(batch)
+            assert stale < 0, "a bucket that was checked a moment ago does not fit its tensors"
         self._clipping = None
         for batch in batches:
-            moved = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
-            torch.autograd.graph.increment_version(moved)
+            stepped = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
+            torch.autograd.graph.increment_version(stepped)
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -232,14 +264,14 @@ class ProjectedOptimizer(Optimizer):
             return total
         _MAX_NORM.check("max_norm", max_norm)
         max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
-        batches = self._refit(self._gather(make_state=False))
-        norm = self._total_norm(batches, float(norm_type))
+        batches = self._refit(self._gathered(make_state=False))
+        norm, outcome = self._total_norm(batches, float(norm_type))
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
                 f"the total norm of order {float(norm_type)} of the gradients is {norm.item()}, so they cannot be "
                 "clipped: look for the gradient that is not finite, or pass error_if_nonfinite=False to go on"
             )
-        self._clipping = self._clipping_of(batches, max_norm, float(norm_type), norm)
+        self._clipping = self._clipping_of(batches, max_norm, float(norm_type), norm, outcome)
         dtypes = [g.dtype for batch in batches for g in batch.grads if g is not ABSENT]
         return norm.to(_promoted(dtypes))
 
@@ -287,6 +319,7 @@ class ProjectedOptimizer(Optimizer):
         except Exception:
             del self.param_groups[before:]
             raise
+        self._had_matrices = (*self._had_matrices, any(p.ndim >= 2 for p in group["params"]))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -331,13 +364,22 @@ class ProjectedOptimizer(Optimizer):
                 group.setdefault("param_names", own["param_names"])
             group["state_dtype"] = group["state_dtype"] or self._dtype_of(group, state)
             self._check_hyperparameters(self.defaults | group)
-        clipping = self._clipping
+        clipping, agreed = self._clipping, self._agreed
         self.__setstate__({"state": state, "param_groups": groups})
-        self._clipping = clipping
+        self._clipping, self._agreed = clipping, agreed
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
     # One step's tensors, from parameter groups to batches.
+
+    def _gathered(self, *, make_state: bool = True) -> list[Batch]:
+        """As :meth:`_gather`, and of sharded parameters checked: an error that one rank has is told to the others."""
+        try:
+            batches = self._gather(make_state=make_state)
+            return batches if self.exchange is None else self._refit(batches)
+        except Exception:
+            self._withdraw()
+            raise
 
     def _gather(self, *, make_state: bool = True) -> list[Batch]:
         """This step's tensors by bucket, with buckets and state made where they are missing. Moves no weight.
@@ -364,6 +406,8 @@ class ProjectedOptimizer(Optimizer):
     def _batch(self, bucket: Bucket, make_state: bool) -> Batch | None:
         params, key, state = bucket.params, bucket.key, self.state
         grads: list[Any] = [p.grad for p in params]
+        if bucket.distributed:
+            grads = [self._filled[p] if p in self._filled else local_gradient(p) for p in params]
         names, none = [*key.storage, *key.counters], dict[str, Tensor]()
         if all(map(is_not, grads, repeat(None))):
             in_order = len(state) == len(params) and all(map(is_, state, params))  # no key is hashed
@@ -388,6 +432,9 @@ class ProjectedOptimizer(Optimizer):
                 for of in states:
                     of[name] = torch.as_tensor(of[name], dtype=key.counters[name])
                 return self._batch(bucket, make_state)
+        if bucket.distributed:
+            params = list(map(local, params))
+            tensors |= {name: [local(t) for t in tensors[name]] for name in key.storage.keys() & tensors}
         if key.channel_dim != 0:
             params = [_rows_first(p, key) for p in params]
             grads = [_rows_first(g, key, copy=True) for g in grads]
@@ -406,60 +453,214 @@ class ProjectedOptimizer(Optimizer):
 
     def _make_state(self, bucket: Bucket) -> None:
         """Gives every member with a gradient the state that it lacks."""
-        members = [(i, p) for i, p in enumerate(bucket.params) if p.grad is not None]
+        members = [(i, p) for i, p in enumerate(bucket.params) if p.grad is not None or p in self._filled]
         for _, p in members:
             self._check_state(p, bucket.key)
         for i, p in members:
             state = self.state[p]
             if any(name not in state for name in (*bucket.key.storage, *bucket.key.counters)):
-                self.state[p] = _seeded(bucket.state(i), state) | state
+                self.state[p] = self._seeded(bucket.state(i), state, p) | state
 
     # Clipping and loss scaling.
 
     def _scaled(self, batches: list[Batch]) -> list[Batch]:
         """The batches with what GradScaler has set and clip_grad_norm_ has left for this step."""
-        grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
-        if grad_scale is None and found_inf is None and self._clipping is None:
-            return batches
-        scale, measured = None, False
-        if self._clipping is not None and batches:
-            max_norm, norm_type, _, seen = self._clipping
-            measured = _same(seen, _versions(batches))
-            if not measured:
-                norm = self._total_norm(self._refit(batches), norm_type)
-                self._clipping = self._clipping_of(batches, max_norm, norm_type, norm)
-                measured = True
-            scale = self._clipping.coefficient
+        if batches and not self._clipping_holds(batches):
+            self._renew_clipping(self._refit(batches))
+        return self._with_scale(batches, self._factor())
+
+    def _factor(self) -> Tensor | None:
+        """What the step multiplies gradients with: 0-dim float64; None is 1."""
+        grad_scale = getattr(self, "grad_scale", None)
+        factor = None if self._clipping is None else self._clipping.coefficient
         if grad_scale is not None:
-            unscale = grad_scale.double().reciprocal()
-            scale = unscale if scale is None else scale.to(unscale.device, non_blocking=True) * unscale
+            unscale: Tensor = grad_scale.double().reciprocal()
+            factor = unscale if factor is None else factor.to(unscale.device, non_blocking=True) * unscale
+        return factor
 
-        def on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True).reshape(1)
-
+    def _with_scale(self, batches: list[Batch], factor: Tensor | None, *, final: bool = False) -> list[Batch]:
+        found_inf = getattr(self, "found_inf", None)
+        if factor is None and found_inf is None and not final:
+            return batches
         return [
             batch._replace(
-                scale=on(batch.bucket.key.device, scale),
-                found_inf=on(batch.bucket.key.device, found_inf),
-                measured=measured,
+                scale=_on(batch.bucket.key.device, factor),
+                found_inf=_on(batch.bucket.key.device, found_inf),
+                measured=self._clipping is not None,
+                final=final,
             )
             for batch in batches
         ]
 
-    def _total_norm(self, batches: list[Batch], norm_type: float) -> Tensor:
-        """The norm of all gradients taken together, 0-dim float64 on the first one's device."""
-        if norm_type != 2.0:
-            grads = [g for batch in batches for g in batch.grads if g is not ABSENT]
-            return torch.nn.utils.get_total_norm(grads, norm_type).double()
-        squares = [batch.bucket.key.backend.square_norm(batch) for batch in batches]
-        if not squares:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum().sqrt()
+    def _clipping_holds(self, batches: list[Batch]) -> bool:
+        """Whether what it was computed from is as it was."""
+        return self._clipping is None or _same(self._clipping.seen, _versions(batches))
 
-    def _clipping_of(self, batches: list[Batch], max_norm: Any, norm_type: float, norm: Tensor) -> _Clipping:
+    def _renew_clipping(self, batches: list[Batch]) -> None:
+        assert self._clipping is not None, "nothing was clipped"
+        max_norm, norm_type, *_ = self._clipping
+        self._clipping = self._clipping_of(batches, max_norm, norm_type, *self._total_norm(batches, norm_type))
+
+    def _total_norm(self, batches: list[Batch], norm_type: float) -> tuple[Tensor, Outcome | None]:
+        """The norm of all gradients taken together, 0-dim float64 on the first one's device.
+
+        And what the ranks that share parameters have found out of the cosine test on the way.
+        """
+        if norm_type != 2.0:
+            grads = {
+                p: g
+                for batch in batches
+                for p, g in zip(batch.bucket.params, batch.grads, strict=True)
+                if g is not ABSENT
+            }
+            if self.exchange is None:
+                return torch.nn.utils.get_total_norm(grads.values(), norm_type).double(), None
+            self._agree(self.exchange)
+            return torch.linalg.vector_norm(torch.stack(self.exchange.norms(grads, norm_type)), norm_type), None
+        squares = [batch.bucket.key.backend.square_norm(batch) for batch in batches if batch.bucket.shared is None]
+        outcome = None
+        if self.exchange is not None:
+            outcome = self._measured(self.exchange, batches)
+            squares.append(self.exchange.square_norm(outcome))
+        if not squares:
+            return torch.zeros((), dtype=torch.float64), None
+        square = torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum()
+        return square.sqrt(), outcome
+
+    def _clipping_of(
+        self, batches: list[Batch], max_norm: Any, norm_type: float, norm: Tensor, outcome: Outcome | None
+    ) -> _Clipping:
         limit = max_norm.double().to(norm.device, non_blocking=True) if isinstance(max_norm, Tensor) else max_norm
         coefficient = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
-        return _Clipping(max_norm, norm_type, coefficient, _versions(batches))
+        return _Clipping(max_norm, norm_type, coefficient, _versions(batches), outcome)
+
+    # Parameters on several ranks: fused_adamp/exchange.py.
+
+    def _agree(self, exchange: Exchange) -> None:
+        """Makes sure that all ranks share the same parameters, in the first step and whenever they changed.
+
+        Raises:
+            ValueError: they do not; on every rank.
+            RuntimeError: another rank has failed.
+        """
+        if exchange is self._agreed:
+            return
+        lines = self._options_in_words(exchange)
+        if self._agreed is not None and self._agreed.lines != exchange.lines:
+            header = self._agreed.tell(exchange.header(lines, moved=True))
+            header.check_failure()
+            if header.moved < header.ranks:
+                raise ValueError(self._agreed.disagreement([*exchange.lines, *lines]))
+            self._agreed = None
+        if self._agreed is None:
+            header = shake_hands(exchange.layouts, exchange.header(lines))
+            header.check_failure()
+            if not header.agreed:
+                raise ValueError(exchange.disagreement([*exchange.lines, *lines], replicas=True))
+        self._agreed = exchange
+
+    def _measured(self, exchange: Exchange, batches: list[Batch]) -> Outcome:
+        """What the ranks find out for clipping: squares, and sums of the cosine test, of gradients as they are."""
+        self._agree(exchange)
+        exchange.set_options(self._test_options())
+        exchange.ask_afresh(Need.TEST | Need.SQUARE)
+        return self._told(exchange, batches, [*self._options_in_words(exchange), "clip_grad_norm_"], scale=None)
+
+    def _judged(self, exchange: Exchange, batches: list[Batch]) -> list[Batch]:
+        """The batches of a step, with everything decided that the ranks have to decide together."""
+        self._agree(exchange)
+        exchange.set_options(self._test_options())
+        found_inf = getattr(self, "found_inf", None)
+        while True:
+            clipping, factor = self._clipping, self._factor()
+            clipped_to = None if clipping is None else _in_words(clipping.max_norm)
+            lines = [*self._options_in_words(exchange), f"a step clipped to {clipped_to}"]
+            if clipping is None or clipping.outcome is None:
+                exchange.ask_afresh(Need.TEST | Need.DOT)
+                scale: Any = 1.0
+            else:  # the test has been made, of gradients as they are
+                assert factor is not None, "clipping gives a factor"
+                scale = factor.to(exchange.device)
+                exchange.ask(Need.DOT, only=exchange.undecided(clipping.outcome, scale))
+            outcome = self._told(
+                exchange,
+                self._with_scale(batches, factor, final=clipping is None and found_inf is None),
+                lines,
+                scale=scale,
+                found_inf=found_inf,
+                stale=not self._clipping_holds(batches),
+            )
+            if not exchange.is_stale(outcome):
+                break
+            self._renew_clipping(batches)
+        if missing := exchange.missing(outcome):  # on some ranks: there it counts as zero
+            own = [p for p in missing if p.grad is None]
+            try:
+                self._filled = {p: torch.zeros((), dtype=p.dtype, device=p.device).expand(local(p).shape) for p in own}
+                batches = self._gathered()
+                exchange.ask(Need.TEST | Need.DOT, only=exchange.mask(own))
+                outcome = self._told(
+                    exchange, self._with_scale(batches, factor), lines, scale=scale, found_inf=found_inf
+                )
+            finally:
+                self._filled = {}
+        exchange.judge(outcome)
+        if found_inf is not None or exchange.asynchronous:
+            found_inf = exchange.found_inf(outcome)
+        return [
+            batch._replace(found_inf=_on(batch.bucket.key.device, found_inf))
+            for batch in self._with_scale(batches, factor)
+        ]
+
+    def _test_options(self) -> list[tuple[float, float, float]]:
+        projections = [PROJECTIONS.index(group["projection"]) for group in self.param_groups]
+        return [
+            (float(group["eps"]), float(group["delta"]), projection)
+            for group, projection in zip(self.param_groups, projections, strict=True)
+        ]
+
+    def _told(
+        self,
+        exchange: Exchange,
+        batches: list[Batch],
+        lines: list[str],
+        *,
+        scale: Any,
+        found_inf: Tensor | None = None,
+        stale: bool = False,
+    ) -> Outcome:
+        """Measures what the backends are asked and adds it up over the ranks.
+
+        Raises:
+            ValueError: the ranks have not all of ``lines`` in common; on every rank, and names the first.
+            RuntimeError: another rank has failed.
+        """
+        for batch in batches:
+            if batch.bucket.shared is not None:
+                batch.bucket.key.backend.measure(batch)
+        present = [p.grad is not None or p in self._filled for p in exchange.members]
+        outcome = exchange.reduce(exchange.header(lines, stale=stale), found_inf, present, scale)
+        exchange.check(outcome, lines)
+        return outcome
+
+    def _withdraw(self) -> None:
+        """Tells the ranks that wait for this one, if any, that it cannot take the step."""
+        failed = Header.of((), failed=True)
+        if self._agreed is not None:
+            self._agreed.tell(failed)
+        else:
+            owners = [(p, group["channel_dim"]) for group in self.param_groups for p in group["params"]]
+            layouts = [layout_of(p, channel_dim) for p, channel_dim in owners if is_distributed(p)]
+            shake_hands(layouts, failed)
+
+    def _options_in_words(self, exchange: Exchange) -> list[str]:
+        """The hyperparameters that are to be the same on all ranks."""
+        return [
+            f"group {number}: {name}={_in_words(value)}"
+            for number in exchange.groups
+            for name, value in self.param_groups[number].items()
+            if name not in {"params", "param_names"}
+        ]
 
     def _refit(self, batches: list[Batch]) -> list[Batch]:
         """The same batches, with new buckets where a tensor no longer fits the table of its bucket.
@@ -496,8 +697,15 @@ class ProjectedOptimizer(Optimizer):
                 self._check_state(p, key)
                 members.setdefault(key, []).append(p)
         made = [Bucket(key, params) for key, params in members.items()]
+        for bucket in made:
+            for p, layout in zip(bucket.params, bucket.layouts, strict=True):
+                if bucket.key.rounding == "stochastic" and layout.numbers is None:
+                    raise TypeError(
+                        f'{self._label(p)} is sharded so that rounding="stochastic" cannot number its elements: shard '
+                        'it by its first or second dimension, or take rounding="remainder"'
+                    )
         moved = {
-            p: self._move_state(self.state[p], bucket.state(i))
+            p: self._move_state(self.state[p], bucket.state(i), p)
             for bucket in made
             for i, p in enumerate(bucket.params)
             if self.state.get(p)
@@ -507,12 +715,19 @@ class ProjectedOptimizer(Optimizer):
         self._unbucketed = [p for p in group_of if p not in keys]
         for bucket in self._buckets:
             bucket.set_groups([group_of[p] for p in bucket.params])
+        shared = any(bucket.shared is not None for bucket in self._buckets)
+        self.exchange = Exchange(self._buckets, {p: self._label(p) for p in group_of}) if shared else None
 
     def _bucket_keys(self) -> dict[Tensor, BucketKey]:
         """The bucket key of every parameter that trains or has state."""
         keys = {}
-        for group in self.param_groups:
+        for group, had_matrices in zip(self.param_groups, chain(self._had_matrices, repeat(False)), strict=False):
             self._check_hyperparameters(group)
+            if had_matrices and group["params"] and all(p.ndim == 1 for p in group["params"]):
+                raise TypeError(
+                    f"{self._label(group['params'][0])} has taken the place of matrices: optimizers that shard flat "
+                    f"buffers put in slices of one dimension, which would never be projected. {_FLAT_REMEDY}"
+                )
             backends = {
                 device: choose(device, backend=group["backend"], fused=group["fused"], foreach=group["foreach"])
                 for device in {p.device for p in group["params"]}
@@ -547,12 +762,23 @@ class ProjectedOptimizer(Optimizer):
         """What of a group decides into which bucket a parameter goes; and the projection, to notice its change."""
         return self.moments(group), *(group[n] for n in ("channel_dim", "state_dtype", "rounding", "projection"))
 
-    def _move_state(self, old: dict[str, Any], new: dict[str, Tensor]) -> dict[str, Any]:
+    def _move_state(self, old: dict[str, Any], new: dict[str, Tensor], p: Tensor) -> dict[str, Any]:
         for name, tensor in new.items():
             if name in old:
-                tensor.copy_(torch.as_tensor(old[name]))
+                copy(torch.as_tensor(old[name]), tensor)
         kept = {name: value for name, value in old.items() if name != "remainder"}  # of weights that have moved since
-        return kept | _seeded(new, old)
+        return kept | self._seeded(new, old, p)
+
+    def _seeded(self, new: dict[str, Tensor], old: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
+        """The new state, with a seed where it needs one and the old state has none.
+
+        It is drawn from torch's default generator; but of a DTensor it comes from its name, so that all ranks have one.
+        """
+        if "rounding_seed" in new and "rounding_seed" not in old:
+            named = int.from_bytes(hashlib.blake2b(self._label(p).encode(), digest_size=8).digest(), "little") >> 2
+            drawn = named if is_distributed(p) else int(torch.randint(1 << 62, (), device="cpu"))
+            new["rounding_seed"].fill_(drawn)
+        return new
 
     def _forget_buckets(self) -> None:
         self._buckets = []
@@ -560,6 +786,9 @@ class ProjectedOptimizer(Optimizer):
         self._seen_params = []
         self._seen_groups = []
         self._clipping = None
+        self.exchange = None
+        self._agreed = None
+        self._filled = {}
 
     # Checks. Every message names what was received and what would do.
 
@@ -627,13 +856,20 @@ def _check_parameter(p: Tensor, label: str) -> None:
     if getattr(p, "_fsdp_flattened", False):  # FSDP1 marks flat parameters, and originals that are parts of one
         raise TypeError(
             f"{label} is part of a flat parameter of FSDP1, of which no rows are left: stepped, it would never be "
-            "projected. Keep the parameters whole, e.g. with DistributedDataParallel"
+            "projected. Shard with FSDP2 (torch.distributed.fsdp.fully_shard), or keep the parameters whole, e.g. with "
+            "DistributedDataParallel"
         )
-    if hasattr(p, "device_mesh") and hasattr(p, "placements"):
+    if p.ndim == 1 and p._base is not None and p._base.ndim >= 2 and p.numel() < p._base.numel():
         raise TypeError(
-            f"{label} is a DTensor, whose rows may lie on several devices: sharded parameters are not supported yet. "
-            "Keep the parameters whole, e.g. with DistributedDataParallel"
+            f"{label} is a one-dimensional slice of a tensor of shape {tuple(p._base.shape)}: stepped as a vector, it "
+            f"would never be projected. {_FLAT_REMEDY}"
         )
+    if (odd := odd_placement(p)) is not None:
+        raise TypeError(
+            f"{label} has the placement {odd!r}, which is neither Shard nor Replicate: redistribute it first, e.g. "
+            "p.redistribute(placements=[Replicate()])"
+        )
+    p = local(p)
     if p.is_meta:
         raise TypeError(f"{label} is on the meta device and holds no data: materialise it first, e.g. model.to_empty()")
     if p.layout is not torch.strided:
@@ -657,7 +893,7 @@ def _check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: str
             f"different dimensions from -{p.ndim} to {p.ndim - 1}"
         )
     try:
-        rows_first(p, channel_dim)
+        rows_first(local(p), channel_dim)
     except RuntimeError as error:
         raise ValueError(
             f"channel_dim={channel_dim} of {label} (shape {tuple(p.shape)}, strides {p.stride()}) cannot be merged "
@@ -671,6 +907,14 @@ def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def _check_gradient(p: Tensor, g: Tensor, label: str) -> None:
+    if is_distributed(p) != is_distributed(g):
+        kinds = ("a plain tensor", "a DTensor")
+        raise TypeError(
+            f"the gradient of {label} is {kinds[is_distributed(g)]}, the parameter {kinds[is_distributed(p)]}: make "
+            "the gradient lie as the parameter does, e.g. by DTensor.from_local"
+        )
+    if g.shape == p.shape:
+        p, g = local(p), local(g)
     if g.layout is not torch.strided:
         raise TypeError(
             f"the gradient of {label} has layout {g.layout}: use sparse=False, or p.grad = p.grad.to_dense()"
@@ -698,21 +942,25 @@ def _default_state_dtype(p: Tensor, rounding: str) -> torch.dtype:
     return torch.float32 if rounding == "remainder" and p.dtype == torch.bfloat16 else p.dtype
 
 
-def _seeded(new: dict[str, Tensor], old: dict[str, Any]) -> dict[str, Tensor]:
-    """The new state, with a seed of torch's default generator where it needs one and the old state has none."""
-    if "rounding_seed" in new and "rounding_seed" not in old:
-        new["rounding_seed"].fill_(int(torch.randint(1 << 62, (), device="cpu")))
-    return new
-
-
 def _versions(batches: list[Batch]) -> list[tuple[TensorWeakRef, int | None, int | None]]:
     """The batches' gradients with their versions and their weights'."""
     return [
-        (TensorWeakRef(g), _version(g), _version(p))
+        (TensorWeakRef(local(g)), _version(local(g)), _version(local(p)))
         for batch in batches
         for p in batch.bucket.params
         if (g := p.grad) is not None
     ]
+
+
+def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, non_blocking=True).reshape(1)
+
+
+def _in_words(value: Any) -> str:
+    """A hyperparameter, of which a tensor that is not on the CPU is not waited for."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return repr(value.tolist()) if value.device.type == "cpu" else f"a tensor on {value.device.type}"
 
 
 def _version(t: Tensor) -> int | None:

@@ -11,11 +11,22 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-__all__ = ["Decision", "adamp_ref", "cosine", "cosine_ratio", "decide", "project", "rows_first", "sgdp_ref"]
+__all__ = [
+    "Decision",
+    "Projection",
+    "adamp_ref",
+    "cosine",
+    "cosine_ratio",
+    "decide",
+    "project",
+    "rows_first",
+    "sgdp_ref",
+]
 
 
 class Decision(enum.IntEnum):
@@ -24,6 +35,10 @@ class Decision(enum.IntEnum):
     NONE = 0
     CHANNEL = 1
     LAYER = 2
+
+
+Projection = Callable[[Tensor, Tensor, Tensor], tuple[Decision, Tensor]]
+"""Gradient, weight and update, with rows first, to the decision and the projected update."""
 
 
 def adamp_ref(
@@ -41,7 +56,7 @@ def adamp_ref(
     wd_ratio: float,
     nesterov: bool = False,
     maximize: bool = False,
-    projection: str = "auto",
+    projection: str | Projection = "auto",
     channel_dim: int | tuple[int, ...] = 0,
 ) -> Decision:
     """One AdamP step on one tensor, in place on ``p``, ``exp_avg`` and ``exp_avg_sq`` (algorithm 2).
@@ -50,7 +65,7 @@ def adamp_ref(
         p, g, exp_avg, exp_avg_sq: weight, gradient and both moments, of one shape.
         step: t, counted from 1.
         lr, betas, eps, weight_decay, delta, wd_ratio, nesterov, maximize, projection, channel_dim: as in
-            :class:`fused_adamp.AdamP`.
+            :class:`fused_adamp.AdamP`; or ``projection`` is a function that decides and projects.
 
     Returns:
         The decision: of the cosine test, or the one that ``projection`` fixes.
@@ -65,8 +80,11 @@ def adamp_ref(
     v = beta2 * v + (1 - beta2) * grad**2  # v_t = beta2 v_{t-1} + (1 - beta2) (grad f)^2
     d = v.sqrt() / math.sqrt(1 - beta2**step) + eps
     u = (beta1 * m + (1 - beta1) * grad if nesterov else m) / d  # p_t = m_t / (sqrt(v_t) + eps)
-    decision = decide(grad, w, delta, eps, projection)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
-    u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
+    if callable(projection):
+        decision, u = projection(grad, w, u)
+    else:
+        decision = decide(grad, w, delta, eps, projection)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
+        u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
     decay = lr * weight_decay * (wd_ratio if decision else 1)
     w = w * (1 - decay)  # decoupled weight decay, scaled down where the weight was projected
     w = w - lr / (1 - beta1**step) * u  # w_{t+1} = w_t - eta q_t
@@ -91,7 +109,7 @@ def sgdp_ref(
     nesterov: bool = False,
     maximize: bool = False,
     project_buffer: bool = False,
-    projection: str = "auto",
+    projection: str | Projection = "auto",
     channel_dim: int | tuple[int, ...] = 0,
 ) -> Decision:
     """One SGDP step on one tensor, in place on ``p`` and ``momentum_buffer`` (algorithm 1).
@@ -99,7 +117,7 @@ def sgdp_ref(
     Args:
         p, g, momentum_buffer: weight, gradient and momentum, of one shape; ``None`` for ``momentum=0``.
         lr, momentum, dampening, weight_decay, eps, delta, wd_ratio, nesterov, maximize, project_buffer, projection,
-            channel_dim: as in :class:`fused_adamp.SGDP`.
+            channel_dim: as in :class:`fused_adamp.SGDP`; or ``projection`` is a function that decides and projects.
 
     Returns:
         The decision: of the cosine test, or the one that ``projection`` fixes.
@@ -113,8 +131,11 @@ def sgdp_ref(
         momentum_buffer = rows_first(momentum_buffer, channel_dim)
         b = momentum * momentum_buffer.to(_math_dtype(p)) + b  # p_t = beta p_{t-1} + grad f
     u = grad + momentum * b if nesterov else b
-    decision = decide(grad, w, delta, eps, projection)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
-    u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
+    if callable(projection):
+        decision, u = projection(grad, w, u)
+    else:
+        decision = decide(grad, w, delta, eps, projection)  # cos(w_t, grad f) < delta / sqrt(dim(w)) ?
+        u = project(u, w, decision, eps)  # q_t = Pi_w(p_t) if so, else p_t
     decay = lr * weight_decay / (1 - momentum) * (wd_ratio if decision else 1)
     w = w * (1 - decay)
     w = w - lr * u  # w_{t+1} = w_t - eta q_t
@@ -154,7 +175,7 @@ def cosine(x: Tensor, y: Tensor, eps: float) -> Tensor:
 
 def project(u: Tensor, p: Tensor, decision: Decision, eps: float) -> Tensor:
     """``Pi_w(u) = u - n (n.u)`` with ``n = p / (|p| + eps)``, for every vector of the chosen view."""
-    if decision is Decision.NONE:
+    if decision is Decision.NONE or u.numel() == 0:
         return u
     rows, weight = _view(u, decision), _view(p, decision)
     n = weight / (_norm(weight)[:, None] + eps)

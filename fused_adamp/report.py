@@ -6,10 +6,12 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 
-from fused_adamp.bucket import UNDECIDED
+from fused_adamp.bucket import UNDECIDED, rows_cols
 from fused_adamp.precision import join
-from fused_adamp.reference import Decision, project, rows_first
+from fused_adamp.reference import Decision, rows_first
+from fused_adamp.sharding import local, local_gradient
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,20 +76,28 @@ def _line(record: ProjectionRecord) -> tuple[str, ...]:
 
 
 def projection_report(optimizer: ProjectedOptimizer, names: dict[Tensor, str]) -> ProjectionReport:
-    """Reads the buckets' results. The rest is computed on each device, which is waited for once."""
+    """Reads the buckets' results. The rest is computed on each device, which is waited for once.
+
+    Of parameters that lie on several ranks, each rank adds up its part, so all of them have to call this.
+    """
+    sharded = _over_ranks(optimizer)
     tables: dict[torch.device, list[Tensor]] = {}
     for bucket in optimizer.buckets:
-        sizes = torch.stack([_sizes(optimizer, bucket, p, i) for i, p in enumerate(bucket.params)])
-        table = torch.cat([bucket.decisions.double()[:, None], bucket.results, sizes], dim=1)
-        tables.setdefault(bucket.key.device, []).append(table)
-    rows = {device: iter(torch.cat(parts).tolist()) for device, parts in tables.items()}
-    records = {p: _record(names[p], p, next(rows[p.device])) for b in optimizer.buckets for p in b.params}
+        rows = []
+        for i, p in enumerate(bucket.params):
+            cosine, squares = sharded.get(p) or (bucket.results[i, 0], _squares(optimizer, bucket, i))
+            sizes = squares.to(bucket.key.device).sqrt()
+            rows.append(torch.stack([cosine.to(bucket.key.device), sizes[0], *(sizes[1:] / sizes[0])]))
+        decided = [bucket.decisions.double()[:, None], bucket.results[:, 1:]]
+        tables.setdefault(bucket.key.device, []).append(torch.cat([*decided, torch.stack(rows)], dim=1))
+    read = {device: iter(torch.cat(parts).tolist()) for device, parts in tables.items()}
+    records = {p: _record(names[p], p, next(read[p.device])) for b in optimizer.buckets for p in b.params}
     ordered = (records.get(p) for group in optimizer.param_groups for p in group["params"])
     return ProjectionReport(record for record in ordered if record is not None)
 
 
 def _record(name: str, p: Tensor, row: list[float]) -> ProjectionRecord | None:
-    decision, cosine, before, norm, *turns = row
+    decision, before, cosine, norm, *turns = row
     if decision == UNDECIDED:
         return None
     growth = norm / before - 1 if before else math.nan
@@ -95,17 +105,62 @@ def _record(name: str, p: Tensor, row: list[float]) -> ProjectionRecord | None:
     return ProjectionRecord(name, tuple(p.shape), Decision(int(decision)).name.lower(), cosine, norm, growth, turn)
 
 
-def _sizes(optimizer: ProjectedOptimizer, bucket: Bucket, param: Tensor, index: int) -> Tensor:
-    """The weight's norm, and by decision how far a step turns it: ``(4,)`` float64 on the weight's device."""
+def _over_ranks(optimizer: ProjectedOptimizer) -> dict[Tensor, tuple[Tensor, Tensor]]:
+    """Of the parameters that lie on several ranks, the cosine and the squares of the whole."""
+    exchange = optimizer.exchange
+    if exchange is None:
+        return {}
+    place = {p: (bucket, i) for bucket in optimizer.buckets for i, p in enumerate(bucket.params)}
+    members = [place[p] for p in exchange.members]
+    cosines = torch.stack([bucket.results[i, 0].to(exchange.device) for bucket, i in members])
+    # Of several rows' cosines the largest; a NaN, which nothing is larger than, is one on all ranks.
+    largest = exchange.over_ranks(cosines.nan_to_num(-1.0, posinf=math.inf), dist.ReduceOp.MAX)
+    factors = exchange.projections([_dots(optimizer, bucket, i) for bucket, i in members])
+    parts = [_squares(optimizer, *at, factor) for at, factor in zip(members, factors, strict=True)]
+    squares = exchange.over_ranks(torch.stack([part.to(exchange.device) for part in parts]))
+    found = zip(torch.where(largest < 0, math.nan, largest), squares, strict=True)
+    return dict(zip(exchange.members, found, strict=True))
+
+
+def _weight_and_step(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) -> tuple[Tensor, Tensor]:
+    """Of what is here the weight, and what one more step with these moments would subtract: ``(R, K)`` float64.
+
+    Without projection. NaN where there is none: of a rule that keeps no moments, without gradient.
+    """
+    param, key = bucket.params[index], bucket.key
     state, group = optimizer.state.get(param, {}), optimizer.param_groups[bucket.groups[index]]
-    moments = [state.get(name) for name in bucket.key.moments] or [param.grad]
-    weight = join(param.detach(), state["remainder"]) if "remainder" in state else param.detach()
-    if param.numel() == 0 or any(moment is None for moment in moments):
-        return torch.full((1 + len(Decision),), math.nan, dtype=torch.float64, device=param.device)
-    p, *moments = (rows_first(t, bucket.key.channel_dim).double() for t in (weight, *moments))
-    u, step_size = optimizer.direction(moments, state.get("step"), group)
-    sizes = [p.norm()]
-    for decision in Decision:
-        rows = p.size(0) if decision is Decision.CHANNEL and p.ndim >= 2 else 1
-        sizes.append(step_size * project(u.reshape(rows, -1), p.reshape(rows, -1), decision, 0.0).norm() / sizes[0])
-    return torch.stack(sizes)
+    moments = [state.get(name) for name in key.moments] or [param.grad]
+    weight = local(param.detach())
+    if "remainder" in state:
+        weight = join(weight, local(state["remainder"]))
+    p = rows_first(weight, key.channel_dim).double()
+    p = p.reshape(rows_cols(p))
+    if any(moment is None for moment in moments):
+        return p, torch.full_like(p, math.nan)
+    here = [local(m) for m in moments if m is not None] if key.moments else [local_gradient(param)]
+    here = [rows_first(m, key.channel_dim, copy=True).double().reshape(p.shape) for m in here if m is not None]
+    u, step_size = optimizer.direction(here, state.get("step"), group)
+    return p, step_size * u
+
+
+def _dots(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) -> Tensor:
+    """Of every row here p.u and p.p: ``(R, 2)``."""
+    p, u = _weight_and_step(optimizer, bucket, index)
+    return torch.stack([(p * u).sum(dim=1), (p * p).sum(dim=1)], dim=1)
+
+
+def _squares(
+    optimizer: ProjectedOptimizer, bucket: Bucket, index: int, factors: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """The squares of what is here of the weight, and by decision of the update projected so: ``(4,)`` float64.
+
+    ``factors``: c of every row and of the layer, of parameters of which not all is here.
+    """
+    p, u = _weight_and_step(optimizer, bucket, index)
+    if factors is None:
+        dots = torch.stack([(p * u).sum(dim=1), (p * p).sum(dim=1)], dim=1)
+        layer = dots.sum(dim=0)
+        factors = dots[:, 0] / dots[:, 1], layer[0] / layer[1]
+    by_row, layer_factor = (factor.to(p.device) for factor in factors)
+    vectors = (p, u, u - by_row[:, None] * p, u - layer_factor * p)
+    return torch.stack([vector.square().sum() for vector in vectors])

@@ -8,6 +8,7 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from fused_adamp.compiled import OPTIMIZERS
 from fused_adamp.projected import ProjectedOptimizer
+from fused_adamp.sharding import is_distributed
 
 __all__ = ["eager_step", "needs_eager", "tensor_options"]
 
@@ -16,7 +17,7 @@ __all__ = ["eager_step", "needs_eager", "tensor_options"]
 eager_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
     ProjectedOptimizer._step,
     reason="fused_adamp: hyperparameters or state were changed before step() in the same graph, or parameters share "
-    "memory; this step runs outside the graph",
+    "memory or are DTensors; this step runs outside the graph",
 )
 
 
@@ -24,11 +25,14 @@ eager_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
 def needs_eager(handle: str) -> bool:
     """Whether a step inside the graph would be wrong.
 
-    Dynamo writes changes to dicts and lists back after the graph has run, too late for the operator to see. And
-    Inductor copies written tensors that share memory, all of it for each (torch 2.11: wrongly).
+    Dynamo writes changes to dicts and lists back after the graph has run, too late for the operator to see. Inductor
+    copies written tensors that share memory, all of it for each (torch 2.11: wrongly). And nobody could say how an
+    operator's DTensors lie.
     """
     optimizer = OPTIMIZERS[handle]
     groups, state = optimizer.param_groups, optimizer.state
+    if any(is_distributed(p) for group in groups for p in group["params"]):
+        return True
     effects = InstructionTranslator.current_tx().output.side_effects
     containers = [groups, *groups, *(group["params"] for group in groups), state, *state.values()]
     traced = [effects.id_to_variable[id(c)] for c in containers if id(c) in effects.id_to_variable]

@@ -1,4 +1,4 @@
-"""The kernels that are launched: the split plan, a launch for each stage, and the one-pass plan.
+"""The kernels that are launched: the split plan, a launch for each stage, and the one-pass plan; share before either.
 
 Arguments, of all of them, as pointers:
     table        (P, COLUMNS) int64: fused_adamp/bucket.py
@@ -11,6 +11,8 @@ Arguments, of all of them, as pointers:
     coefficients (P, COEFFICIENTS) float64, sums (tiles, SUMS) float64, findings (P, FINDINGS) float64 and
                  counters (P, COUNTERS) int64: what the stages tell each other
     decisions    (P,) uint8 and results (P, RESULTS) float64: what they tell the user
+    parts        (P, PLACES_OF_PARTS) int64: where what they tell the parameter's ranks, and are told, lies; of
+                 buckets that several ranks share
     tickets      (TICKETS,) int64: what the programs of a launch tell each other
     replays      (1,) int64: added to epoch
     active       (n,) int32: parameters of this launch
@@ -22,7 +24,7 @@ graph may repeat a step without it, the one on the device.
 import triton
 import triton.language as tl
 
-from .stages import announce, count, dot, is_tested, measure, prepare, square, update, wait
+from .stages import announce, count, dot, is_tested, measure, prepare, share, share_nothing, square, update, wait
 
 PREPARE = tl.constexpr(0)
 MEASURE = tl.constexpr(1)
@@ -31,6 +33,9 @@ UPDATE = tl.constexpr(3)
 # For the norm of the gradients: squares of all, and in the split plan whatever measure finds out about tested ones.
 SQUARE = tl.constexpr(4)
 SQUARE_AND_MEASURE = tl.constexpr(5)
+# Before a step of parameters that lie on several ranks. A job of the latter has a parameter in place of a tile.
+SHARE = tl.constexpr(6)
+SHARE_NOTHING = tl.constexpr(7)
 
 # What a launch counts.
 TICKET = tl.constexpr(0)
@@ -42,31 +47,50 @@ TICKETS = tl.constexpr(3)
 @triton.jit(do_not_specialize=["epoch", "n_active"])
 def measure_kernel(
     table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
-    decisions, results, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
+    decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
     """One program a job: prepares a block of parameters, or measures or squares a tile."""
     memory = (table, addresses, strides)
-    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         job = jobs + tl.program_id(0) * 3
         stage = tl.load(job)
         tile = tl.load(job + 1)
         if stage == PREPARE:
-            prepare(memory, work, active, n_active, tile, S)
-        elif (stage != SQUARE) & is_tested(memory, work, tl.load(owners + tile).to(tl.int64)):
+            prepare(memory, work, active, n_active, tile, S, False)
+        elif (stage != SQUARE) & is_tested(memory, work, tl.load(owners + tile).to(tl.int64), S):
             measure(memory, work, epoch + tl.load(replays), tile, S)
         elif stage != MEASURE:
-            square(memory, work, tile, S)
+            square(memory, work, tile, S, False)
+
+
+@triton.jit(do_not_specialize=["epoch", "n_active"])
+def share_kernel(
+    table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
+    decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
+):  # fmt: skip
+    """One program a job. A launch prepares what the other one, of tiles, needs."""
+    memory = (table, addresses, strides)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
+    job = jobs + tl.program_id(0) * 3
+    stage = tl.load(job)
+    tile = tl.load(job + 1)
+    if stage == PREPARE:
+        prepare(memory, work, active, n_active, tile, S, True)
+    elif stage == SHARE:
+        share(memory, work, epoch + tl.load(replays), tile, S)
+    else:
+        share_nothing(memory, work, tile.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])
 def dot_kernel(
     table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
-    decisions, results, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
+    decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
     """One program a job."""
     memory = (table, addresses, strides)
-    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         job = jobs + tl.program_id(0) * 3
         for i in tl.range(0, tl.load(job + 2)):
@@ -76,11 +100,11 @@ def dot_kernel(
 @triton.jit(do_not_specialize=["epoch", "n_active"])
 def update_kernel(
     table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
-    decisions, results, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
+    decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
     """One program a job, which is one tile."""
     memory = (table, addresses, strides)
-    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         update(memory, work, epoch, tl.load(jobs + tl.program_id(0) * 3 + 1), S, False)
 
@@ -88,7 +112,7 @@ def update_kernel(
 @triton.jit(do_not_specialize=["epoch", "n_active", "n_jobs", "n_blocks"])
 def one_pass_kernel(
     table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
-    decisions, results, tickets, replays, active, jobs, epoch, n_active, n_jobs, n_blocks, S: tl.constexpr,
+    decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, n_jobs, n_blocks, S: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs draw jobs in their order: the first n_blocks prepare, then tiles are measured a window
     before they are updated.
@@ -97,7 +121,7 @@ def one_pass_kernel(
     whatever the grid.
     """
     memory = (table, addresses, strides)
-    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         now = epoch + tl.load(replays)
         ticket = count(tickets + TICKET, now)
@@ -109,11 +133,11 @@ def one_pass_kernel(
             for i in tl.range(0, tl.load(job + 2), disable_licm=True):
                 tile = first + i
                 if stage == PREPARE:
-                    prepare(memory, work, active, n_active, tile, S)
+                    prepare(memory, work, active, n_active, tile, S, False)
                     if count(tickets + PREPARING, now) + 1 == n_blocks:
                         announce(tickets + PREPARED, now)
                 elif stage == MEASURE:
-                    if is_tested(memory, work, tl.load(owners + tile).to(tl.int64)):
+                    if is_tested(memory, work, tl.load(owners + tile).to(tl.int64), S):
                         measure(memory, work, now, tile, S)
                 else:
                     wait(tickets + PREPARED, now)

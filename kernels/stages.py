@@ -3,6 +3,7 @@
     prepare  step counts, seeds, and what depends on them, for a block of parameters
     measure  per row p.g, g.g and p.p; whose tile is a parameter's last concludes           reads p g
     square   g.g, where only the norm of the gradients is asked for                         reads g
+    share    what measure, square and dot find, as far as the ranks ask it of each other    reads p g m v at most
     dot      p.u and p.p, where the decided view is wider than a tile; most often nothing   reads p g m v
     update   momentum, projection, weight decay, weight                                     reads p g m v, writes p m v
 
@@ -11,7 +12,8 @@ stages tell each other. Sums run in the math's dtype within a tile and in float6
 order of the tiles, so that results repeat bit for bit.
 
 Measure and square see gradients as they are, everything else times the step's scale: so a tensor that was measured for
-the norm of the gradients need not be measured again once the scale that clips them is known.
+the norm of the gradients need not be measured again once the scale that clips them is known. What ranks share is of the
+gradients times the scale: there, SHARE is true.
 """
 
 import triton
@@ -26,11 +28,14 @@ from .tiles import (
     ALIGNED,
     COLS,
     COLUMNS,
+    FIRST_NUMBER,
     FIRST_TILE,
     GROUP,
     PROJECTED,
+    ROW_NUMBERS,
     ROWS,
     SEED,
+    SHARING,
     STEP,
     TILE_COLS,
     TILE_ROWS,
@@ -40,7 +45,6 @@ from .tiles import (
     P,
     R,
     V,
-    first_number,
     locate,
     place,
 )
@@ -57,11 +61,32 @@ FOUND = tl.constexpr(5)
 COUNTS = tl.constexpr(6)
 DECISIONS = tl.constexpr(7)
 OUTCOMES = tl.constexpr(8)
+PARTS = tl.constexpr(9)
 
 # fused_adamp/reference.py, Decision.
 NONE = tl.constexpr(0)
 CHANNEL = tl.constexpr(1)
 LAYER = tl.constexpr(2)
+
+# fused_adamp/sharding.py, Sharing.
+LOCAL = tl.constexpr(0)
+SHARED = tl.constexpr(1)
+SPLIT = tl.constexpr(2)
+
+# fused_adamp/bucket.py, Need: bits.
+TEST = tl.constexpr(1)
+DOT = tl.constexpr(2)
+SQUARE = tl.constexpr(4)
+
+# A parameter's row of the parts: addresses in fused_adamp/bucket.py, Shared. GIVEN are c of its rows if they are split,
+# else the one c of its layer; c of the next row lies GIVEN_STEP numbers further, 1 or 0.
+NEED = tl.constexpr(0)
+SHARES = tl.constexpr(1)
+ROW_SHARES = tl.constexpr(2)
+VERDICT = tl.constexpr(3)
+GIVEN = tl.constexpr(4)
+GIVEN_STEP = tl.constexpr(5)
+PLACES_OF_PARTS = tl.constexpr(6)
 
 # fused_adamp/bucket.py, PROJECTIONS: those between are decisions.
 AUTO = tl.constexpr(0)
@@ -89,7 +114,8 @@ INVERSE_BIAS2 = tl.constexpr(0)
 STEP_SIZE = tl.constexpr(1)
 COEFFICIENTS = tl.constexpr(2)
 
-# A tile's row of the sums: the least limit and the largest cosine of its rows (cosine.py), and sums.
+# A tile's row of the sums, and of fused_adamp/bucket.py, SHARES: the least limit and the largest cosine of its rows
+# (cosine.py), and sums; those from PG on are also ROW_SHARES.
 LIMIT = tl.constexpr(0)
 LARGEST = tl.constexpr(1)
 PG = tl.constexpr(2)
@@ -165,17 +191,26 @@ def scalar(work, group, WHICH: tl.constexpr):
 
 
 @triton.jit
-def is_tested(memory, work, x):
-    """Whether the cosine test decides on the parameter. With delta = 0 no cosine is below the threshold."""
-    entry = memory[TABLE] + x * COLUMNS
-    group = tl.load(entry + GROUP)
-    automatic = (scalar(work, group, PROJECTION) == AUTO) & (scalar(work, group, DELTA) > 0)
-    return (tl.load(entry + PROJECTED) != 0) & automatic
+def part(work, x, WHICH: tl.constexpr, TYPE: tl.constexpr):
+    """A pointer to the parameter's part of what its ranks tell each other."""
+    return tl.load(work[PARTS] + x * PLACES_OF_PARTS + WHICH).to(tl.pointer_type(TYPE))
 
 
 @triton.jit
-def decide(memory, work, epoch, x, WAIT: tl.constexpr):
-    """The decision: what the group fixes, or what the limits say of this step's scale.
+def is_tested(memory, work, x, S: tl.constexpr):
+    """Whether the cosine test decides on the parameter here. With delta = 0 no cosine is below the threshold."""
+    entry = memory[TABLE] + x * COLUMNS
+    group = tl.load(entry + GROUP)
+    automatic = (scalar(work, group, PROJECTION) == AUTO) & (scalar(work, group, DELTA) > 0)
+    tested = (tl.load(entry + PROJECTED) != 0) & automatic
+    if S.shared:
+        tested &= tl.load(entry + SHARING) == LOCAL
+    return tested
+
+
+@triton.jit
+def decide(memory, work, epoch, x, S: tl.constexpr, WAIT: tl.constexpr):
+    """The decision: what the group fixes, what the limits say of this step's scale, or the verdict of all ranks.
 
     With WAIT, the parameter's tiles may still be measured by others.
     """
@@ -183,7 +218,7 @@ def decide(memory, work, epoch, x, WAIT: tl.constexpr):
     group = tl.load(entry + GROUP)
     fixed = scalar(work, group, PROJECTION).to(tl.int32)
     decision = tl.where((tl.load(entry + PROJECTED) != 0) & (fixed != NEVER), fixed, NONE)
-    if is_tested(memory, work, x):
+    if is_tested(memory, work, x, S):
         if WAIT:
             wait(work[COUNTS] + x * COUNTERS + CONCLUDED, epoch)
         findings = work[FOUND] + x * FINDINGS
@@ -192,7 +227,27 @@ def decide(memory, work, epoch, x, WAIT: tl.constexpr):
         channel = below(scale, tl.load(findings + CHANNEL_LIMIT, cache_modifier=".cg"), eps)
         layer = below(scale, tl.load(findings + LAYER_LIMIT, cache_modifier=".cg"), eps)
         decision = tl.where(channel, CHANNEL, tl.where(layer, LAYER, NONE))
+    if S.shared:
+        verdict = tl.load(part(work, x, VERDICT, tl.float64)).to(tl.int32)
+        decision = tl.where(tl.load(entry + SHARING) == LOCAL, decision, verdict)
     return decision
+
+
+@triton.jit
+def is_given(memory, x, decision, S: tl.constexpr):
+    """Whether the projection comes with the verdict: of a view that lies on several ranks."""
+    given = decision != decision
+    if S.shared:
+        sharing = tl.load(memory[TABLE] + x * COLUMNS + SHARING)
+        given = (sharing == SPLIT) | ((sharing == SHARED) & (decision == LAYER))
+    return given
+
+
+@triton.jit
+def given_projection(work, x, row, mask):
+    """The projection c of rows, which may be a block, from the verdict."""
+    step = tl.load(work[PARTS] + x * PLACES_OF_PARTS + GIVEN_STEP)
+    return tl.load(part(work, x, GIVEN, tl.float64) + row * step, mask, other=0.0)
 
 
 @triton.jit
@@ -240,11 +295,19 @@ def load_state(memory, where, e, mask, S: tl.constexpr):
 @triton.jit
 def momentum_update(memory, work, where, e, mask, S: tl.constexpr):
     """p, and m, v and u after this step."""
-    x = where[0]
-    group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
+    group = tl.load(memory[TABLE] + where[0] * COLUMNS + GROUP)
     p = load_weight(memory, where, e, mask, S)
     factor = (scalar(work, group, SIGN) * tl.load(work[SCALE])).to(S.number)
     g = factor * load_gradient(memory, where, e, mask, S)
+    m, v, u = momentum_of(memory, work, where, e, mask, g, S)
+    return p, m, v, u
+
+
+@triton.jit
+def momentum_of(memory, work, where, e, mask, g, S: tl.constexpr):
+    """m, v and u after a step with the gradient g."""
+    x = where[0]
+    group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
     m, v = load_state(memory, where, e, mask, S)
     momentum = scalar(work, group, MOMENTUM).to(S.number)
     gain = scalar(work, group, GAIN).to(S.number)
@@ -256,7 +319,15 @@ def momentum_update(memory, work, where, e, mask, S: tl.constexpr):
     inverse_bias2 = tl.load(work[BY_STEP] + x * COEFFICIENTS + INVERSE_BIAS2).to(S.number)
     eps = scalar(work, group, EPS).to(S.number)
     u = direction(g, m, v, momentum, nesterov_gain, nesterov, inverse_bias2, eps, S.adaptive)
-    return p, m, v, u
+    return m, v, u
+
+
+@triton.jit
+def first_number(memory, where):
+    """The number of a tile's first element in the whole parameter, of which this may be a part. The others follow."""
+    x, row, col, _, _ = where
+    entry = memory[TABLE] + x * COLUMNS
+    return tl.load(entry + FIRST_NUMBER) + row * tl.load(entry + ROW_NUMBERS) + col
 
 
 @triton.jit
@@ -280,7 +351,7 @@ def store(memory, work, where, e, mask, p, m, v, u, c, decision, S: tl.constexpr
     random = 0
     if S.rounding == STOCHASTIC:
         low, high = halves(tl.load(work[COUNTS] + x * COUNTERS + KEY))
-        number = first_number(memory, where, S.layout).to(tl.uint32) + e.to(tl.uint32)
+        number = first_number(memory, where).to(tl.uint32) + e.to(tl.uint32)
         random = noise(number, low, high)
     if S.rounding == REMAINDER:
         p, r = split(p)
@@ -338,8 +409,11 @@ def elements(where, start, S: tl.constexpr):
 
 
 @triton.jit
-def prepare(memory, work, active, n, block, S: tl.constexpr):
-    """Counts the step of a block of the n active parameters and writes what depends on it."""
+def prepare(memory, work, active, n, block, S: tl.constexpr, SHARE: tl.constexpr):
+    """Counts the step of a block of the n active parameters and writes what depends on it.
+
+    With SHARE it writes what the next step will, and counts nothing.
+    """
     i = block * PREPARE_BLOCK + tl.arange(0, PREPARE_BLOCK)
     live = i < n
     x = tl.load(active + i, live, other=0).to(tl.int64)
@@ -351,7 +425,8 @@ def prepare(memory, work, active, n, block, S: tl.constexpr):
     if S.adaptive:
         step = tl.load(places + STEP, live, other=0).to(tl.pointer_type(tl.float32))
         t = tl.load(step, live, other=0.0) + 1
-        tl.store(step, t, live)
+        if not SHARE:
+            tl.store(step, t, live)
         t = t.to(tl.float64)
         bias1 = bias_correction(tl.load(rates + MOMENTUM, live, other=0.0), t)
         bias2 = bias_correction(tl.load(rates + BETA2, live, other=0.0), t)
@@ -359,25 +434,72 @@ def prepare(memory, work, active, n, block, S: tl.constexpr):
         tl.store(coefficients + STEP_SIZE, lr / bias1, live)
     else:
         tl.store(coefficients + STEP_SIZE, lr, live)
-    if S.rounding == STOCHASTIC:
-        seed = tl.load(places + SEED, live, other=0).to(tl.pointer_type(tl.int64))
-        s = tl.load(seed, live, other=0)
-        tl.store(seed, s + 1, live)
-        tl.store(work[COUNTS] + x * COUNTERS + KEY, step_key(s), live)
-    # A parameter without elements has no tile that would report.
-    entry = memory[TABLE] + x * COLUMNS
-    size = tl.load(entry + ROWS, live, other=1) * tl.load(entry + COLS, live, other=1)
-    tl.store(work[DECISIONS] + x, tl.full((PREPARE_BLOCK,), NONE, tl.uint8), size == 0)
+    if not SHARE:
+        if S.rounding == STOCHASTIC:
+            seed = tl.load(places + SEED, live, other=0).to(tl.pointer_type(tl.int64))
+            s = tl.load(seed, live, other=0)
+            tl.store(seed, s + 1, live)
+            tl.store(work[COUNTS] + x * COUNTERS + KEY, step_key(s), live)
+        # A parameter without elements here has no tile that would report.
+        entry = memory[TABLE] + x * COLUMNS
+        size = tl.load(entry + ROWS, live, other=1) * tl.load(entry + COLS, live, other=1)
+        decision = tl.full((PREPARE_BLOCK,), NONE, tl.uint8)
+        if S.shared:
+            verdict = tl.load(part(work, x, VERDICT, tl.float64)).to(tl.int32)
+            decision = tl.where(tl.load(entry + SHARING) == LOCAL, decision, verdict.to(tl.uint8))
+        tl.store(work[DECISIONS] + x, decision, size == 0)
 
 
 @triton.jit
 def measure(memory, work, epoch, tile, S: tl.constexpr):
-    """Row sums of one tile of a tested parameter. Reads p g: 8 bytes per float32 element."""
+    """The sums of one tile; after a parameter's last, its findings. Reads p g: 8 bytes per float32 element."""
+    x = tl.load(work[OWNERS] + tile).to(tl.int64)
+    sum_rows(memory, work, tile, 0, S, False)
+    tiles, segments = tiles_of(memory, x)
+    counters = work[COUNTS] + x * COUNTERS
+    if count(counters + MEASURED, epoch) + 1 == tiles:
+        conclude(memory, work, x, tiles // segments, segments, 0, False)
+        announce(counters + CONCLUDED, epoch)
+
+
+@triton.jit
+def share(memory, work, epoch, tile, S: tl.constexpr):
+    """The sums of one tile that are asked for; after a parameter's last, what its ranks are told.
+
+    Reads g; p and g for the test; p g m v with p.u: 4, 8 or 16 bytes per float32 element.
+    """
+    x = tl.load(work[OWNERS] + tile).to(tl.int64)
+    need = tl.load(part(work, x, NEED, tl.uint8)).to(tl.int32)
+    if need != 0:
+        by_rows = (need & (TEST | DOT)) != 0
+        if by_rows:
+            sum_rows(memory, work, tile, need, S, True)
+        else:
+            square(memory, work, tile, S, True)
+        tiles, segments = tiles_of(memory, x)
+        if count(work[COUNTS] + x * COUNTERS + MEASURED, epoch) + 1 == tiles:
+            segments = tl.where(by_rows, segments, 1)
+            conclude(memory, work, x, tiles // segments, segments, need, True)
+
+
+@triton.jit
+def share_nothing(memory, work, x):
+    """What the ranks are told of a parameter that has no elements here: rows, if it has any, of no tiles."""
+    need = tl.load(part(work, x, NEED, tl.uint8)).to(tl.int32)
+    if need != 0:
+        _, segments = tiles_of(memory, x)
+        conclude(memory, work, x, tl.load(memory[TABLE] + x * COLUMNS + ROWS), segments, need, True)
+
+
+@triton.jit
+def sum_rows(memory, work, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
+    """Per row p.g, g.g, p.p and what the test makes of them; the sums of the tile. With SHARE p.u too, if needed."""
     where = locate(memory[TABLE], work[OWNERS], tile)
     x = where[0]
     rows_here = where[3]
     cols_here = where[4]
-    group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
+    entry = memory[TABLE] + x * COLUMNS
+    group = tl.load(entry + GROUP)
     delta = scalar(work, group, DELTA)
     eps = scalar(work, group, EPS)
     limit = tl.full((), 0.0, tl.float64)
@@ -385,14 +507,18 @@ def measure(memory, work, epoch, tile, S: tl.constexpr):
     pg = limit
     gg = limit
     pp = limit
+    pu = limit
     if cols_here > S.tile:  # one row, in several blocks
         pgs = tl.zeros((S.tile,), S.number)
         ggs = pgs
         pps = pgs
+        pus = pgs
         for start in range(0, cols_here, S.tile):
             e, mask = elements(where, start, S)
             p = load_weight(memory, where, e, mask, S)
-            g = load_gradient(memory, where, e, mask, S)
+            g = measured_gradient(memory, work, where, e, mask, S, SHARE)
+            if SHARE:
+                pus += products(memory, work, where, e, mask, p, g, need, S)
             pgs += p * g
             ggs += g * g
             pps += p * p
@@ -400,47 +526,95 @@ def measure(memory, work, epoch, tile, S: tl.constexpr):
         gg = tl.sum(ggs).to(tl.float64)
         pp = tl.sum(pps).to(tl.float64)
         limit, largest = compare(pg, gg, pp, delta, eps, cols_here)
+        if SHARE:
+            pu = tl.sum(pus).to(tl.float64)
+            share_rows(memory, work, x, where[1], cols_here == tl.load(entry + COLS), need, pg, gg, pp, pu)
     for log_cols in tl.static_range(NARROWEST, S.log_tile + WIDTH_STEP, WIDTH_STEP):
         if (cols_here <= S.tile) & fits(cols_here, log_cols):
             e, mask = rows_of_block(where, min(ONE << log_cols, S.tile), S)
             p = load_weight(memory, where, e, mask, S)
-            g = load_gradient(memory, where, e, mask, S)
+            g = measured_gradient(memory, work, where, e, mask, S, SHARE)
+            row = tl.arange(0, S.tile // min(ONE << log_cols, S.tile))
+            live = row < rows_here
+            if SHARE:
+                pus = tl.sum(products(memory, work, where, e, mask, p, g, need, S), axis=1)
             pgs = tl.sum(p * g, axis=1)
             ggs = tl.sum(g * g, axis=1)
             pps = tl.sum(p * p, axis=1)
             limits, cosines = compare(pgs, ggs, pps, delta, eps, cols_here)
-            live = tl.arange(0, S.tile // min(ONE << log_cols, S.tile)) < rows_here
             limit = tl.min(tl.where(live, limits, float("inf"))).to(tl.float64)
             largest = tl.max(tl.where(live, cosines, 0.0)).to(tl.float64)
             pg = tl.sum(pgs).to(tl.float64)
             gg = tl.sum(ggs).to(tl.float64)
             pp = tl.sum(pps).to(tl.float64)
+            if SHARE:
+                pu = tl.sum(pus).to(tl.float64)
+                live &= cols_here == tl.load(entry + COLS)
+                share_rows(memory, work, x, where[1] + row, live, need, pgs, ggs, pps, pus)
     sums = work[TILE_SUMS] + tile.to(tl.int64) * SUMS
     tl.store(sums + LIMIT, limit)
     tl.store(sums + LARGEST, largest)
     tl.store(sums + PG, pg)
     tl.store(sums + GG, gg)
     tl.store(sums + PP, pp)
-    tiles, segments = tiles_of(memory, x)
-    counters = work[COUNTS] + x * COUNTERS
-    if count(counters + MEASURED, epoch) + 1 == tiles:
-        conclude(memory, work, x, tiles, segments, delta, eps)
-        announce(counters + CONCLUDED, epoch)
+    if SHARE:
+        tl.store(sums + PU, pu)
 
 
 @triton.jit
-def conclude(memory, work, x, tiles, segments, delta, eps):
-    """The findings, from the sums of all of a parameter's tiles, added in their order."""
+def measured_gradient(memory, work, where, e, mask, S: tl.constexpr, SHARE: tl.constexpr):
+    g = load_gradient(memory, where, e, mask, S)
+    if SHARE:
+        g *= tl.load(work[SCALE]).to(S.number)
+    return g
+
+
+@triton.jit
+def products(memory, work, where, e, mask, p, g, need, S: tl.constexpr):
+    """The products p u of all elements, if p.u is needed; else 0."""
+    pu = tl.zeros(e.shape, S.number)
+    if (need & DOT) != 0:
+        sign = scalar(work, tl.load(memory[TABLE] + where[0] * COLUMNS + GROUP), SIGN).to(S.number)
+        _, _, u = momentum_of(memory, work, where, e, mask, sign * g, S)
+        pu = p * u
+    return pu
+
+
+@triton.jit
+def share_rows(memory, work, x, row, live, need, pg, gg, pp, pu):
+    """Tells the ranks the sums of a row or of a block of rows, if others have the rest. The norm is of no row."""
+    live &= tl.load(memory[TABLE] + x * COLUMNS + SHARING) == SPLIT
+    sums = part(work, x, ROW_SHARES, tl.float64) + row * (SUMS - PG) - PG
+    share_sums(sums, live, need & (TEST | DOT), pg, gg, pp, pu)
+
+
+@triton.jit
+def share_sums(sums, live, need, pg, gg, pp, pu):
+    tl.store(sums + PG, pg.to(tl.float64), live & ((need & TEST) != 0))
+    tl.store(sums + GG, gg.to(tl.float64), live & ((need & (TEST | SQUARE)) != 0))
+    tl.store(sums + PP, pp.to(tl.float64), live & ((need & (TEST | DOT)) != 0))
+    tl.store(sums + PU, pu.to(tl.float64), live & ((need & DOT) != 0))
+
+
+@triton.jit
+def conclude(memory, work, x, views, segments, need, SHARE: tl.constexpr):
+    """The sums of all of a parameter's tiles, added in their order: its findings, or what its ranks are told.
+
+    A view is a tile of whole rows, or a row of several tiles (segments).
+    """
     entry = memory[TABLE] + x * COLUMNS
     rows = tl.load(entry + ROWS)
     cols = tl.load(entry + COLS)
+    group = tl.load(entry + GROUP)
+    delta = scalar(work, group, DELTA)
+    eps = scalar(work, group, EPS)
     first = work[TILE_SUMS] + tl.load(entry + FIRST_TILE) * SUMS
-    views = tiles // segments  # tiles of whole rows, or rows of several tiles
     limit = tl.full((CONCLUDE_BLOCK,), float("inf"), tl.float64)
     largest = tl.zeros((CONCLUDE_BLOCK,), tl.float64)
     pg = largest
     gg = largest
     pp = largest
+    pu = largest
     for start in range(0, views, CONCLUDE_BLOCK):
         view = start + tl.arange(0, CONCLUDE_BLOCK)
         live = view < views
@@ -449,6 +623,7 @@ def conclude(memory, work, x, tiles, segments, delta, eps):
         view_pg = tl.zeros((CONCLUDE_BLOCK,), tl.float64)
         view_gg = view_pg
         view_pp = view_pg
+        view_pu = view_pg
         for segment in range(segments):
             sums = first + (view * segments + segment) * SUMS
             view_limit = tl.load(sums + LIMIT, live, other=float("inf"), cache_modifier=".cg")
@@ -456,33 +631,44 @@ def conclude(memory, work, x, tiles, segments, delta, eps):
             view_pg += tl.load(sums + PG, live, other=0.0, cache_modifier=".cg")
             view_gg += tl.load(sums + GG, live, other=0.0, cache_modifier=".cg")
             view_pp += tl.load(sums + PP, live, other=0.0, cache_modifier=".cg")
+            if SHARE:
+                view_pu += tl.load(sums + PU, live, other=0.0, cache_modifier=".cg")
         if segments > 1:
             row_limit, row_cosine = compare(view_pg, view_gg, view_pp, delta, eps, cols)
             view_limit = tl.where(live, row_limit, float("inf"))
             view_largest = tl.where(live, row_cosine, 0.0)
+        if SHARE:
+            share_rows(memory, work, x, view, live & (segments != 1), need, view_pg, view_gg, view_pp, view_pu)
         limit = tl.minimum(limit, view_limit)
         largest = tl.maximum(largest, view_largest)
         pg += view_pg
         gg += view_gg
         pp += view_pp
-    norm2 = tl.sum(pp)
-    layer_limit, _ = compare(tl.sum(pg), tl.sum(gg), norm2, delta, eps, rows * cols)
-    findings = work[FOUND] + x * FINDINGS
-    tl.store(findings + CHANNEL_LIMIT, tl.min(limit))
-    tl.store(findings + LAYER_LIMIT, layer_limit)
-    tl.store(findings + FOUND_COSINE, tl.max(largest))
-    tl.store(findings + FOUND_NORM, tl.sqrt(norm2))
+        pu += view_pu
+    if SHARE:
+        shares = part(work, x, SHARES, tl.float64)
+        tl.store(shares + LIMIT, tl.min(limit), (need & TEST) != 0)
+        tl.store(shares + LARGEST, tl.max(largest), (need & TEST) != 0)
+        share_sums(shares, True, need, tl.sum(pg), tl.sum(gg), tl.sum(pp), tl.sum(pu))
+    else:
+        norm2 = tl.sum(pp)
+        layer_limit, _ = compare(tl.sum(pg), tl.sum(gg), norm2, delta, eps, rows * cols)
+        findings = work[FOUND] + x * FINDINGS
+        tl.store(findings + CHANNEL_LIMIT, tl.min(limit))
+        tl.store(findings + LAYER_LIMIT, layer_limit)
+        tl.store(findings + FOUND_COSINE, tl.max(largest))
+        tl.store(findings + FOUND_NORM, tl.sqrt(norm2))
 
 
 @triton.jit
-def square(memory, work, tile, S: tl.constexpr):
+def square(memory, work, tile, S: tl.constexpr, SHARE: tl.constexpr):
     """g.g of one tile. Reads g: 4 bytes per float32 element."""
     where = locate(memory[TABLE], work[OWNERS], tile)
     n = where[3] * where[4]
     ggs = tl.zeros((S.tile,), S.number)
     for start in range(0, n, S.tile):
         e, mask = elements(where, start, S)
-        g = load_gradient(memory, where, e, mask, S)
+        g = measured_gradient(memory, work, where, e, mask, S, SHARE)
         ggs += g * g
     gg = tl.sum(ggs).to(tl.float64)
     if S.layout == ALIGNED:
@@ -490,7 +676,7 @@ def square(memory, work, tile, S: tl.constexpr):
         whole = whole_vectors(n)
         if whole < n:
             e = whole + tl.arange(0, VECTOR)
-            g = load_gradient(memory, where, e, e < n, S)
+            g = measured_gradient(memory, work, where, e, e < n, S, SHARE)
             gg += tl.sum(g * g).to(tl.float64)
     tl.store(work[TILE_SUMS] + tile.to(tl.int64) * SUMS + GG, gg)
 
@@ -513,10 +699,10 @@ def dot(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
     """p.u and p.p of one tile, if the decided view is wider. Reads p g m v: 16 bytes per float32 element."""
     x = tl.load(work[OWNERS] + tile).to(tl.int64)
     counters = work[COUNTS] + x * COUNTERS
-    decision = decide(memory, work, epoch, x, WAIT)
+    decision = decide(memory, work, epoch, x, S, WAIT)
     if decision != NONE:
         tiles, segments = tiles_of(memory, x)
-        if is_wide(decision, tiles, segments):
+        if is_wide(decision, tiles, segments) & (is_given(memory, x, decision, S) == 0):
             where = locate(memory[TABLE], work[OWNERS], tile)
             pu, pp = dot_of_tile(memory, work, where, S)
             sums = work[TILE_SUMS] + tile.to(tl.int64) * SUMS
@@ -544,17 +730,20 @@ def view_projection(memory, work, x, begin, n):
 
 
 @triton.jit
-def report(memory, work, x, decision):
+def report(memory, work, x, decision, S: tl.constexpr):
     """Shows the user what was decided on the parameter, and on what grounds."""
     cosine = tl.full((), float("nan"), tl.float64)
     norm = cosine
-    if is_tested(memory, work, x):
+    here = True
+    if S.shared:  # else all ranks know the grounds, and not this one alone
+        here = tl.load(memory[TABLE] + x * COLUMNS + SHARING) == LOCAL
+    if is_tested(memory, work, x, S):
         findings = work[FOUND] + x * FINDINGS
         cosine = tl.load(findings + FOUND_COSINE, cache_modifier=".cg")
         norm = tl.load(findings + FOUND_NORM, cache_modifier=".cg")
     tl.store(work[DECISIONS] + x, decision.to(tl.uint8))
-    tl.store(work[OUTCOMES] + x * RESULTS + COSINE, cosine)
-    tl.store(work[OUTCOMES] + x * RESULTS + NORM, norm)
+    tl.store(work[OUTCOMES] + x * RESULTS + COSINE, cosine, here)
+    tl.store(work[OUTCOMES] + x * RESULTS + NORM, norm, here)
 
 
 @triton.jit
@@ -566,13 +755,16 @@ def update(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
     cols_here = where[4]
     entry = memory[TABLE] + x * COLUMNS
     eps = scalar(work, tl.load(entry + GROUP), EPS)
-    decision = decide(memory, work, epoch, x, WAIT)
+    decision = decide(memory, work, epoch, x, S, WAIT)
     c = tl.full((), 0.0, tl.float64)
     by_rows = decision != decision
+    given = is_given(memory, x, decision, S)
     if decision != NONE:
         tiles, segments = tiles_of(memory, x)
-        by_rows = (decision == CHANNEL) & (cols_here <= S.tile) & (segments == 1)
-        if is_wide(decision, tiles, segments):
+        by_rows = ((decision == CHANNEL) | given) & (cols_here <= S.tile) & (segments == 1)
+        if given:
+            c = given_projection(work, x, where[1], given)
+        elif is_wide(decision, tiles, segments):
             if WAIT:
                 wait(work[COUNTS] + x * COUNTERS + PROJECTION_KNOWN, epoch)
             if decision == LAYER:
@@ -588,9 +780,12 @@ def update(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
             if fits(cols_here, log_cols):
                 e, mask = rows_of_block(where, min(ONE << log_cols, S.tile), S)
                 p, m, v, u = momentum_update(memory, work, where, e, mask, S)
-                row_c = projection(tl.sum(p * u, axis=1), tl.sum(p * p, axis=1), eps.to(S.number))[:, None]
                 # A row outside the tile divides 0 by eps^2, or by 0: what it holds is masked.
-                store(memory, work, where, e, mask, p, m, v, u, row_c, decision, S)
+                row_c = projection(tl.sum(p * u, axis=1), tl.sum(p * p, axis=1), eps.to(S.number))
+                if given:
+                    row = tl.arange(0, S.tile // min(ONE << log_cols, S.tile))
+                    row_c = given_projection(work, x, where[1] + row, row < rows_here).to(S.number)
+                store(memory, work, where, e, mask, p, m, v, u, row_c[:, None], decision, S)
     else:
         n = rows_here * cols_here
         for start in range(0, n, S.tile):
@@ -605,4 +800,4 @@ def update(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
                 p, m, v, u = momentum_update(memory, work, where, e, e < n, S)
                 store(memory, work, where, e, e < n, p, m, v, u, c.to(S.number), decision, S)
     if tile == tl.load(entry + FIRST_TILE):
-        report(memory, work, x, decision)
+        report(memory, work, x, decision, S)

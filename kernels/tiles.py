@@ -19,7 +19,11 @@ COLS = tl.constexpr(3)
 TILE_ROWS = tl.constexpr(4)
 TILE_COLS = tl.constexpr(5)
 FIRST_TILE = tl.constexpr(6)
-COLUMNS = tl.constexpr(7)
+SHARING = tl.constexpr(7)
+FIRST_ROW = tl.constexpr(8)
+FIRST_NUMBER = tl.constexpr(9)
+ROW_NUMBERS = tl.constexpr(10)
+COLUMNS = tl.constexpr(11)
 
 # A parameter's row of the address table.
 P = tl.constexpr(0)
@@ -53,6 +57,7 @@ class Spec(NamedTuple):
             multiple of VECTOR (that of a vector need not be); FLAT: rows follow each other; STRIDED: anything else.
         adaptive, buffer: the momentum rule.
         rounding: how bfloat16 is stored: precision.py.
+        shared: whether parameters may lie on several ranks.
         tile, log_tile: elements of a block, in registers at once, and their log2.
     """
 
@@ -64,6 +69,7 @@ class Spec(NamedTuple):
     adaptive: tl.constexpr
     buffer: tl.constexpr
     rounding: tl.constexpr
+    shared: tl.constexpr
     log_tile: tl.constexpr
     tile: tl.constexpr
 
@@ -86,8 +92,8 @@ def locate(table, owners, tile):
 
 
 @triton.jit
-def first_number(memory, where, LAYOUT: tl.constexpr):
-    """The number of a tile's first element in its parameter, counted row by row."""
+def first_element(memory, where, LAYOUT: tl.constexpr):
+    """The number of a tile's first element among its parameter's elements here, counted row by row."""
     x, row, col, _, _ = where
     first = row * tl.load(memory[0] + x * COLUMNS + COLS) + col
     if LAYOUT == ALIGNED:
@@ -115,4 +121,4 @@ def place(memory, where, e, ROLE: tl.constexpr, TYPE: tl.constexpr, LAYOUT: tl.c
         return start + (row + r) * tl.load(stride) + outer * tl.load(stride + 1) + inner * tl.load(stride + 2)
     if LAYOUT == ALIGNED:
         start = tl.multiple_of(start, WIDEST_LOAD)
-    return start + first_number(memory, where, LAYOUT) + e
+    return start + first_element(memory, where, LAYOUT) + e

@@ -56,6 +56,7 @@ _ARGUMENTS = {
     "counters": "*i64",
     "decisions": "*u8",
     "results": "*fp64",
+    "parts": "*i64",
     "tickets": "*i64",
     "replays": "*i64",
     "active": "*i32",
@@ -81,13 +82,16 @@ class Variant(NamedTuple):
     """Of weight, gradient and state."""
     rule: str = "AdamP"
     rounding: str = "nearest"
+    shared: bool = False
+    """Whether parameters may lie on several ranks."""
 
     def __str__(self) -> str:
-        return "-".join((self.kernel, self.target, self.layout, "/".join(self.dtypes), self.rule, self.rounding))
+        names = self.kernel, self.target, self.layout, "/".join(self.dtypes), self.rule, self.rounding
+        return "-".join((*names, *["shared"] * self.shared))
 
 
 def variants() -> list[Variant]:
-    """All targets in the most usual case, and all cases on one target."""
+    """All targets in the most usual case, and all cases on one target; of what ranks share, the kernels that differ."""
     found = [Variant(kernel, target) for target in TARGETS for kernel in KERNELS]
     for kernel in KERNELS:
         found += [Variant(kernel, layout=layout) for layout in ("FLAT", "STRIDED")]
@@ -99,6 +103,14 @@ def variants() -> list[Variant]:
     for kernel in ("update", "one_pass"):  # the others round nothing
         stochastic = ("bf16", "bf16", "bf16"), ("bf16", "bf16", "fp32"), ("fp32", "fp32", "bf16")
         found += [Variant(kernel, dtypes=dtypes, rounding="stochastic") for dtypes in stochastic]
+    for kernel in (*KERNELS, "share"):
+        found += [Variant(kernel, target, shared=True) for target in TARGETS]
+    for kernel in ("update", "share"):
+        found += [Variant(kernel, layout=layout, shared=True) for layout in ("FLAT", "STRIDED")]
+        found += [Variant(kernel, rule=rule, shared=True) for rule in RULES if rule != "AdamP"]
+        found += [Variant(kernel, dtypes=(dtype, dtype, dtype), shared=True) for dtype in ("bf16", "fp64")]
+        found += [Variant(kernel, dtypes=("bf16", "bf16", "fp32"), rounding="remainder", shared=True)]
+    found += [Variant("update", dtypes=("bf16", "bf16", "bf16"), rounding="stochastic", shared=True)]
     return found
 
 
@@ -124,6 +136,7 @@ class Row(NamedTuple):
     dtypes: tuple[str, str, str]
     rule: str
     rounding: str
+    shared: bool
     threads: int
     registers: int
     spill_bytes: int
@@ -146,7 +159,9 @@ def compile_variant(variant: Variant) -> Row:
     adaptive, buffer = RULES[variant.rule]
     p, g, state = (DTYPES[dtype] for dtype in variant.dtypes)
     layout = getattr(tiles, variant.layout).value
-    spec = backend.make_spec(p, g, state, layout, adaptive=adaptive, buffer=buffer, rounding=variant.rounding)
+    spec = backend.make_spec(
+        p, g, state, layout, adaptive=adaptive, buffer=buffer, rounding=variant.rounding, shared=variant.shared
+    )
     names = kernel.arg_names
     # As at a launch: the bookkeeping's tensors start at multiples of 16 bytes (D) and are smaller than 2 GB (S).
     attributes = make_backend(target).parse_attr("DS")
@@ -256,7 +271,7 @@ def print_table(rows: list[Row]) -> None:
         title="Compiled kernels; loads and stores of p, g, m, v and r: instructions x bytes of one thread",
         box=box.SIMPLE_HEAD,
     )
-    for heading in ("kernel", "target", "layout", "p/g/state", "rule", "rounding"):
+    for heading in ("kernel", "target", "layout", "p/g/state", "rule", "rounding", "shared"):
         table.add_column(heading, no_wrap=True)
     for heading in ("registers", "spill bytes", "scalar spills", "shared bytes", "16-byte loads", "16-byte stores"):
         table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
@@ -267,7 +282,9 @@ def print_table(rows: list[Row]) -> None:
         wide = [str(sum(count(accesses, wide=True).values())) for accesses in (row.loads, row.stores)]
         numbers = map(str, (row.registers, row.spill_bytes, row.scalar_spills, row.shared_bytes))
         names = row.kernel, row.target, row.layout, "/".join(row.dtypes), row.rule, row.rounding
-        table.add_row(*names, *numbers, *wide, _cell(row.loads), _cell(row.stores), f"{row.seconds:.1f}")
+        table.add_row(
+            *names, "shared" * row.shared, *numbers, *wide, _cell(row.loads), _cell(row.stores), f"{row.seconds:.1f}"
+        )
     Console(width=None if sys.stdout.isatty() else 215).print(table)
 
 

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from tolerances import assert_identical
 from torch import Tensor, nn
 from torch.distributed.fsdp._common_utils import _set_fsdp_flattened
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial
 from trajectory import RULES, Run, assert_snapshots_equal, gradient, parameters, snapshot
 
 from fused_adamp.backends import BACKENDS, available
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -179,21 +180,40 @@ def test_part_of_a_flat_parameter_of_fsdp1(rule: str) -> None:
     cls, options = RULES[rule]
     shard = nn.Parameter(torch.ones(6))
     _set_fsdp_flattened(shard)  # as FSDP1 does
-    with raises(TypeError, "parameter 0 of group 0", "flat parameter of FSDP1", "DistributedDataParallel"):
+    with raises(TypeError, "parameter 0 of group 0", "flat parameter of FSDP1", "fully_shard"):
         cls([shard], **options)
 
 
-@EVERY_RULE
-def test_dtensor(rule: str) -> None:
-    cls, options = RULES[rule]
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Of this process alone."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        sharded = nn.Parameter(distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)]))
-        with raises(TypeError, "parameter 0 of group 0", "DTensor", "DistributedDataParallel"):
-            cls([sharded], **options)
-    finally:
-        torch.distributed.destroy_process_group()
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@EVERY_RULE
+def test_sums_that_are_not_summed_yet(rule: str, mesh: Any) -> None:
+    cls, options = RULES[rule]
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Partial()]))
+    with raises(TypeError, "parameter 0 of group 0", "Partial", "redistribute"):
+        cls([partial], **options)
+
+
+@EVERY_RULE
+def test_slice_of_a_matrix(rule: str) -> None:
+    """As Megatron's distributed optimizer and ZeRO make them: here, or in place of what the optimizer was given."""
+    cls, options = RULES[rule]
+    matrix = nn.Parameter(torch.ones(4, 3))
+    with raises(TypeError, "parameter 0 of group 0", "slice of a tensor of shape (4, 3)", "DTensor.from_local"):
+        cls([matrix.detach().view(-1)[2:7].requires_grad_()], **options)
+    optimizer = cls([matrix], **options)
+    flat = nn.Parameter(torch.ones(6))
+    flat.grad = torch.ones(6)
+    optimizer.param_groups[0]["params"] = [flat]
+    with raises(TypeError, "parameter 0 of group 0", "place of matrices", "DTensor.from_local"):
+        optimizer.step()
+    assert_identical(flat.detach(), torch.ones(6))
 
 
 # Tensors that are bad when the step begins.

@@ -14,9 +14,10 @@ import torch
 
 import fused_adamp
 from fused_adamp.backends import triton
-from fused_adamp.bucket import COLUMNS, PROJECTIONS, RESULTS, Scalars
+from fused_adamp.bucket import COLUMNS, PROJECTIONS, RESULTS, ROW_SHARES, SHARES, Need, Scalars
 from fused_adamp.precision import ROUNDINGS
 from fused_adamp.reference import Decision
+from fused_adamp.sharding import Sharing
 from fused_adamp.verify import LAYOUTS, Case, cases, shapes
 
 pytestmark = pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
@@ -122,6 +123,11 @@ def test_the_tables_have_the_columns_that_the_kernels_read() -> None:
     for module, count, names in tables:
         assert [getattr(module, name.upper()).value for name in names] == list(range(len(names)))
         assert getattr(module, count).value == len(names)
+    assert [stages.LIMIT.value, stages.LARGEST.value] == [SHARES.index("limit"), SHARES.index("cosine")]
+    assert SHARES[stages.PG.value : stages.SUMS.value] == ROW_SHARES
+    assert [getattr(stages, name.upper()).value for name in ROW_SHARES] == list(map(SHARES.index, ROW_SHARES))
+    for names in (Sharing, Need):
+        assert {name: getattr(stages, name).value for name in names.__members__} == dict(names.__members__)
     assert [getattr(precision, name.upper()).value for name in ROUNDINGS] == list(range(len(ROUNDINGS)))
     decisions = {decision.name: getattr(stages, decision.name).value for decision in Decision}
     assert decisions == dict(Decision.__members__)

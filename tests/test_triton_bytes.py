@@ -10,11 +10,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from fused_adamp.backends import triton
+from fused_adamp.bucket import Need
 
 pytestmark = pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
 
@@ -30,7 +32,8 @@ UPDATE = 28  # p g m v, and p m v written
 class Count(NamedTuple):
     """A step to count: shape, decision of its gradient, options, and what the ledger says of it.
 
-    ``one_pass`` is given where that plan's number is another one.
+    ``one_pass`` is given where that plan's number is another one; ``sharing`` and ``needs`` where ranks share the
+    parameter: what they ask before the step, whose verdict is the decision.
     """
 
     shape: tuple[int, ...]
@@ -40,6 +43,8 @@ class Count(NamedTuple):
     one_pass: int | None = None
     dtype: str = "float32"
     clip: bool = False
+    sharing: str = "LOCAL"
+    needs: int = 0
 
 
 COUNTS = {
@@ -67,14 +72,27 @@ COUNTS = {
     "bfloat16": Count((96, 64), "NONE", {}, 4 + 8 + 6, dtype="bfloat16"),
     "stochastic": Count((96, 64), "CHANNEL", {"rounding": "stochastic"}, 4 + 8 + 6, dtype="bfloat16"),
     "bfloat16 state": Count((96, 64), "NONE", {"state_dtype": "bfloat16"}, 8 + 12 + 8),
+    # Shared: the step takes the verdict, and only the dot of a wide row is left for it to find.
+    "test": Count((96, 64), "NONE", {}, MEASURE + UPDATE, sharing="SHARED", needs=Need.TEST),
+    "test, channel": Count((40, 147), "CHANNEL", {}, MEASURE + UPDATE, sharing="SHARED", needs=Need.TEST),
+    "test and dot": Count((96, 64), "LAYER", {}, DOT + UPDATE, sharing="SHARED", needs=Need.TEST | Need.DOT),
+    "dot": Count((2, TILE + 8), "LAYER", {}, DOT + UPDATE, sharing="SHARED", needs=Need.DOT),
+    "dot of rows": Count((96, 64), "CHANNEL", {}, DOT + UPDATE, sharing="SPLIT", needs=Need.TEST | Need.DOT),
+    "dot of wide rows": Count((2, 20 * TILE), "CHANNEL", {}, DOT + UPDATE, sharing="SPLIT", needs=Need.DOT),
+    "norm": Count((3 * TILE + 5,), "NONE", {}, SQUARE + UPDATE, sharing="SHARED", needs=Need.SQUARE),
+    "nothing": Count((96, 64), "LAYER", {}, UPDATE, sharing="SPLIT"),
+    "wide row, channel": Count((2, 20 * TILE), "CHANNEL", {}, DOT + UPDATE, sharing="SHARED"),
 }
 
 _STEP = """
 import json, sys
-import numpy, torch
+import numpy, pytest, torch
+sys.path.insert(0, sys.argv[2])
 import fused_adamp
 from fused_adamp.reference import Decision
+from fused_adamp.sharding import Sharing
 from fused_adamp.verify import make_gradient
+from test_shares import batch_of, sharded
 from triton.runtime import interpreter
 
 counts = json.loads(sys.argv[1])
@@ -98,7 +116,7 @@ def counted_store(self, ptrs, value, mask, *rest):
 
 builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
 results = {}
-for name, (shape, decision, options, _, _, dtype, clip) in counts.items():
+for name, (shape, decision, options, _, _, dtype, clip, sharing, needs) in counts.items():
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     if "state_dtype" in options:
@@ -107,12 +125,25 @@ for name, (shape, decision, options, _, _, dtype, clip) in counts.items():
     p.grad = make_gradient(p.detach().double(), Decision[decision], generator).to(dtype)
     optimizer = fused_adamp.AdamP([p], lr=1e-9, backend="triton", **options)
     optimizer.step()  # makes the state; the weight stays, and with it the decision
+    if sharing != "LOCAL":
+        with pytest.MonkeyPatch.context() as patch:
+            bucket = sharded(patch, optimizer, "triton", [Sharing[sharing]])
+        bucket.shared.needs.fill_(needs)
+        bucket.shared.verdicts[:, 0] = Decision[decision]
+        bucket.shared.verdicts[:, 1] = 0
     state = optimizer.state[p]
     tensors, moved = [p.detach(), p.grad, *(tensor for tensor in state.values() if tensor.shape == p.shape)], 0
     if clip:
         optimizer.clip_grad_norm_(1.0)
-    optimizer.step()
-    results[name] = [moved / p.numel(), optimizer.decisions()[p].name]
+    if sharing == "LOCAL":
+        optimizer.step()
+        made = optimizer.decisions()[p]
+    else:
+        batch = batch_of(optimizer, bucket)
+        bucket.key.backend.measure(batch)
+        bucket.key.backend.step(batch)
+        made = Decision(bucket.decisions.item())
+    results[name] = [moved / p.numel(), made.name]
 print(json.dumps(results))
 """
 
@@ -120,7 +151,7 @@ print(json.dumps(results))
 @pytest.mark.parametrize("plan", ["split", "one_pass"])
 def test_every_plan_moves_the_bytes_of_the_ledger(plan: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _STEP, json.dumps(COUNTS)],
+        [sys.executable, "-W", "ignore", "-c", _STEP, json.dumps(COUNTS), str(Path(__file__).parent)],
         env=os.environ | {"TRITON_INTERPRET": "1", triton.PLAN: plan},
         capture_output=True,
         text=True,

@@ -1,4 +1,5 @@
-"""What a step of the Triton backend does beyond verify's table of cases: scaling, clipping, rounding, CUDA graphs.
+"""What a step of the Triton backend does beyond verify's table of cases: scaling, clipping, rounding, what ranks share,
+CUDA graphs.
 
 test_triton.py runs this file under each plan in a process of its own, since Triton decides when it is imported whether
 it interprets. By hand:
@@ -9,11 +10,13 @@ it interprets. By hand:
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import test_shares
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -21,10 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamp import SGDP, AdamP
 from fused_adamp.backends import triton
-from fused_adamp.bucket import RESULTS
+from fused_adamp.bucket import RESULTS, Batch, Need
 from fused_adamp.precision import join, split
 from fused_adamp.reference import Decision
-from fused_adamp.verify import lay_out, make_gradient
+from fused_adamp.sharding import Sharing
+from fused_adamp.verify import Case, cases, lay_out, make_gradient, shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -333,6 +337,146 @@ def test_stochastic_rounding_is_the_reference_s_bit_for_bit(make: Any, dtypes: t
         assert rounded > 0
 
 
+# Parameters on several ranks.
+
+
+def shared_cases() -> list[Any]:
+    """Of the table of cases every shape, and on small matrices every dtype, layout, scale and set of options; each with
+    a verdict and a way of asking.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes(TILE).items()}
+    settled = {"channel_dim", "projection"}  # before the tensors are seen, or by the verdict
+    table = [case for case in cases(TILE) if not case.options.keys() & settled]
+    first: dict[object, Case] = {}
+    for case in table:
+        first.setdefault(case.shape, case)
+    for case in sorted(table, key=lambda case: (sizes[case.shape] < 1000, sizes[case.shape])):
+        for aspect in ((case.dtype, case.gradient_dtype), case.layout, str(case.options)):
+            first.setdefault((case.optimizer, aspect), case)
+        first.setdefault(("scale", case.scale), case)
+    found, turns = [], itertools.count()
+    for case in first.values():
+        vector = len(shapes(TILE)[case.shape]) < 2
+        turn = next(turns)
+        verdict = Decision.NONE if vector else Decision(turn % 3)
+        calls = "squares" if vector else [*test_shares.CALLS][turn % len(test_shares.CALLS)]
+        found.append(pytest.param(case, verdict, calls, id=f"{case} verdict {verdict.name.lower()} {calls}"))
+    return found
+
+
+@pytest.mark.parametrize(("case", "verdict", "calls"), shared_cases())
+def test_shares_and_verdicts(case: Case, verdict: Decision, calls: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """test_shares.py's test, of shapes that are edges for tiles of this size."""
+    monkeypatch.setattr(test_shares, "SHAPES", shapes(TILE))
+    if 0 in shapes(TILE)[case.shape]:  # of which a step tells nothing: its results stay
+        members = [sharing for sharing in test_shares.MEMBERS if sharing is not Sharing.LOCAL]
+        monkeypatch.setattr(test_shares, "MEMBERS", members)
+    test_shares.test_shares_are_right_and_steps_follow_the_verdicts(case, verdict, calls, "triton", monkeypatch)
+
+
+def test_an_abandoned_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    test_shares.test_an_abandoned_step_leaves_nothing_to_the_next(False, "triton", monkeypatch)
+
+
+SHARINGS = (Sharing.SHARED, Sharing.SPLIT, Sharing.SHARED, Sharing.SPLIT, Sharing.LOCAL)
+SHARED_MODEL = tuple((shape, Decision.NONE) for shape in ((9, 65), (9, 65), (2, TILE + 8), (1, 17 * TILE), (5, 24)))
+
+
+def shared_model(
+    monkeypatch: pytest.MonkeyPatch, make: Any = AdamP, options: Any = ADAMP, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Batch]:
+    """An optimizer that is said to share its parameters with other ranks, and the batch of its next step."""
+    optimizer = make(model(SHARED_MODEL, dtype), **options, backend="triton")
+    bucket = test_shares.sharded(monkeypatch, optimizer, "triton", SHARINGS)
+    bucket.shared.needs.fill_(Need.TEST)
+    bucket.shared.verdicts[:4, 0] = Decision.NONE
+    return optimizer, test_shares.batch_of(optimizer, bucket)
+
+
+def shares(batch: Batch) -> list[Tensor]:
+    """What a measurement says, from a clean slate."""
+    shared = batch.bucket.shared
+    assert shared is not None
+    for tensor in (shared.shares, shared.rows):
+        tensor.zero_()
+    batch.bucket.key.backend.measure(batch)
+    return [shared.shares.clone(), shared.rows.clone()]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "remainder"])
+def test_before_there_is_state_weights_and_gradients_are_measured(
+    rounding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimizer, batch = shared_model(monkeypatch, options=ADAMP | {"rounding": rounding}, dtype=torch.bfloat16)
+    bare = batch._replace(moments=[], steps=[], seeds=[], remainders=[])
+    assert all(map(torch.equal, shares(bare), shares(batch)))
+    before = copy.deepcopy(tensors(optimizer))
+    assert batch.bucket.key.backend.step(batch) == -1
+    assert not any(map(torch.equal, tensors(optimizer), before))
+    bare.bucket.key.backend.measure(bare)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e6, math.inf, math.nan])
+def test_limits_are_of_a_further_scale(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limits themselves are numbers, and passing them at 1 is passing the test of the scaled gradient."""
+    optimizer, batch = shared_model(monkeypatch, SGDP, SGDP_)
+    for p in params_of(optimizer):
+        p.grad = p.detach() * torch.logspace(-13, -12, p.size(0))[:, None]
+    batch = test_shares.batch_of(optimizer, batch.bucket)
+    scaled = torch.tensor([scale], dtype=torch.float64)
+    limits = shares(batch._replace(scale=scaled))[0][:, 0]
+    raw = shares(batch)[0][:, 0]
+    assert not limits.isnan().any()
+    if not math.isfinite(scale):
+        assert not limits.any()
+    else:
+        torch.testing.assert_close(limits, raw / scale, rtol=1e-4, atol=0)
+    assert scale or limits.isinf().all()
+
+
+@pytest.mark.parametrize("make", [AdamP, SGDP])
+def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On numbers of so few digits that float32 is exact: test_stochastic_rounding_is_the_reference_s_bit_for_bit."""
+    options: dict[str, Any] = {"delta": 0.0, "rounding": "stochastic"}
+    options |= {"lr": 0.0, "betas": (0.5, 0.5)} if make is AdamP else {"lr": 0.5, "momentum": 0.5, "dampening": 0.5}
+    rows, cols = 6, 3 * TILE + 24
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-128, 128, (rows, cols), generator=generator).bfloat16() / 16
+    gradient = torch.randint(-8, 8, (rows, cols), generator=generator).bfloat16() / 8
+    whole = Parameter(weight.clone())
+    whole.grad = gradient.clone()
+    reference = make([whole], **options, backend="reference")
+    torch.manual_seed(7)
+    reference.step()
+    seed = reference.state[whole]["rounding_seed"] - 1
+    cuts = [(slice(2, 5), slice(0, cols)), (slice(0, rows), slice(16, 80)), (slice(1, 4), slice(8, 8 + TILE + 16))]
+    numbers = [(part[0].start * cols + part[1].start, cols) for part in cuts]
+    params = [Parameter(weight[part].clone()) for part in cuts]
+    for p, part in zip(params, cuts, strict=True):
+        p.grad = gradient[part].clone()
+    ours = make(params, **options, backend="triton")
+    bucket = test_shares.sharded(monkeypatch, ours, "triton", [Sharing.SHARED, *[Sharing.SPLIT] * 2], numbers)
+    bucket.shared.verdicts.zero_()
+    for tensor in bucket.storage.values():
+        tensor.zero_()
+    bucket.counters["rounding_seed"].fill_(seed)
+    assert bucket.key.backend.step(test_shares.batch_of(ours, bucket)) == -1
+    for p, part in zip(params, cuts, strict=True):
+        assert torch.equal(p.detach(), whole.detach()[part]), part
+        for name in reference.moments(reference.param_groups[0]):
+            assert torch.equal(ours.state[p][name], reference.state[whole][name][part]), (name, part)
+
+
+def test_infinite_gradients_move_no_shared_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer, batch = shared_model(monkeypatch)
+    before = copy.deepcopy(tensors(optimizer))
+    measured = shares(batch)
+    stopped = batch._replace(found_inf=torch.ones(1))
+    assert all(map(torch.equal, shares(stopped), measured))
+    assert batch.bucket.key.backend.step(stopped) == -1
+    assert all(map(torch.equal, tensors(optimizer), before))
+
+
 def test_moments_of_two_dtypes_are_given_one() -> None:
     ours, theirs = pair(AdamP, model(MODEL[3:5]), **ADAMP)
     for optimizer in (ours, theirs):
@@ -419,6 +563,36 @@ class Graph(TorchDispatchMode):
     def replay(self) -> None:
         for call in self.calls:
             call()
+
+
+def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = [shared_model(monkeypatch, options=ADAMP | {"capturable": True})[1] for _ in range(2)]
+    for batch in batches:
+        for name in batch.bucket.storage:
+            batch.bucket.storage[name].fill_(0.5)
+
+    def train(batch: Batch) -> list[Tensor]:
+        batch.bucket.key.backend.measure(batch)
+        batch.bucket.key.backend.step(batch)
+        return [*batch.params, *batch.bucket.storage.values(), batch.bucket.decisions, *batch.bucket.shared[1:3]]
+
+    captured, eager = batches
+    train(captured), train(eager)
+    graph = Graph(monkeypatch)
+    graph.capture(lambda: train(captured))
+    for number, replays in enumerate((True, False, True)):
+        for batch in batches:
+            batch.bucket.shared.needs.fill_((Need.TEST, Need.DOT, Need.SQUARE)[number])
+            batch.bucket.shared.verdicts[:4] = torch.tensor([number, 0.5])
+            batch.bucket.shared.row_projections.fill_(0.25 * number)
+        found = [t.clone() for t in train(eager)]
+        if replays:
+            graph.replay()
+        else:
+            train(captured)
+        stored = captured.bucket
+        results = [*captured.params, *stored.storage.values(), stored.decisions, *stored.shared[1:3]]
+        assert all(map(torch.equal, results, found)), number
 
 
 @pytest.mark.parametrize("clip", [False, True])

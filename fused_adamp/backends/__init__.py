@@ -55,8 +55,19 @@ class Backend(Protocol):
         The batch fits the bucket's table. What the backend learns on the way may serve the next step's test.
         """
 
+    def measure(self, batch: Batch) -> None:
+        """Finds out what the ranks have to tell each other before a step: writes ``bucket.shared``, shares and rows.
+
+        Of every member with a gradient, as far as its ``needs`` ask: all else there stays as it is. The batch fits the
+        bucket's table. If the batch is ``final``, members of which both TEST and DOT are asked may be moved already, by
+        a guess that the step puts right. Each member is asked once per step for what a further call asks of others.
+        """
+
     def step(self, batch: Batch) -> int:
-        """One optimizer step over the batch, unless :meth:`first_stale` is not -1; returns that index."""
+        """One optimizer step over the batch, unless :meth:`first_stale` is not -1; returns that index.
+
+        Members that lie on several ranks go by ``bucket.shared``, verdicts and row_projections.
+        """
 
 
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())

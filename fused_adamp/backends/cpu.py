@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_adamp.bucket import FLOATING
+from fused_adamp.bucket import COLUMNS, FLOATING
+from fused_adamp.sharding import Sharing
 
 if TYPE_CHECKING:
     from fused_adamp.bucket import Batch, Bucket
 
 __all__ = ["CpuBackend", "load"]
 
-_LAYOUT = 3  # csrc/bucket.h
-_SUMS = 7  # doubles per tile: csrc/cpu_kernels.h, TileSums
+_LAYOUT = 4  # csrc/bucket.h
+_SUMS = 8  # doubles per tile: csrc/cpu_kernels.h, TileSums
+_SHORTEST_ROW = 64  # csrc/cpu.cpp, keeps_shrink
 
 
 @lru_cache(maxsize=1)
@@ -48,6 +50,8 @@ class Scratch:
     rows: list[Any] = field(default_factory=list)
     scalars: Tensor = field(default_factory=lambda: torch.empty(0))
     """The rows as a tensor."""
+    kept: list[Tensor] = field(default_factory=list)
+    """What `measure` leaves for the step that follows it, if members lie on several ranks: :func:`_kept`."""
 
 
 class CpuBackend:
@@ -72,7 +76,8 @@ class CpuBackend:
         return device
 
     def scratch(self, bucket: Bucket) -> Scratch:
-        return Scratch(torch.empty(bucket.tiles, _SUMS, dtype=torch.float64))
+        sums = torch.empty(bucket.tiles, _SUMS, dtype=torch.float64)
+        return Scratch(sums, kept=_kept(bucket) if bucket.shared else [])
 
     def first_stale(self, batch: Batch) -> int:
         return int(torch.ops.fused_adamp.first_stale.default(*_arguments(batch)))
@@ -80,11 +85,25 @@ class CpuBackend:
     def square_norm(self, batch: Batch) -> Tensor:
         return torch.tensor(torch.ops.fused_adamp.square_norm.default(*_arguments(batch)), dtype=torch.float64)
 
+    def measure(self, batch: Batch) -> None:
+        torch.ops.fused_adamp.measure.default(*_arguments(batch))
+
     def step(self, batch: Batch) -> int:
         operator = torch.ops.fused_adamp.step
         if batch.found_inf is not None and batch.found_inf.item():
             operator = torch.ops.fused_adamp.first_stale
         return int(operator.default(*_arguments(batch)))
+
+
+def _kept(bucket: Bucket) -> list[Tensor]:
+    """Of every member whether `measure` has moved it, and by which guess: ``(P,)`` uint8, csrc/bucket.h, Swept.
+
+    And of rows that lie here whole, in the dtype that they are computed in, what their projection asks for.
+    """
+    sharing, rows, cols = (bucket.table[:, COLUMNS.index(name)] for name in ("sharing", "rows", "cols"))
+    whole = int(rows[(sharing == Sharing.SHARED) & (cols >= _SHORTEST_ROW)].sum())
+    computed = torch.promote_types(bucket.key.dtype, torch.float32)
+    return [torch.zeros(len(bucket.params), dtype=torch.uint8), torch.empty(whole, dtype=computed)]
 
 
 def _arguments(batch: Batch) -> tuple[Any, ...]:
@@ -108,6 +127,8 @@ def _arguments(batch: Batch) -> tuple[Any, ...]:
         1.0 if batch.scale is None else batch.scale.item(),
         FLOATING.index(bucket.key.dtype),  # csrc/cpu_kernels.h: StorageType
         batch.rule.adaptive,
+        [*(bucket.shared or ()), *bucket.scratch.kept],
+        batch.final,
     )
 
 

@@ -1,4 +1,4 @@
-"""The Triton backend: kernels/ over a bucket, one launch (one pass) or three (split).
+"""The Triton backend: kernels/ over a bucket, one launch (one pass) or three (split), and two more where ranks share.
 
 What a kernel reads besides the tensors stays on the device between steps and is uploaded again only when it changed:
 the addresses when a tensor moved, the hyperparameters when one has another value. Nothing here waits for the device.
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fused_adamp.bucket import ABSENT, COLUMNS, Scalars, first_stale, rows_cols
 from fused_adamp.precision import ROUNDINGS
+from fused_adamp.sharding import Sharing
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,6 +157,7 @@ class Workspace:
         self.counters = torch.zeros(count, stages.COUNTERS.value, dtype=torch.int64, device=device)
         self.one = torch.ones(1, dtype=torch.float64, device=device)
         self.zero = torch.zeros(1, dtype=torch.float64, device=device)
+        self.parts = _parts(bucket).to(device)
         self.replays = torch.zeros(1, dtype=torch.int64, device=device)
         self.epoch = 0
         self.counts_on_device = False
@@ -202,8 +204,8 @@ class Launch(NamedTuple):
     """One pass: of the one kernel. Split: of measure, dot and update."""
     blocks: int
     """Jobs that prepare, the first of them all."""
-    squares: list[Tensor]
-    """The one job list of the norm, once it has been asked for."""
+    ahead: list[Tensor]
+    """The one job list of what comes ahead of a step, once it has been asked for: :func:`_jobs_ahead`."""
 
 
 class TritonBackend:
@@ -257,10 +259,7 @@ class TritonBackend:
             if not batch.has_state:  # before the first step: what it needs cannot be lined up yet
                 norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in batch.grads if g is not ABSENT]
                 return torch.stack(norms).square().sum()
-            tables = work.tables(batch._replace(measured=False), capturing=_captured(batch))
-            stale = self._refresh(batch, tables)
-            assert stale < 0, "the front end has checked that the batch fits"
-            work.advance(batch)
+            tables = self._lined_up(batch)
             runs = [run for launch in tables.launches for run in _square_runs(batch, tables, launch)]
             squares: Tensor = work.sums[:, GG.value]
             squares.zero_()  # of the members that are absent
@@ -268,6 +267,13 @@ class TritonBackend:
                 run.start()
             work.measured = _measured(tables)
             return squares.sum()
+
+    def measure(self, batch: Batch) -> None:
+        with _on(batch.bucket.key.device):
+            tables = self._lined_up(batch)
+            runs = [run for launch in tables.launches for run in _share_runs(batch, tables, launch)]
+            for run in runs:
+                run.start()
 
     def step(self, batch: Batch) -> int:
         work = batch.bucket.scratch
@@ -284,6 +290,15 @@ class TritonBackend:
             for run in runs:
                 run.start()
         return -1
+
+    def _lined_up(self, batch: Batch) -> Tables:
+        """The tables of an epoch that measures and does not step."""
+        work: Workspace = batch.bucket.scratch
+        tables = work.tables(batch._replace(measured=False), capturing=_captured(batch))
+        stale = self._refresh(batch, tables)
+        assert stale < 0, "the front end has checked that the batch fits"
+        work.advance(batch)
+        return tables
 
     def _refresh(self, batch: Batch, tables: Tables) -> int:
         """Uploads what has changed, unless :meth:`first_stale` is not -1; returns that index."""
@@ -376,6 +391,30 @@ def _tiles(table: Tensor) -> Tensor:
     return (rows + tile_rows - 1) // tile_rows * ((cols + tile_cols - 1) // tile_cols)
 
 
+def _parts(bucket: Bucket) -> Tensor:
+    """Where every member's parts of ``bucket.shared`` lie, for kernels/stages.py; nothing where nobody shares it."""
+    from fused_adamp.kernels import stages
+
+    shared, table = bucket.shared, bucket.table
+    parts = torch.empty(0 if shared is None else len(table), stages.PLACES_OF_PARTS.value, dtype=torch.int64)
+    if shared is not None:
+        index = torch.arange(len(table))
+        first_row, sharing = (table[:, COLUMNS.index(name)] for name in ("first_row", "sharing"))
+        roles = (
+            (stages.NEED, shared.needs, index),
+            (stages.SHARES, shared.shares, index),
+            (stages.ROW_SHARES, shared.rows, first_row),
+            (stages.VERDICT, shared.verdicts, index),
+            (stages.GIVEN, shared.row_projections, first_row),
+        )
+        for role, tensor, row in roles:
+            parts[:, role.value] = tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
+        split = sharing == Sharing.SPLIT
+        parts[:, stages.GIVEN_STEP.value] = split
+        parts[~split, stages.GIVEN.value] = parts[~split, stages.VERDICT.value] + shared.verdicts.itemsize
+    return parts
+
+
 def _plan(batch: Batch, tables: Tables) -> None:
     """Uploads addresses and strides, and lines up the launches: parameters by the kernel they need."""
     from fused_adamp.kernels import tiles
@@ -407,7 +446,7 @@ def _plan(batch: Batch, tables: Tables) -> None:
                 outer = tensor.stride(0) if tensor.ndim >= 2 else 0
                 first = 1 + 3 * role.value
                 strides[i][first : first + 3] = [outer, *([0] * (_INNER - len(steps))), *steps]
-        state = moments[0].dtype if moments else p.dtype
+        state = (moments[0].dtype if moments else p.dtype) if batch.has_state else None
         members.setdefault((p.dtype, g.dtype, state, layout), []).append(i)
     tables.upload(tables.addresses, torch.tensor(addresses))
     if any(map(any, strides)):
@@ -456,19 +495,25 @@ def _layout(roles: Sequence[Tensor], inner: list[list[int]]) -> int:
 
 
 def _launch(
-    batch: Batch, tables: Tables, members: tuple[torch.dtype, torch.dtype, torch.dtype, int], indices: list[int]
+    batch: Batch, tables: Tables, members: tuple[torch.dtype, torch.dtype, torch.dtype | None, int], indices: list[int]
 ) -> Launch:
     from fused_adamp.kernels import plans, stages
 
     bucket = batch.bucket
     p, g, state, layout = members
-    rule = {"adaptive": batch.rule.adaptive, "buffer": bool(batch.moments)}
-    spec = make_spec(p, g, state, layout, **rule, rounding=bucket.key.rounding)
+    shared = bucket.shared is not None
+    if state is None:  # before the first step: there is nothing yet that kernels could load besides
+        spec = make_spec(p, g, p, layout, adaptive=False, buffer=False, shared=shared)
+    else:
+        rule = {"adaptive": batch.rule.adaptive, "buffer": bool(batch.moments)}
+        spec = make_spec(p, g, state, layout, **rule, rounding=bucket.key.rounding, shared=shared)
     elements = bucket.table[:, COLUMNS.index("rows")] * bucket.table[:, COLUMNS.index("cols")]
     width: int = stages.PREPARE_BLOCK.value
     blocks = (len(indices) + width - 1) // width
     order = _order(bucket)
-    plan = _forced_plan() or ("one_pass" if int(elements[indices].max()) <= 4 * _WINDOW else "split")
+    # Of what ranks share, nothing is measured in the step that one pass would find in cache.
+    fits = not shared and int(elements[indices].max()) <= 4 * _WINDOW
+    plan = _forced_plan() or ("one_pass" if fits else "split")
     prepare = torch.tensor([(plans.PREPARE.value, block, 1) for block in range(blocks)], dtype=torch.int32)
     if plan == "split":
         parts = [prepare, *map(order.measure, indices)], [*map(order.dot, indices)], [*map(order.update, indices)]
@@ -491,15 +536,22 @@ def _launch(
     return Launch(spec, plan, indices, active, tickets, jobs, blocks, [])
 
 
-def _squares(batch: Batch, tables: Tables, launch: Launch) -> Tensor:
-    """The jobs of the norm. One pass only squares: it finds what it measures in cache when it updates."""
+def _jobs_ahead(batch: Batch, tables: Tables, launch: Launch) -> Tensor:
+    """The jobs of the norm, or of a bucket that ranks share, of what they tell each other.
+
+    For the norm one pass only squares: it finds what it measures in cache when it updates.
+    """
     from fused_adamp.kernels import plans
 
-    if not launch.squares:
-        stage = plans.SQUARE if launch.plan == "one_pass" else plans.SQUARE_AND_MEASURE
+    if not launch.ahead:
         order = _order(batch.bucket)
-        launch.squares.append(tables.uploaded(torch.cat([order.jobs(stage.value, i, 1) for i in launch.indices])))
-    return launch.squares[0]
+        if batch.bucket.shared is not None:
+            parts = [*map(order.share, launch.indices)]
+        else:
+            stage = plans.SQUARE if launch.plan == "one_pass" else plans.SQUARE_AND_MEASURE
+            parts = [order.jobs(stage.value, i, 1) for i in launch.indices]
+        launch.ahead.append(tables.uploaded(torch.cat(parts)))
+    return launch.ahead[0]
 
 
 def _forced_plan() -> str | None:
@@ -512,14 +564,15 @@ def _forced_plan() -> str | None:
 class _Order(NamedTuple):
     """The jobs of one parameter in one stage: rows of (stage, first tile, tiles)."""
 
-    stages: tuple[int, int, int]
-    """The numbers of measure, dot and update."""
+    stages: tuple[int, ...]
+    """The numbers of measure, dot, update, share and share nothing."""
     counts: list[int]
     first: list[int]
     projected: list[bool]
+    local: list[bool]
 
     def measure(self, i: int) -> Tensor:
-        return self.jobs(self.stages[0], i, 1 if self.projected[i] else None)
+        return self.jobs(self.stages[0], i, 1 if self.projected[i] and self.local[i] else None)
 
     def dot(self, i: int) -> Tensor:
         return self.jobs(self.stages[1], i, _DOT_TILES if self.projected[i] and self.counts[i] > 1 else None)
@@ -527,6 +580,11 @@ class _Order(NamedTuple):
     def update(self, i: int) -> Tensor:
         """Backwards: what was measured last is still in cache."""
         return self.jobs(self.stages[2], i, 1).flip(0)
+
+    def share(self, i: int) -> Tensor:
+        if self.counts[i] == 0:
+            return torch.tensor([[self.stages[4], i, 1]], dtype=torch.int32)
+        return self.jobs(self.stages[3], i, 1)
 
     def jobs(self, stage: int, i: int, width: int | None) -> Tensor:
         if width is None:
@@ -539,9 +597,12 @@ class _Order(NamedTuple):
 def _order(bucket: Bucket) -> _Order:
     from fused_adamp.kernels import plans
 
-    first, projected = (bucket.table[:, COLUMNS.index(name)] for name in ("first_tile", "projected"))
-    stages = plans.MEASURE.value, plans.DOT.value, plans.UPDATE.value
-    return _Order(stages, _tiles(bucket.table).tolist(), first.tolist(), projected.bool().tolist())
+    first, projected, sharing = (
+        bucket.table[:, COLUMNS.index(name)] for name in ("first_tile", "projected", "sharing")
+    )
+    stages = plans.MEASURE, plans.DOT, plans.UPDATE, plans.SHARE, plans.SHARE_NOTHING
+    flags = projected.bool().tolist(), (sharing == Sharing.LOCAL).tolist()
+    return _Order(tuple(stage.value for stage in stages), _tiles(bucket.table).tolist(), first.tolist(), *flags)
 
 
 def make_spec(
@@ -553,6 +614,7 @@ def make_spec(
     adaptive: bool,
     buffer: bool,
     rounding: str = "nearest",
+    shared: bool = False,
 ) -> Any:
     """What the kernels are compiled for: fused_adamp/kernels/tiles.py."""
     import triton.language as tl
@@ -566,8 +628,8 @@ def make_spec(
         torch.float16: tl.float16,
     }
     number = tl.float64 if p == torch.float64 else tl.float32
-    flags = map(tl.constexpr, (layout, adaptive, buffer, ROUNDINGS.index(rounding), _LOG_TILE, 1 << _LOG_TILE))
-    return Spec(types[p], types[g], types[state], number, *flags)
+    flags = layout, adaptive, buffer, ROUNDINGS.index(rounding), shared, _LOG_TILE, 1 << _LOG_TILE
+    return Spec(types[p], types[g], types[state], number, *map(tl.constexpr, flags))
 
 
 def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
@@ -577,10 +639,8 @@ def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
 
     options = {"num_warps": _WARPS}
     # Registers. Left to itself, ptxas tries for one program more on a multiprocessor, and spills.
-    if spec.number.primitive_bitwidth == 64 or (spec.rounding.value, kernel.__name__) == (
-        STOCHASTIC.value,
-        "one_pass_kernel",
-    ):
+    crowded = kernel.__name__ == "one_pass_kernel" and (spec.rounding.value == STOCHASTIC.value or spec.shared.value)
+    if crowded or spec.number.primitive_bitwidth == 64:
         options["maxnreg"] = 255
     elif spec.layout.value == ALIGNED.value:
         options["maxnreg"] = 80 if kernel.__name__ == "measure_kernel" else 128
@@ -605,8 +665,18 @@ _compiled: dict[Any, Any] = {}
 def _square_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
     from fused_adamp.kernels import plans
 
-    jobs = _squares(batch, tables, launch)
+    jobs = _jobs_ahead(batch, tables, launch)
     return [_run(plans.measure_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)]
+
+
+def _share_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
+    from fused_adamp.kernels import plans
+
+    prepare = [launch.jobs[0][: launch.blocks]] if launch.spec.adaptive.value else []
+    return [
+        _run(plans.share_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
+        for jobs in (*prepare, _jobs_ahead(batch, tables, launch))
+    ]
 
 
 def _step_runs(batch: Batch, tables: Tables, launch: Launch, measured: bool) -> list[_Run]:
@@ -642,6 +712,7 @@ def _arguments(batch: Batch, tables: Tables, launch: Launch, jobs: Tensor) -> tu
         work.counters,
         bucket.decisions,
         bucket.results,
+        work.parts,
         launch.tickets,
         work.replays,
         launch.active,

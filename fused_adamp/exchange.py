@@ -1,0 +1,526 @@
+"""What the ranks that share parameters tell each other in a step: one packed all_reduce for each group of them.
+
+A step of sharded parameters goes
+
+    measure   every backend writes its shares of the sums: fused_adamp/bucket.py, Shared
+    exchange  shares become sums, group by group; sums become verdicts: decision and projection of every parameter
+    step      every backend steps by the verdicts
+
+The shares of a parameter are a record; where its rows are split, each row has one of its own, until the rows are
+complete and folded into the parameter's. All that is sent is summed. A header goes with it, which tells what no rank
+can find out alone: see Header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fused_adamp.bucket import COLUMNS, PROJECTIONS, SHARES, UNDECIDED, Need
+from fused_adamp.reference import Decision
+from fused_adamp.sharding import Sharing, schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from torch.distributed import ProcessGroup
+
+    from fused_adamp.bucket import Bucket
+    from fused_adamp.sharding import Layout
+
+__all__ = ["Exchange", "Header", "Outcome", "shake_hands"]
+
+_DIGEST = 8  # bytes
+
+_RECORD = ("fails", "present", "pg", "gg", "pp", "pu")
+"""Of a parameter: ranks on which a row fails the cosine test, ranks that have a gradient, and sums."""
+
+
+class Header(NamedTuple):
+    """What goes along with the sums, one number each, and is summed.
+
+    Attributes:
+        ranks: 1 of each.
+        failed: 1 of a rank that cannot take this step.
+        moved: 1 of a rank whose parameters are other ones, or lie otherwise, than in the last step.
+        stale: 1 of a rank whose gradients have changed since they were measured for clipping.
+        found_inf: GradScaler's.
+        digest: a hash of all that the ranks must have in common; each byte, then the square of each.
+    """
+
+    ranks: float
+    failed: float
+    moved: float
+    stale: float
+    found_inf: float
+    digest: tuple[float, ...]
+
+    @classmethod
+    def of(cls, lines: Iterable[str], *, failed: bool = False, moved: bool = False, stale: bool = False) -> Header:
+        digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=_DIGEST).digest()
+        return cls(1.0, failed, moved, stale, 0.0, (*map(float, digest), *(float(byte * byte) for byte in digest)))
+
+    @classmethod
+    def read(cls, numbers: Sequence[float]) -> Header:
+        ranks, failed, moved, stale, found_inf, *digest = numbers
+        return cls(ranks, failed, moved, stale, found_inf, tuple(digest))
+
+    def numbers(self) -> list[float]:
+        return [*self[:5], *self.digest]
+
+    def check_failure(self) -> None:
+        """Raises RuntimeError if a rank has failed."""
+        if self.failed:
+            raise RuntimeError(
+                "another rank that shares parameters with this one has failed in this step: see its error there. The "
+                "step is not complete on any rank; go on from the last checkpoint"
+            )
+
+    @property
+    def agreed(self) -> bool:
+        """Whether all ranks sent one digest: only then the mean of its squares is the square of its mean."""
+        sums, squares = self.digest[:_DIGEST], self.digest[_DIGEST:]
+        return all(self.ranks * square == total * total for total, square in zip(sums, squares, strict=True))
+
+
+class Outcome(NamedTuple):
+    """What the ranks' shares add up to.
+
+    Attributes:
+        header: ``(len(header),)`` float64 on the device.
+        records: ``(n, len(_RECORD))`` float64, one for each member.
+        rows: ``(rows, len(ROW_SHARES))`` float64, of members whose rows are split.
+    """
+
+    header: Tensor
+    records: Tensor
+    rows: Tensor
+
+
+class _Fold(NamedTuple):
+    """Members with equally many rows here, whose rows are complete after a collective: ``(m,)`` and ``(m, R)``."""
+
+    members: Tensor
+    rows: Tensor
+
+
+class _Collective(NamedTuple):
+    """One all_reduce: what of the records and rows is sent, by index, and what can be folded after it."""
+
+    group: ProcessGroup
+    records: Tensor
+    rows: Tensor
+    folds: list[_Fold]
+
+
+def shake_hands(layouts: Iterable[Layout], header: Header) -> Header:
+    """Sums headers alone, whatever the ranks may have in common besides. Each may be counted more than once.
+
+    Groups come as often as there are groups, so that word gets around; those of replicas among them.
+    """
+    groups = _in_order(layouts, replicas=True)
+    numbers = torch.tensor(header.numbers(), dtype=torch.float64)
+    for group in groups * len(groups):
+        on = numbers.to(group.bound_device_id or ("cuda" if dist.get_backend(group) == "nccl" else "cpu"))
+        dist.all_reduce(on, group=group)
+        numbers = on.cpu()
+    return Header.read(numbers.tolist())
+
+
+def _in_order(layouts: Iterable[Layout], *, replicas: bool = False) -> list[ProcessGroup]:
+    """The groups, in one order that all ranks know, so that ranks that differ never wait for each other in a circle."""
+    layouts = list(layouts)
+    groups = {group for layout in layouts for group in (*layout.row_groups, *layout.col_groups)}
+    if replicas:
+        groups |= {group for layout in layouts for group in layout.replica_groups if layout.sharing}
+    return sorted(groups, key=dist.get_process_group_ranks)
+
+
+class Exchange:
+    """The collectives of one optimizer's sharded parameters.
+
+    Attributes:
+        members: the parameters that lie on several ranks, in the order of the parameter groups.
+        lines: what is to be the same on all ranks, in words, but for hyperparameters.
+        layouts: how they lie on the ranks.
+        groups: the parameter groups they are in, by index.
+        device: where everything is added up.
+    """
+
+    def __init__(self, buckets: Sequence[Bucket], labels: dict[Tensor, str]) -> None:
+        """``labels``: all parameters in the order of the parameter groups, with their names."""
+        # No bucket is kept, so that one that goes can free its storage while the ranks still agree on this.
+        buckets = [bucket for bucket in buckets if bucket.shared is not None]
+        self._shared = [bucket.shared for bucket in buckets if bucket.shared is not None]
+        self._results = [bucket.results for bucket in buckets]
+        place = {p: (b, i) for b, bucket in enumerate(buckets) for i, p in enumerate(bucket.params)}
+        owner = {p: buckets[b] for p, (b, _) in place.items()}
+        layouts = {p: buckets[b].layouts[i] for p, (b, i) in place.items()}
+        self.members = [p for p in labels if p in layouts and layouts[p].sharing]
+        self.device = buckets[0].key.device
+        self.layouts = [layouts[p] for p in self.members]
+        self.lines = [
+            f"{labels[p]}: shape {tuple(p.shape)}, {p.dtype}, {p.placements} on {p.device_mesh}, "  # type: ignore[attr-defined]
+            f"channel_dim {owner[p].key.channel_dim}"
+            for p in self.members
+        ]
+        self._hashed = hashlib.blake2b("\n".join(self.lines).encode()).hexdigest()
+        self._sizes = sizes = [len(bucket.params) for bucket in buckets]
+        self._row_counts = [len(shared.rows) for shared in self._shared]
+        starts = [sum(sizes[:b]) for b in range(len(sizes))]
+        self._groups = [owner[p].groups[place[p][1]] for p in self.members]
+        self.groups = sorted(set(self._groups))
+        self._records = self._indices(starts[place[p][0]] + place[p][1] for p in self.members)
+        """Of every member, its place in the buckets' shares, one bucket after the other."""
+        self._split = [i for i, layout in enumerate(self.layouts) if layout.sharing is Sharing.SPLIT]
+        self._rows, self._rows_of_member = self._row_indices(buckets, place)
+        self._row_owners = self._indices(i for i in self._split for _ in self._rows_of_member[i])
+        self._collectives = self._plan()
+        numbers = [[layout.cols, layout.rows * layout.cols] for layout in self.layouts]
+        self._dims = torch.tensor(numbers, dtype=torch.float64).to(self.device).reshape(-1, 2)
+        expected = [math.prod(g.size() for g in (*x.row_groups, *x.col_groups)) for x in self.layouts]
+        self._ranks = torch.tensor(expected, dtype=torch.float64).to(self.device)
+        self._is_split = torch.tensor([x.sharing is Sharing.SPLIT for x in self.layouts]).to(self.device)
+        self._is_matrix = torch.tensor([p.ndim >= 2 and p.numel() > 0 for p in self.members]).to(self.device)
+        self._options: list[tuple[float, float, float]] = []
+        self._scale: Any = 1.0
+        self._unread: list[tuple[Tensor, Any]] = []
+
+    # Once.
+
+    def _indices(self, numbers: Iterable[int]) -> Tensor:
+        return torch.tensor([*numbers], dtype=torch.int64).to(self.device)
+
+    def _row_indices(
+        self, buckets: Sequence[Bucket], place: dict[Tensor, tuple[int, int]]
+    ) -> tuple[Tensor, dict[int, range]]:
+        """Of every row of split members its place in the buckets' rows; and of every member its rows in that order."""
+        first_row, count = COLUMNS.index("first_row"), COLUMNS.index("rows")
+        sizes = self._row_counts
+        numbers: list[int] = []
+        rows = {}
+        for i in self._split:
+            b, at = place[self.members[i]]
+            entry = buckets[b].table[at].tolist()
+            start = sum(sizes[:b]) + entry[first_row]
+            rows[i] = range(len(numbers), len(numbers) + entry[count])
+            numbers += range(start, start + entry[count])
+        return self._indices(numbers), rows
+
+    def _row_numbers(self, members: Iterable[int]) -> Tensor:
+        return self._indices(row for i in members for row in self._rows_of_member[i])
+
+    def _plan(self) -> list[_Collective]:
+        columns = [list(layout.col_groups) for layout in self.layouts]
+        rows = [list(layout.row_groups) for layout in self.layouts]
+        collectives = []
+        for group in schedule(self.layouts):
+            by_rows = [i for i in self._split if group in columns[i]]
+            by_record = [*by_rows, *(i for i, of in enumerate(rows) if group in of and not columns[i])]
+            for i in by_record:
+                (columns if columns[i] else rows)[i].remove(group)
+            folded: dict[int, list[int]] = {}
+            for i in by_rows:
+                if not columns[i]:
+                    folded.setdefault(len(self._rows_of_member[i]), []).append(i)
+            folds = [_Fold(self._indices(of), self._row_numbers(of).reshape(len(of), -1)) for of in folded.values()]
+            collectives.append(_Collective(group, self._indices(by_record), self._row_numbers(by_rows), folds))
+        return collectives
+
+    def header(self, lines: Sequence[str], **flags: bool) -> Header:
+        """What this rank has, together with hyperparameters and the like, in words."""
+        return Header.of([self._hashed, *lines], **flags)
+
+    def disagreement(self, lines: Sequence[str], *, replicas: bool = False) -> str:
+        """The first line that is not the same on all ranks, and on which. All ranks call this, or none."""
+        everybody = {dist.get_rank(): list(lines)}
+        groups = _in_order(self.layouts, replicas=replicas)
+        for group in groups * len(groups):  # so that word gets around
+            parts: list[Any] = [None] * group.size()
+            dist.all_gather_object(parts, everybody, group=group)
+            everybody = {rank: theirs for part in parts for rank, theirs in part.items()}
+        first = min(everybody)
+        for rank, theirs in sorted(everybody.items()):
+            for i in range(max(len(theirs), len(everybody[first]))):
+                a, b = (of[i] if i < len(of) else "nothing more" for of in (everybody[first], theirs))
+                if a != b:
+                    return (
+                        f"the ranks that share parameters have different ones, or other hyperparameters: rank {first} "
+                        f"has {a}, rank {rank} has {b}. Give every rank the same"
+                    )
+        raise AssertionError("the ranks' digests differ, their words do not")
+
+    # In every step.
+
+    def set_options(self, options: list[tuple[float, float, float]]) -> None:
+        """Of every parameter group eps, delta and the projection, an index of PROJECTIONS."""
+        if options == self._options:
+            return
+        self._options = options
+        rows = torch.tensor([options[group] for group in self._groups], dtype=torch.float64).to(self.device)
+        self._eps, self._delta, projection = rows.unbind(dim=1)
+        self._forced = projection.remainder(len(Decision)) * self._is_matrix  # "auto" and "none" are 0, no decision
+        self._tested = (projection == PROJECTIONS.index("auto")) & (self._delta > 0) & self._is_matrix
+        layer, channel = (self._forced == decision for decision in (Decision.LAYER, Decision.CHANNEL))
+        self._dotted = self._tested | layer | (channel & self._is_split)
+
+    def ask_afresh(self, what: Need) -> None:
+        """Forgets all shares and asks everything anew."""
+        for shared in self._shared:
+            shared.shares.zero_()
+            shared.rows.zero_()
+        self.ask(what)
+
+    def ask(self, what: Need, only: Tensor | None = None) -> None:
+        """Writes what the backends' next measurement is asked: of every member what it needs, of ``only`` those.
+
+        SQUARE is asked of all parameters, also of those that are whole here.
+        """
+        needs = self._tested * (what & Need.TEST) + self._dotted * (what & Need.DOT)
+        if only is not None:
+            needs = torch.where(only, needs, 0)
+        everywhere = torch.full((sum(self._sizes),), float(what & Need.SQUARE), dtype=torch.float64, device=self.device)
+        everywhere[self._records] += needs
+        for shared, part in zip(self._shared, self._parts(everywhere), strict=True):
+            shared.needs.copy_(part)
+
+    def mask(self, params: Sequence[Tensor]) -> Tensor:
+        """Which members are among ``params``: ``(n,)`` bool."""
+        wanted = {id(p) for p in params}
+        return self._upload([id(p) in wanted for p in self.members]).bool()
+
+    def undecided(self, known: Outcome, scale: Tensor) -> Tensor:
+        """Of which members p.u is needed, when the test is known but for the scale: ``(n,)`` bool.
+
+        Whole rows go without if they all pass at any scale, or if the layer does not pass.
+        """
+        self._scale = scale
+        layer = self.layer_passes(known)
+        owners = self._row_owners
+        fails = ~(self._cosine(known.rows, self._dims[owners, 0], owners) < 1)
+        here_fail = torch.zeros_like(layer, dtype=torch.float64).scatter_reduce(0, owners, fails.double(), "amax") > 0
+        by_test = torch.where(self._is_split, layer | ~here_fail, layer & (known.records[:, 0] > 0))
+        return by_test | ~self._tested | self._missing(known)
+
+    def _parts(self, table: Tensor) -> Sequence[Tensor]:
+        """A table with a row for each of the buckets' parameters, bucket by bucket."""
+        return torch.split(table, self._sizes)
+
+    def _upload(self, numbers: Sequence[float]) -> Tensor:
+        """Numbers as float64 on the device, which is not waited for."""
+        here = torch.tensor(numbers, dtype=torch.float64)
+        return here.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else here
+
+    def reduce(self, header: Header, found_inf: Tensor | None, present: Sequence[bool], scale: Any) -> Outcome:
+        """The outcome of all ranks' shares.
+
+        Args:
+            found_inf: GradScaler's, of one element on any device.
+            present: which members have a gradient here.
+            scale: what the gradients are going to be multiplied with beyond what the shares have seen; None: that is
+                not known, and rows fail that fail at some scale.
+        """
+        self._scale = 1.0 if scale is None else scale
+        shares = torch.cat([shared.shares.to(self.device) for shared in self._shared])[self._records]
+        limit = shares[:, SHARES.index("limit")]
+        passes = limit.isinf() if scale is None else (scale < limit) & ((scale > 0) | (self._eps > 0))
+        fails = ~passes & self._tested
+        first, here = torch.split(self._upload([*header.numbers(), *present]), [len(header.numbers()), len(present)])
+        sums = [shares[:, SHARES.index(name)] for name in _RECORD[2:]]
+        records = torch.stack([fails, here, *sums], dim=1)
+        records[:, 0].masked_fill_(self._is_split | (here == 0), 0.0)
+        for name in ("pg", "pp", "pu"):  # come from complete rows
+            records[:, _RECORD.index(name)].masked_fill_(self._is_split, 0.0)
+        rows = torch.cat([shared.rows.to(self.device) for shared in self._shared])[self._rows]
+        if found_inf is not None:
+            first[Header._fields.index("found_inf")] = found_inf.to(self.device).reshape(())
+        return self._reduce(Outcome(first, records, rows), self._fold)
+
+    def _reduce(self, outcome: Outcome, fold: Callable[[Tensor, Tensor], Tensor]) -> Outcome:
+        header, records, rows = outcome
+        for collective in self._collectives:
+            parts = [header, records[collective.records], rows[collective.rows]]
+            packed = torch.cat([part.reshape(-1) for part in parts])
+            dist.all_reduce(packed, group=collective.group)
+            header, some_records, some_rows = torch.split(packed, [part.numel() for part in parts])
+            records[collective.records] = some_records.view(parts[1].shape)
+            rows[collective.rows] = some_rows.view(parts[2].shape)
+            for members, where in collective.folds:
+                records[members] += fold(members, rows[where])
+        return Outcome(header, records, rows)
+
+    def _fold(self, members: Tensor, rows: Tensor) -> Tensor:
+        """From the sums of complete rows ``(m, R, len(ROW_SHARES))`` to what their members' records gain."""
+        passes = self._cosine(rows, self._dims[members, 0], members) < 1  # which no NaN is
+        fails = (~passes.all(dim=1) & self._tested[members]).double()
+        pg, _, pp, pu = rows.sum(dim=1).unbind(dim=1)
+        nothing = torch.zeros_like(fails)
+        return torch.stack([fails, nothing, pg, nothing, pp, pu], dim=1)
+
+    def _cosine(self, sums: Tensor, dim: Tensor, members: Tensor) -> Tensor:
+        """The cosine over its threshold of views of members, from their sums ``(m, ..., len(ROW_SHARES))``."""
+        shape = (-1, *[1] * (sums.ndim - 2))
+        eps, delta, dim = (t.reshape(shape) for t in (self._eps[members], self._delta[members], dim))
+        pg, gg, pp, _ = sums.unbind(dim=-1)
+        norms = torch.maximum(pp.sqrt(), eps) * torch.maximum(self._scale * gg.sqrt(), eps)
+        cosine: Tensor = self._scale * pg.abs() / norms / (delta / dim.sqrt())
+        return cosine
+
+    def layer_passes(self, outcome: Outcome) -> Tensor:
+        everyone = torch.arange(len(self.members), device=self.device)
+        return self._cosine(outcome.records[:, 2:], self._dims[:, 1], everyone) < 1
+
+    def judge(self, outcome: Outcome) -> None:
+        """Writes the verdicts, and what the user may ask of the test."""
+        records, rows = outcome.records, outcome.rows
+        passed = torch.where(records[:, 0] == 0, Decision.CHANNEL, self.layer_passes(outcome) * int(Decision.LAYER))
+        decisions = torch.where(self._tested, passed, self._forced)
+        c = _projection(records[:, 5], records[:, 4], self._eps)
+        verdicts = torch.full((sum(self._sizes), 2), UNDECIDED, dtype=torch.float64, device=self.device)
+        verdicts[self._records] = torch.stack([decisions, torch.where(decisions == Decision.LAYER, c, 0.0)], dim=1)
+        owners = self._row_owners
+        row_c = _projection(rows[:, 3], rows[:, 2], self._eps[owners])
+        by_row = torch.where(decisions[owners] == Decision.CHANNEL, row_c, verdicts[self._records][owners, 1])
+        all_rows = torch.zeros(sum(self._row_counts), dtype=torch.float64, device=self.device)
+        all_rows[self._rows] = by_row
+        by_bucket = torch.split(all_rows, self._row_counts)
+        for shared, verdict, row_projections in zip(self._shared, self._parts(verdicts), by_bucket, strict=True):
+            shared.verdicts.copy_(verdict)
+            shared.row_projections.copy_(row_projections)
+        self._report(outcome)
+
+    def square_norm(self, outcome: Outcome) -> Tensor:
+        """The sum of the squares of all gradients, of whole parameters too: 0-dim float64."""
+        squares = torch.cat([shared.shares.to(self.device) for shared in self._shared])[:, SHARES.index("gg")]
+        squares[self._records] = outcome.records[:, _RECORD.index("gg")]
+        return squares.sum()
+
+    def norms(self, grads: dict[Tensor, Tensor], norm_type: float) -> list[Tensor]:
+        """The norms of whole gradients, 0-dim float64, from what is here of them, by parameter."""
+        op, nothing = dist.ReduceOp.SUM, torch.zeros((), dtype=torch.float64, device=self.device)
+        if math.isinf(norm_type):
+            op = dist.ReduceOp.MAX if norm_type > 0 else dist.ReduceOp.MIN
+            nothing = nothing if norm_type > 0 else nothing + math.inf
+
+        def power(g: Tensor) -> Tensor:
+            x = g.abs().double()
+            if math.isinf(norm_type):
+                return nothing if g.numel() == 0 else x.max() if norm_type > 0 else x.min()
+            return (x != 0).sum().double() if norm_type == 0 else x.pow(norm_type).sum()
+
+        powers = {p: power(g).to(self.device) for p, g in grads.items()}
+        ours = torch.stack([powers.pop(p, nothing) for p in self.members])
+        totals = [*self.over_ranks(ours, op).unbind(), *powers.values()]
+        return totals if math.isinf(norm_type) or norm_type == 0 else [total.pow(1 / norm_type) for total in totals]
+
+    def over_ranks(self, values: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """Reduces ``(n, ...)`` values, one for each member, over the ranks that share it."""
+        values = values.to(self.device, copy=True)
+        for group in dict.fromkeys(collective.group for collective in self._collectives):
+            sent = self._indices(i for i, x in enumerate(self.layouts) if group in (*x.row_groups, *x.col_groups))
+            packed = values[sent]
+            dist.all_reduce(packed, op, group=group)
+            values[sent] = packed
+        return values
+
+    def projections(self, dots: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Of every member c of every row here and c of the layer, from ``(R, 2)`` p.u and p.p of its rows here."""
+        dots = [rows.to(self.device) for rows in dots]
+        empty = torch.zeros(0, dtype=torch.float64, device=self.device)
+        records = torch.stack([rows.sum(dim=0) for rows in dots]).masked_fill(self._is_split[:, None], 0.0)
+        rows = torch.cat([empty.reshape(0, 2), *(dots[i] for i in self._split)])
+        outcome = self._reduce(Outcome(empty, records, rows), lambda _, rows: rows.sum(dim=1))
+        complete = [
+            outcome.rows[list(self._rows_of_member[i])] if i in self._rows_of_member else rows
+            for i, rows in enumerate(dots)
+        ]
+        return [
+            (by_row[:, 0] / by_row[:, 1], of[0] / of[1]) for by_row, of in zip(complete, outcome.records, strict=True)
+        ]
+
+    def tell(self, header: Header) -> Header:
+        """Takes part in a step with nothing but a header."""
+        self.ask_afresh(Need(0))
+        return Header.read(self.reduce(header, None, [False] * len(self.members), None).header.tolist())
+
+    # What the ranks have told. On a GPU nobody waits to read it: a step that should not be taken moves nothing, on no
+    # rank, and the next one raises the error.
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.device.type != "cpu"
+
+    def check(self, outcome: Outcome, lines: Sequence[str]) -> None:
+        """Raises the error that is the same on all ranks, of an earlier step where this one's is not waited for."""
+        if not self.asynchronous:
+            self._raise(Header.read(outcome.header.tolist()), lines)
+            return
+        for told, event in self._unread:
+            if event.query():
+                self._raise(Header.read(told.tolist()), None)
+        self._unread = [(told, event) for told, event in self._unread if not event.query()]
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        told = outcome.header.to("cpu", non_blocking=True)
+        event.record()
+        self._unread.append((told, event))
+
+    def _raise(self, header: Header, lines: Sequence[str] | None) -> None:
+        header.check_failure()
+        if header.agreed:
+            return
+        if lines is None:
+            raise ValueError(
+                "in an earlier step, which moved nothing, the ranks that share parameters had different ones, or other "
+                "hyperparameters: give every rank the same"
+            )
+        raise ValueError(self.disagreement([*self.lines, *lines]))
+
+    def is_stale(self, outcome: Outcome) -> bool:
+        """Whether a rank's gradients have changed since they were measured for clipping."""
+        return not self.asynchronous and bool(outcome.header[Header._fields.index("stale")])
+
+    def missing(self, outcome: Outcome) -> list[Tensor]:
+        """The members that have a gradient on some ranks only."""
+        if self.asynchronous:
+            return []
+        return [p for p, some in zip(self.members, self._missing(outcome).tolist(), strict=True) if some]
+
+    def _missing(self, outcome: Outcome) -> Tensor:
+        present = outcome.records[:, _RECORD.index("present")]
+        return (present > 0) & (present < self._ranks)
+
+    def found_inf(self, outcome: Outcome) -> Tensor:
+        """Where not 0, no rank is to move anything: ``(1,)`` float64."""
+        header = outcome.header
+        found = header[Header._fields.index("found_inf")]
+        if self.asynchronous:
+            ranks, failed, moved, stale = header[:4].unbind()
+            sums, squares = torch.split(header[5:], _DIGEST)
+            broken = (ranks * squares != sums * sums).any() | self._missing(outcome).any()
+            found = found + failed + moved + stale + broken
+        return found.reshape(1)
+
+    def _report(self, outcome: Outcome) -> None:
+        """Writes :attr:`Bucket.results` of members that were tested; the cosine is that of the rows here."""
+        records, owners = outcome.records, self._row_owners
+        cosines = torch.cat([shared.shares.to(self.device) for shared in self._shared])[self._records]
+        cosines = cosines[:, SHARES.index("cosine")]
+        by_row = self._cosine(outcome.rows, self._dims[owners, 0], owners).nan_to_num(math.inf, posinf=math.inf)
+        split = torch.zeros_like(cosines).scatter_reduce(0, owners, by_row, "amax")
+        found = torch.stack([torch.where(self._is_split, split, cosines), records[:, 4].sqrt()], dim=1)
+        found.masked_fill_(~self._tested[:, None], math.nan)
+        all_results = torch.cat([results.to(self.device) for results in self._results])
+        stepped = records[:, 1:2] > 0
+        all_results[self._records] = torch.where(stepped, found, all_results[self._records])
+        for results, part in zip(self._results, self._parts(all_results), strict=True):
+            results.copy_(part)
+
+
+def _projection(pu: Tensor, pp: Tensor, eps: Tensor) -> Tensor:
+    """The projection's factor c of p, from p.u and p.p."""
+    return pu / (pp.sqrt() + eps).square()

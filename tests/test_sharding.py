@@ -1,0 +1,434 @@
+"""Sharded parameters, on real process groups: the numbers of one process, and as many collectives as promised."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import (
+    LAYOUTS,
+    MIXED,
+    Collectives,
+    Pair,
+    Record,
+    Run,
+    assert_within,
+    full,
+    holds,
+    laid_out,
+    mesh,
+    named,
+    ranks_of,
+    record,
+    run,
+)
+from tolerances import assert_close, assert_identical
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from trajectory import RULES
+
+from fused_adamp.backends import available, triton
+from fused_adamp.precision import join
+from fused_adamp.reference import Decision
+from fused_adamp.sharding import local
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = 20
+SEEDS = {available(torch.device("cpu"))[0].name: (0, 1, 2)}
+"""Of the fastest backend; of others the first."""
+
+EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
+
+COLLECTIVES = {"DDP": 0, "replicated": 0, "FSDP2 x TP": 2, "two meshes": 2, "crossed": 3}
+"""Of a step, where it is not 1; and as many again of clipping."""
+
+
+def follow(layout: str, rule: str, records: Sequence[Record], max_norm: float | None, options: dict[str, Any]) -> None:
+    """Does in a layout what was done in one process, and compares."""
+    collectives = COLLECTIVES.get(layout, 1) * (1 if max_norm is None else 2)
+    if layout == "crossed" and options.get("channel_dim") == (0, 1):  # all are rows
+        collectives = collectives * 2 // 3
+    for number, expected in enumerate(records):
+        run = Run(layout, expected.weights, rule, **options)
+        for step, (grads, norm, decisions) in enumerate(
+            zip(expected.grads, expected.norms, expected.decisions, strict=True)
+        ):
+            (run.give if number else run.backward)(grads)
+            with Collectives() as seen:
+                found = run.advance(max_norm)
+            if step:  # the ranks have met in the first
+                assert len(seen.names) == collectives, f"step {step}: {seen.names}"
+            assert run.decisions() == decisions, f"step {step}"
+            if max_norm is not None:
+                assert abs(found - norm) <= 1e-12 * norm
+        assert_within(run.values(), expected.values)
+
+
+@functools.cache
+def records(sharing: str, rule: str, max_norm: float | None, backend: str) -> list[Record]:
+    """They are the same for every layout."""
+    found = [record(sharing, rule, STEPS, seed, max_norm, backend=backend) for seed in SEEDS.get(backend, (0,))]
+    assert {d for one in found for by_name in one.decisions for d in by_name.values()} == set(Decision)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sharing", ["even", "uneven", "empty"])
+@pytest.mark.parametrize("max_norm", [None, 0.5], ids=["no clip", "clip"])
+@EVERY_RULE
+def test_numbers_of_one_process(rule: str, max_norm: float | None, sharing: str, layout: str, backend: str) -> None:
+    """Within 1e-12 after 20 steps, with the same decisions on the way."""
+    expected = records(sharing, rule, max_norm, backend)
+    run(ranks_of(layout, sharing), follow, layout, rule, expected, max_norm, {"backend": backend})
+
+
+SHARDED = [*LAYOUTS[1:], *MIXED]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "channel_dim=1": {"channel_dim": 1},
+    "channel_dim=(0, 1)": {"channel_dim": (0, 1)},
+    "channels": {"projection": "channel"},
+    "layers": {"projection": "layer"},
+    "no projection": {"projection": "none"},
+    "delta=0": {"delta": 0},
+    "nesterov": {"nesterov": True},
+    "maximize": {"maximize": True},
+    "no momentum": {"momentum": 0},
+    "project_buffer": {"project_buffer": True},
+    "large eps": {"eps": 1.0},
+}
+
+
+def variants(rule: str) -> dict[str, dict[str, Any]]:
+    known = RULES[rule][0]([torch.zeros(1)]).defaults
+    return {name: options for name, options in VARIANTS.items() if options.keys() <= known.keys()}
+
+
+@functools.cache
+def records_of_variants(rule: str, backend: str, max_norm: float | None) -> dict[str, Record]:
+    return {
+        name: record("uneven", rule, 4, 0, max_norm, **options, backend=backend)
+        for name, options in variants(rule).items()
+    }
+
+
+def follow_variants(layout: str, rule: str, of: dict[str, Record], max_norm: float | None, backend: str) -> None:
+    for name, expected in of.items():
+        with named(name):
+            follow(layout, rule, [expected], max_norm, VARIANTS[name] | {"backend": backend})
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+@pytest.mark.parametrize("max_norm", [None, 0.5], ids=["no clip", "clip"])
+@EVERY_RULE
+def test_options(rule: str, max_norm: float | None, layout: str, backend: str) -> None:
+    expected = records_of_variants(rule, backend, max_norm)
+    run(ranks_of(layout, "uneven"), follow_variants, layout, rule, expected, max_norm, backend)
+
+
+# What may happen to gradients.
+
+
+def frozen(pair: Pair) -> None:
+    for one in pair:
+        one.params["conv"].requires_grad_(False)
+    pair.give()
+    for one in pair:
+        one.params["conv"].grad = None
+    pair.advance(0.5)
+    assert "conv" not in pair.sharded.decisions()
+
+
+def none_on_one_rank(pair: Pair) -> None:
+    """Counts as zero there."""
+    pair.steps(1)
+    for max_norm in (None, 0.5):
+        pair.give()
+        for name, p in pair.sharded.params.items():
+            lacking = holds(p, last=True)
+            if lacking:
+                local(p.grad).zero_()
+            pair.whole.params[name].grad = full(p.grad)
+            if lacking:
+                p.grad = None
+        pair.advance(max_norm)
+    pair.steps(1)
+
+
+def none_on_all_ranks(pair: Pair) -> None:
+    for max_norm in (None, 0.5, None):
+        pair.give()
+        for one in pair:
+            one.params["conv"].grad = None
+        pair.advance(max_norm)
+    pair.steps(1)
+
+
+def other_placements(pair: Pair) -> None:
+    for step in range(2):
+        pair.give()
+        for name, p in pair.sharded.params.items():
+            if isinstance(p, DTensor):
+                g, over = pair.whole.params[name].grad, p.device_mesh
+                whole, parts = [[kind] * over.ndim for kind in (Replicate(), Partial())]
+                p.grad = (
+                    DTensor.from_local(g / over.size(), over, parts, run_check=False)
+                    if step
+                    else DTensor.from_local(g.clone(), over, whole, run_check=False)
+                )
+        pair.advance()
+
+
+def changed_after_clipping(pair: Pair) -> None:
+    """The step measures again, on every rank."""
+    pair.steps(1)
+    pair.give()
+    for one in pair:
+        one.optimizer.clip_grad_norm_(0.5)
+    for name, p in pair.sharded.params.items():
+        if holds(p, last=False):
+            local(p.grad).mul_(3)
+        if isinstance(p, DTensor):
+            pair.whole.params[name].grad.copy_(full(p.grad))
+    pair.advance()
+
+
+def norms(pair: Pair) -> None:
+    for norm_type in (1.0, 3.0, math.inf, -math.inf, 0.0):
+        with named(f"norm_type={norm_type}"):
+            pair.give()
+            pair.advance(0.01, norm_type=norm_type)
+
+
+def norm_to_nothing(pair: Pair) -> None:
+    pair.steps(2, max_norm=0.0)
+
+
+def not_finite(pair: Pair) -> None:
+    """All ranks raise, and nothing has moved."""
+    pair.steps(1)
+    before = pair.sharded.values()
+    pair.give()
+    for p in pair.sharded.params.values():
+        if holds(p, last=False):
+            local(p.grad).fill_(math.inf)
+    for norm_type in (2.0, 1.0):
+        with pytest.raises(RuntimeError, match="so they cannot be clipped"):
+            pair.sharded.optimizer.clip_grad_norm_(1.0, norm_type=norm_type, error_if_nonfinite=True)
+    assert_within(pair.sharded.values(), before, 0)
+    pair.steps(1)
+
+
+def scaled(pair: Pair) -> None:
+    """An infinity on one rank keeps all of them from stepping."""
+    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0) for _ in pair]
+    for step in range(4):
+        pair.give()
+        for one in pair:
+            for p in one.params.values():
+                p.grad = p.grad * 1024.0
+        if step == 1:
+            for p in pair.sharded.params.values():
+                if holds(p, last=False):
+                    local(p.grad).fill_(math.inf)
+            for p in pair.whole.params.values():
+                p.grad.fill_(math.inf)
+        for one, scaler in zip(pair, scalers, strict=True):
+            scaler.scale(torch.zeros(()))
+            if step >= 2:
+                one.optimizer.clip_grad_norm_(0.5 * 1024.0)
+            scaler.step(one.optimizer)
+            scaler.update(1024.0)
+        pair.check()
+
+
+def told_infinite_on_one_rank(pair: Pair) -> None:
+    """As by a scaler that looks at its own rank only; replicas see the same."""
+    pair.steps(1)
+    before = pair.sharded.values()
+    pair.give()
+    optimizer = pair.sharded.optimizer
+    found = holds(pair.sharded.params["conv"], last=False)
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.tensor(float(found))
+    optimizer.step()
+    assert_within(pair.sharded.values(), before, 0)
+    del optimizer.grad_scale, optimizer.found_inf
+    pair.steps(1)
+
+
+SCENARIOS = {
+    scenario.__name__: scenario
+    for scenario in (
+        *(frozen, none_on_one_rank, none_on_all_ranks, other_placements, changed_after_clipping, norms),
+        *(norm_to_nothing, not_finite, scaled, told_infinite_on_one_rank),
+    )
+}
+
+
+def play(layout: str, rule: str, sharing: str, names: list[str], options: dict[str, Any]) -> None:
+    for name in names:
+        with named(name):
+            SCENARIOS[name](Pair(layout, rule, sharing, **options))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("sharing", ["uneven", "empty"])
+@EVERY_RULE
+def test_what_may_happen_to_gradients(rule: str, sharing: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, sharing), play, layout, rule, sharing, list(SCENARIOS), {"backend": backend})
+
+
+# Modules that compute.
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(12, 8)
+        self.up = nn.Linear(8, 16)
+        self.norm = nn.LayerNorm(16)
+        self.down = nn.Linear(16, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down(self.norm(self.up(self.embedding(tokens))).tanh())
+
+
+PLAN = {"up": ColwiseParallel(output_layouts=Replicate()), "down": RowwiseParallel(input_layouts=Replicate())}
+
+
+def shard(network: nn.Module, layout: str) -> tuple[nn.Module, int, int]:
+    """And which share of the data is this rank's, of how many."""
+    ranks = dist.get_world_size()
+    over = mesh(2, 2) if layout in {"HSDP", "FSDP2 x TP"} else mesh(ranks)
+    if layout == "DDP":
+        return DistributedDataParallel(network), dist.get_rank(), ranks
+    if "TP" in layout:
+        parallelize_module(network, over["b"] if "x" in layout else over, PLAN)
+    if layout == "TP":
+        return network, 0, 1
+    data = over["a"] if "x" in layout else over
+    for module in (network.up, network.down, network):
+        fully_shard(module, mesh=data)
+    return network, *((data.get_local_rank(), 2) if "x" in layout else (dist.get_rank(), ranks))
+
+
+def train(layout: str, rule: str, max_norm: float | None, options: dict[str, Any]) -> None:
+    """Every rank on its share of the data, beside a copy on all of it."""
+    cls, defaults = RULES[rule]
+    whole = Network().double()
+    sharded, share, shares = shard(copy.deepcopy(whole), layout)
+    both, optimizers = ((sharded, slice(share, None, shares)), (whole, slice(None))), []
+    for network, _ in both:
+        params = list(network.parameters())
+        groups = [{"params": params[::2]}, {"params": params[1::2], "delta": 2.0}]
+        optimizers.append(cls(groups, **defaults, **options))
+    for _ in range(10):
+        tokens, target = torch.randint(12, (8,)), torch.randn(8, 4, dtype=torch.float64)
+        for (network, mine), optimizer in zip(both, optimizers, strict=True):
+            optimizer.zero_grad()
+            (network(tokens[mine]) - target[mine]).square().mean().backward()
+            if max_norm is not None:
+                optimizer.clip_grad_norm_(max_norm)
+            optimizer.step()
+        seen = [list(optimizer.decisions().values()) for optimizer in optimizers]
+        assert seen[0] == seen[1]
+        assert len(set(seen[0])) > 1
+    ours, theirs = [{str(i): full(p.detach()) for i, p in enumerate(n.parameters())} for n, _ in both]
+    assert_within(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["DDP", "FSDP2", "HSDP", "TP", "FSDP2 x TP"])
+@pytest.mark.parametrize("max_norm", [None, 0.1], ids=["no clip", "clip"])
+@EVERY_RULE
+def test_modules(rule: str, max_norm: float | None, layout: str, backend: str) -> None:
+    """Forward and backward by torch's parallel modules."""
+    run(ranks_of(layout, "even"), train, layout, rule, max_norm, {"backend": backend})
+
+
+# Precision.
+
+
+def store(layout: str, rule: str, options: dict[str, Any]) -> None:
+    """The numbers of one process, as exactly as they are stored."""
+    for mode, more in {
+        "state_dtype": {"state_dtype": torch.float32},
+        "remainder": {"rounding": "remainder"},
+        "stochastic": {"rounding": "stochastic"},
+        "stochastic, wide": {"rounding": "stochastic", "state_dtype": torch.float32},
+    }.items():
+        with named(mode):
+            pair = Pair(layout, rule, "uneven", dtype=torch.bfloat16, **options, **more)
+            pair.give()
+            pair.whole.optimizer.step()
+            pair.sharded.optimizer.load_state_dict(pair.whole.optimizer.state_dict())  # for its seeds
+            for name, p in pair.sharded.params.items():
+                local(p.data).copy_(local(laid_out(pair.whole.params[name].data, p)))
+            for step in range(5):
+                pair.give()
+                for one in pair:
+                    one.advance(0.5 if step == 4 else None)
+                assert pair.sharded.decisions() == pair.whole.decisions()
+            values = [one.values() for one in pair]
+            for one in values if mode == "remainder" else ():
+                for name in pair.whole.params:
+                    one[name] = join(one[name], one.pop(f"remainder of {name}"))
+            for name, expected in values[1].items():
+                same = assert_close if expected.dtype is torch.float32 else assert_identical
+                same(values[0][name], expected, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@EVERY_RULE
+def test_bfloat16(rule: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, "uneven"), store, layout, rule, {"backend": backend})
+
+
+# The report, and GPU kernels.
+
+
+def report(layout: str, rule: str, options: dict[str, Any]) -> None:
+    pair = Pair(layout, rule, "uneven", **options)
+    for step in range(3):
+        pair.give()
+        pair.advance(0.5 if step == 2 else None)
+        ours, theirs = (one.optimizer.projection_report() for one in pair)
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a.name, a.shape, a.decision) == (b.name, b.shape, b.decision)
+            for field in ("cosine", "norm", "growth", "effective_step"):
+                x, y = getattr(a, field), getattr(b, field)
+                assert x == pytest.approx(y, rel=1e-9, abs=1e-14, nan_ok=True), f"{field} of {a.name}"
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS[1:], *MIXED])
+@EVERY_RULE
+def test_projection_report(rule: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, "uneven"), report, layout, rule, {"backend": backend})
+
+
+def follow_interpreted(layout: str, rule: str, told: Record, max_norm: float | None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the interpreter's
+        follow(layout, rule, [told], max_norm, {"backend": "triton"})
+
+
+@pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
+@pytest.mark.parametrize("layout", ["FSDP2", "TP row", "FSDP2 x TP"])
+@pytest.mark.parametrize("max_norm", [None, 0.5], ids=["no clip", "clip"])
+@EVERY_RULE
+def test_triton(rule: str, max_norm: float | None, layout: str) -> None:
+    """In its interpreter, which the workers have on."""
+    told = record("uneven", rule, 3, 0, max_norm, backend="reference")
+    run(ranks_of(layout, "uneven"), follow_interpreted, layout, rule, told, max_norm)

@@ -1,0 +1,259 @@
+"""Sharded parameters, on real process groups: what state is, and what ranks that differ or fail are told."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import LAYOUTS, Pair, Run, assert_within, build, full, named, random_weights, ranks_of, run
+from tolerances import assert_identical
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from trajectory import MOMENTS, RULES
+
+from fused_adamp.sharding import local
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
+SHARDED = pytest.mark.parametrize("layout", LAYOUTS[1:])
+TOLD = pytest.mark.parametrize("layout", ["FSDP2", "TP row", "FSDP2 x TP"])
+
+
+# State.
+
+
+def look_at_state(layout: str, rule: str, options: dict[str, Any]) -> None:
+    pair = Pair(layout, rule, "uneven", **options)
+    pair.steps(2)
+    for name, p in pair.sharded.params.items():
+        state = pair.sharded.optimizer.state[p]
+        assert set(state) == {*MOMENTS[rule], *(["step"] if rule == "AdamP" else [])}
+        for key in MOMENTS[rule]:
+            t = state[key]
+            assert (type(t), t.shape, t.stride()) == (type(p.data), p.shape, p.stride()), f"{key} of {name}"
+            assert t.dtype is p.dtype
+            assert not t.requires_grad
+            if isinstance(p, DTensor):
+                assert (t.device_mesh, t.placements) == (p.device_mesh, p.placements)
+                assert (local(t).shape, local(t).stride()) == (local(p).shape, local(p).stride())
+        if rule == "AdamP":
+            assert type(state["step"]) is torch.Tensor
+            assert (state["step"].shape, state["step"].item()) == ((), 2)
+
+
+@SHARDED
+@EVERY_RULE
+def test_state_lies_as_the_parameter(rule: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, "uneven"), look_at_state, layout, rule, {"backend": backend})
+
+
+def copy_and_go_on(layout: str, rule: str, options: dict[str, Any]) -> None:
+    pair = Pair(layout, rule, "uneven", **options)
+    pair.steps(2)
+    optimizer = pair.sharded.optimizer
+    for copied in (copy.deepcopy, lambda state_dict: pickle.loads(pickle.dumps(state_dict))):
+        optimizer.load_state_dict(copied(optimizer.state_dict()))
+        pair.steps(2)
+
+
+@SHARDED
+@EVERY_RULE
+def test_copies_of_the_state_dict(rule: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, "uneven"), copy_and_go_on, layout, rule, {"backend": backend})
+
+
+# Ranks that differ. The last one is the odd one out.
+
+
+def odd() -> bool:
+    return dist.get_rank() == dist.get_world_size() - 1
+
+
+def fewer_parameters(run: Run) -> None:
+    if odd():
+        run.optimizer.param_groups[0]["params"].pop()
+
+
+def other_order(run: Run) -> None:
+    if odd():
+        run.optimizer.param_groups[0]["params"].reverse()
+
+
+def other_shape(run: Run) -> None:
+    p = run.params["matrix"]
+    rows = torch.zeros(p.size(0) + odd(), p.size(1), dtype=p.dtype)
+    other = nn.Parameter(distribute_tensor(rows, p.device_mesh, [Shard(0)] * p.device_mesh.ndim, src_data_rank=None))
+    other.grad = torch.ones_like(other)
+    run.optimizer.param_groups[0]["params"][0] = other
+
+
+def other(group: int, **options: Any) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        if odd():
+            run.optimizer.param_groups[group].update(options)
+
+    return change
+
+
+def one_group_more(run: Run) -> None:
+    if odd():
+        p = run.params["matrix"]
+        rows = torch.ones(8, 4, dtype=p.dtype)
+        added = nn.Parameter(distribute_tensor(rows, p.device_mesh, p.placements, src_data_rank=None))
+        added.grad = torch.ones_like(added)
+        run.optimizer.add_param_group({"params": [("added", added)]})
+
+
+def clip(max_norm: float, everywhere: bool = True) -> Callable[[Run], None]:
+    def call(run: Run) -> None:
+        if odd():
+            run.optimizer.clip_grad_norm_(max_norm)
+        elif everywhere:
+            run.optimizer.clip_grad_norm_(1.0)
+
+    return call
+
+
+DIFFERENCES: dict[str, tuple[Callable[[Run], None], list[str]]] = {
+    "fewer parameters": (fewer_parameters, ["shape"]),
+    "other order": (other_order, ["shape"]),
+    "other shape": (other_shape, ["shape", "8"]),
+    "other lr": (other(0, lr=0.5), ["group 0: lr=0.05", "lr=0.5"]),
+    "other delta": (other(1, delta=0.7), ["group 1: delta=0.1", "delta=0.7"]),
+    "other projection": (other(1, projection="layer"), ["projection='auto'", "projection='layer'"]),
+    "other max_norm": (clip(2.0), ["1.0", "2.0"]),
+    "clips alone": (clip(1.0, everywhere=False), ["clip"]),
+    "one group more": (one_group_more, ["parameter 'added'"]),
+}
+
+
+def changed_step(run: Run, change: Callable[[Run], None]) -> None:
+    change(run)
+    run.optimizer.step()
+
+
+def differ(layout: str, rule: str, names: list[str], options: dict[str, Any]) -> None:
+    """In the first step and in a later one, every rank is told, the same, and nothing has moved."""
+    for name in names:
+        change, words = DIFFERENCES[name]
+        for steps in (0, 2):
+            with named(f"{name} after {steps} steps"):
+                pair = Pair(layout, rule, "even", **options)
+                pair.steps(steps)
+                before = pair.sharded.values()
+                pair.give()
+                with pytest.raises(ValueError, match="ranks") as caught:
+                    changed_step(pair.sharded, change)
+                told = [str(caught.value)] * dist.get_world_size()
+                dist.all_gather_object(told, str(caught.value))
+                assert set(told) == {told[0]}, told
+                for word in [*words, "rank 0", f"rank {dist.get_world_size() - 1}"]:
+                    assert word in told[0], told[0]
+                after = {n: full(p.detach()) for n, p in pair.sharded.params.items()}
+                assert_within(after, {n: before[n] for n in after}, 0)
+
+
+@TOLD
+@pytest.mark.parametrize("name", list(DIFFERENCES))
+def test_ranks_that_differ(name: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, "even"), differ, layout, "AdamP", [name], {"backend": backend})
+
+
+# Ranks that fail.
+
+
+def fail(layout: str, rule: str, options: dict[str, Any]) -> None:
+    """One rank has an error of its own, the others are told, and the optimizer goes on afterwards."""
+    for steps in (0, 2):
+        for clipping in (False, True):
+            with named(f"after {steps} steps, clipping {clipping}"):
+                pair = Pair(layout, rule, "even", **options)
+                pair.steps(steps)
+                before = {n: full(p.detach()).clone() for n, p in pair.sharded.params.items()}
+                pair.give()
+                p = pair.sharded.params["matrix"]
+                good = p.grad
+                if odd():
+                    p.grad = good.clone()
+                    p.grad._local_tensor = local(good).int()
+                with pytest.raises(TypeError if odd() else RuntimeError, match="int32" if odd() else "another rank"):
+                    pair.sharded.advance(1.0 if clipping else None)
+                p.grad = good
+                assert_within({n: full(p.detach()) for n, p in pair.sharded.params.items()}, before, 0)
+                pair.advance()
+                pair.steps(1)
+
+
+@TOLD
+@EVERY_RULE
+def test_a_rank_that_fails(rule: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, "even"), fail, layout, rule, {"backend": backend})
+
+
+# Groups that come later, and torch's wrappers.
+
+
+def add_group(layout: str, rule: str, options: dict[str, Any]) -> None:
+    pair = Pair(layout, rule, "even", **options)
+    pair.steps(2)
+    weights = random_weights({"later": (6, 4)}, 1)
+    for one in pair:
+        p = build("whole" if one is pair.whole else layout, weights).get_parameter("later")
+        one.optimizer.add_param_group({"params": [("later", p)], "lr": 0.01})
+        one.params["later"] = p
+    pair.steps(3, max_norm=0.5)
+
+
+@SHARDED
+@EVERY_RULE
+def test_a_group_that_comes_later(rule: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, "even"), add_group, layout, rule, {"backend": backend})
+
+
+def zero_redundancy(rule: str, options: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    cls, defaults = RULES[rule]
+    pair = Pair("whole", rule, "uneven", **options)
+    params = list(pair.sharded.params.values())
+    optimizer = ZeroRedundancyOptimizer(params, optimizer_class=cls, **{**defaults, **options})
+    pair.whole.optimizer = cls(pair.whole.params.values(), **{**defaults, **options})
+    for _ in range(4):
+        pair.give()
+        optimizer.step()
+        pair.whole.optimizer.step()
+    for a, b in zip(pair.sharded.params.values(), pair.whole.params.values(), strict=True):
+        assert_identical(a, b)
+
+
+@EVERY_RULE
+def test_zero_redundancy_optimizer(rule: str, backend: str) -> None:
+    """Every rank steps whole parameters of its own."""
+    run(2, zero_redundancy, rule, {"backend": backend})
+
+
+def compile_step(layout: str, rule: str, options: dict[str, Any]) -> None:
+    pair = Pair(layout, rule, "even", **options)
+    compiled = torch.compile(pair.sharded.optimizer.step, backend="eager")
+    for _ in range(3):
+        pair.give()
+        compiled()
+        pair.whole.optimizer.step()
+        pair.check()
+
+
+@pytest.mark.parametrize("layout", ["FSDP2", "FSDP2 x TP"])
+@EVERY_RULE
+def test_compiled_step(rule: str, layout: str, backend: str) -> None:
+    run(ranks_of(layout, "even"), compile_step, layout, rule, {"backend": backend})
