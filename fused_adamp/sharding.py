@@ -7,6 +7,8 @@ import math
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -91,7 +93,8 @@ def copy(source: Tensor, target: Tensor) -> None:
         place = _as_dtensor(target)
         source = distribute_tensor(source, place.device_mesh, place.placements, src_data_rank=None)
     elif is_distributed(source) and not is_distributed(target):
-        source = _as_dtensor(source).full_tensor()
+        sendable = source.int() if source.dtype == torch.int16 else source  # gloo and NCCL know no 16-bit integers
+        source = _as_dtensor(sendable).full_tensor()
     target.copy_(source)
 
 

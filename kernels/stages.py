@@ -759,11 +759,11 @@ def update(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
     c = tl.full((), 0.0, tl.float64)
     by_rows = decision != decision
     given = is_given(memory, x, decision, S)
-    if decision != NONE:
+    if (decision != NONE) | given:
         tiles, segments = tiles_of(memory, x)
         by_rows = ((decision == CHANNEL) | given) & (cols_here <= S.tile) & (segments == 1)
         if given:
-            c = given_projection(work, x, where[1], given)
+            c = given_projection(work, x, where[1], True)
         elif is_wide(decision, tiles, segments):
             if WAIT:
                 wait(work[COUNTS] + x * COUNTERS + PROJECTION_KNOWN, epoch)

@@ -24,7 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import KINDS, RULES, gradient
 
+from fused_adamp.backends import available
 from fused_adamp.reference import cosine, rows_first
+from fused_adamp.sharding import local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -175,6 +177,12 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
 RANKS = {"even": 2, "uneven": 3, "empty": 4}
 """In a mesh of one dimension; two dimensions are 2 x 2."""
 
+
+def backends() -> list[str]:
+    """Those that run here, the fastest first. Triton, which is slow in its interpreter, has tests of its own."""
+    return [backend.name for backend in available(torch.device("cpu")) if backend.name != "triton"]
+
+
 LAYOUTS = ("DDP", "FSDP2", "HSDP", "TP column", "TP row", "FSDP2 x TP")
 
 MIXED = ("replicated", "crossed", "two meshes")
@@ -277,12 +285,15 @@ class Run:
         found = self.optimizer.decisions()
         return {name: found[p] for name, p in self.params.items() if p in found}
 
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.params.items()}
+
     def values(self) -> dict[str, Tensor]:
-        """All that a step moves, whole: every rank has to ask."""
-        named = dict(self.params)
-        for name, p in self.params.items():
-            named |= {f"{key} of {name}": t for key, t in self.optimizer.state[p].items()}
-        return {name: full(t.detach()).clone() for name, t in named.items()}
+        """All that a step moves, as it is laid out."""
+        state = self.optimizer.state
+        return self.weights() | {
+            f"{key} of {name}": t.clone() for name, p in self.params.items() for key, t in state[p].items()
+        }
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
@@ -334,12 +345,16 @@ def record(sharing: str, rule: str, steps: int, seed: int, max_norm: float | Non
 
 
 def assert_within(actual: dict[str, Tensor], expected: dict[str, Tensor], allowed: float = 1e-12) -> None:
-    """Every tensor within so much of its largest value; NaN is not."""
+    """Every tensor, or what this rank has of it, within so much of its largest value; NaN is not."""
     assert actual.keys() == expected.keys()
     for name, b in expected.items():
         a = actual[name]
         assert (a.dtype, a.shape) == (b.dtype, b.shape), f"{name}: {a.dtype} {a.shape}, not {b.dtype} {b.shape}"
-        error, size = ((a - b).abs().max().item(), b.abs().max().item()) if b.numel() else (0.0, 0.0)
+        if isinstance(b, DTensor) != isinstance(a, DTensor):
+            b = laid_out(b, a) if isinstance(a, DTensor) else full(b)
+        a, b = local(a), local(b)
+        error = (a - b).abs().max().item() if b.numel() else 0.0
+        size = local(expected[name]).abs().max().item() if b.numel() else 0.0
         assert error <= allowed * size, f"{name}: off by {error:.3g} of {size:.3g}"
 
 

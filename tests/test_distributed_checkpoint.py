@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed import Pair, Record, Run, assert_within, full, named, ranks_of, record, run
+from distributed import Pair, Record, Run, assert_within, backends, full, named, ranks_of, record, run
 from tolerances import assert_identical
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+BACKEND = {"backend": backends()[0]}
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
 STEPS = 6
 SAVED = 3
@@ -41,16 +42,14 @@ OPTIONS = {
 Values = dict[str, torch.Tensor]
 
 
-def save(
-    folder: Path, layout: str, rule: str, way: str, told: Record, options: dict[str, Any]
-) -> tuple[Values, Values]:
+def save(folder: Path, layout: str, rule: str, way: str, told: Record) -> tuple[Values, Values]:
     """What a run has come to when it is saved, and at its end."""
-    run = Run(layout, told.weights, rule, **options)
+    run = Run(layout, told.weights, rule, **BACKEND)
     for grads in told.grads[:SAVED]:
         run.give(grads)
         run.advance()
     run.optimizer.zero_grad()
-    saved = run.values()
+    saved = {name: full(t) for name, t in run.values().items()}
     weights, state = get_state_dict(run.module, run.optimizer, options=OPTIONS[way])
     if way == "full":
         if dist.get_rank() == 0:
@@ -61,16 +60,14 @@ def save(
     for grads in told.grads[SAVED:]:
         run.give(grads)
         run.advance()
-    return saved, run.values()
+    return saved, {name: full(t) for name, t in run.values().items()}
 
 
-def load(
-    folder: Path, layout: str, rule: str, way: str, told: Record, saved: Values, final: Values, options: dict[str, Any]
-) -> None:
+def load(folder: Path, layout: str, rule: str, way: str, told: Record, saved: Values, final: Values) -> None:
     # Where rank 0 has it all, torch wants two calls: set_state_dict takes an empty dict for "none of the model".
     for separately in (True,) if way == "full" else (False, True):
         with named("one after the other" if separately else "together"):
-            run = Run(layout, {name: torch.zeros_like(w) for name, w in told.weights.items()}, rule, **options)
+            run = Run(layout, {name: torch.zeros_like(w) for name, w in told.weights.items()}, rule, **BACKEND)
             if way == "full":
                 weights, state = torch.load(folder / "full.pt") if dist.get_rank() == 0 else ({}, {})
                 how = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -94,15 +91,14 @@ def load(
 @pytest.mark.parametrize("way", list(OPTIONS))
 @pytest.mark.parametrize("layout", ["FSDP2", "TP row"])
 @EVERY_RULE
-def test_saved_on_two_ranks(rule: str, layout: str, way: str, backend: str, tmp_path: Path) -> None:
+def test_saved_on_two_ranks(rule: str, layout: str, way: str, tmp_path: Path) -> None:
     """Loaded on one, three and four, bit for bit, and stepped on to what an uninterrupted run comes to."""
-    options = {"backend": backend}
-    told = record("uneven", rule, STEPS, 0, **options)
-    (saved, final), _ = run(2, save, tmp_path, layout, rule, way, told, options)
+    told = record("uneven", rule, STEPS, 0, **BACKEND)
+    (saved, final), _ = run(2, save, tmp_path, layout, rule, way, told)
     assert_within(final, told.values)
     for ranks, other in ((1, layout), (3, layout), (4, "FSDP2 x TP")):
         with named(f"on {ranks} as {other}"):
-            run(ranks, load, tmp_path, other, rule, way, told, saved, final, options)
+            run(ranks, load, tmp_path, other, rule, way, told, saved, final)
 
 
 # The step in which torch makes the state.
@@ -117,10 +113,10 @@ MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 }
 
 
-def make_state(layout: str, rule: str, options: dict[str, Any]) -> None:
+def make_state(layout: str, rule: str) -> None:
     for mode, (dtype, more) in MODES.items():
         with named(mode):
-            pair = Pair(layout, rule, "uneven", dtype=dtype, **options, **more)
+            pair = Pair(layout, rule, "uneven", dtype=dtype, **BACKEND, **more)
             before = {name: full(p.detach()).clone() for name, p in pair.sharded.params.items()}
             state = get_optimizer_state_dict(pair.sharded.module, pair.sharded.optimizer)
             assert len(state["state"]) == len(before)
@@ -130,15 +126,15 @@ def make_state(layout: str, rule: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", ["FSDP2", "TP row", "FSDP2 x TP"])
 @EVERY_RULE
-def test_making_state_moves_no_weight(rule: str, layout: str, backend: str) -> None:
-    run(ranks_of(layout, "uneven"), make_state, layout, rule, {"backend": backend})
+def test_making_state_moves_no_weight(rule: str, layout: str) -> None:
+    run(ranks_of(layout, "uneven"), make_state, layout, rule)
 
 
 # State from one process, and back.
 
 
-def exchange_state(layout: str, rule: str, options: dict[str, Any]) -> None:
-    pair = Pair(layout, rule, "uneven", **options)
+def exchange_state(layout: str, rule: str) -> None:
+    pair = Pair(layout, rule, "uneven", **BACKEND)
     for source, target in (pair, reversed(list(pair))):
         pair.steps(2)
         for p in target.params.values():
@@ -150,6 +146,6 @@ def exchange_state(layout: str, rule: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", ["FSDP2", "HSDP", "TP row", "FSDP2 x TP"])
 @EVERY_RULE
-def test_state_of_one_process(rule: str, layout: str, backend: str) -> None:
+def test_state_of_one_process(rule: str, layout: str) -> None:
     """Loads into a sharded optimizer, and its into one that is not."""
-    run(ranks_of(layout, "uneven"), exchange_state, layout, rule, {"backend": backend})
+    run(ranks_of(layout, "uneven"), exchange_state, layout, rule)

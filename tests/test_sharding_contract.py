@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import LAYOUTS, Pair, Run, assert_within, build, full, named, random_weights, ranks_of, run
+from distributed import LAYOUTS, Pair, Run, assert_within, backends, build, named, random_weights, ranks_of, run
 from tolerances import assert_identical
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+BACKEND = {"backend": backends()[0]}
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
 SHARDED = pytest.mark.parametrize("layout", LAYOUTS[1:])
 TOLD = pytest.mark.parametrize("layout", ["FSDP2", "TP row", "FSDP2 x TP"])
@@ -31,8 +32,8 @@ TOLD = pytest.mark.parametrize("layout", ["FSDP2", "TP row", "FSDP2 x TP"])
 # State.
 
 
-def look_at_state(layout: str, rule: str, options: dict[str, Any]) -> None:
-    pair = Pair(layout, rule, "uneven", **options)
+def look_at_state(layout: str, rule: str) -> None:
+    pair = Pair(layout, rule, "uneven", **BACKEND)
     pair.steps(2)
     for name, p in pair.sharded.params.items():
         state = pair.sharded.optimizer.state[p]
@@ -52,12 +53,12 @@ def look_at_state(layout: str, rule: str, options: dict[str, Any]) -> None:
 
 @SHARDED
 @EVERY_RULE
-def test_state_lies_as_the_parameter(rule: str, layout: str, backend: str) -> None:
-    run(ranks_of(layout, "uneven"), look_at_state, layout, rule, {"backend": backend})
+def test_state_lies_as_the_parameter(rule: str, layout: str) -> None:
+    run(ranks_of(layout, "uneven"), look_at_state, layout, rule)
 
 
-def copy_and_go_on(layout: str, rule: str, options: dict[str, Any]) -> None:
-    pair = Pair(layout, rule, "uneven", **options)
+def copy_and_go_on(layout: str, rule: str) -> None:
+    pair = Pair(layout, rule, "uneven", **BACKEND)
     pair.steps(2)
     optimizer = pair.sharded.optimizer
     for copied in (copy.deepcopy, lambda state_dict: pickle.loads(pickle.dumps(state_dict))):
@@ -67,8 +68,8 @@ def copy_and_go_on(layout: str, rule: str, options: dict[str, Any]) -> None:
 
 @SHARDED
 @EVERY_RULE
-def test_copies_of_the_state_dict(rule: str, layout: str, backend: str) -> None:
-    run(ranks_of(layout, "uneven"), copy_and_go_on, layout, rule, {"backend": backend})
+def test_copies_of_the_state_dict(rule: str, layout: str) -> None:
+    run(ranks_of(layout, "uneven"), copy_and_go_on, layout, rule)
 
 
 # Ranks that differ. The last one is the odd one out.
@@ -141,15 +142,15 @@ def changed_step(run: Run, change: Callable[[Run], None]) -> None:
     run.optimizer.step()
 
 
-def differ(layout: str, rule: str, names: list[str], options: dict[str, Any]) -> None:
+def differ(layout: str, rule: str, names: list[str]) -> None:
     """In the first step and in a later one, every rank is told, the same, and nothing has moved."""
     for name in names:
         change, words = DIFFERENCES[name]
         for steps in (0, 2):
             with named(f"{name} after {steps} steps"):
-                pair = Pair(layout, rule, "even", **options)
+                pair = Pair(layout, rule, "even", **BACKEND)
                 pair.steps(steps)
-                before = pair.sharded.values()
+                before = pair.sharded.weights()
                 pair.give()
                 with pytest.raises(ValueError, match="ranks") as caught:
                     changed_step(pair.sharded, change)
@@ -158,27 +159,26 @@ def differ(layout: str, rule: str, names: list[str], options: dict[str, Any]) ->
                 assert set(told) == {told[0]}, told
                 for word in [*words, "rank 0", f"rank {dist.get_world_size() - 1}"]:
                     assert word in told[0], told[0]
-                after = {n: full(p.detach()) for n, p in pair.sharded.params.items()}
-                assert_within(after, {n: before[n] for n in after}, 0)
+                assert_within(pair.sharded.weights(), before, 0)
 
 
 @TOLD
 @pytest.mark.parametrize("name", list(DIFFERENCES))
-def test_ranks_that_differ(name: str, layout: str, backend: str) -> None:
-    run(ranks_of(layout, "even"), differ, layout, "AdamP", [name], {"backend": backend})
+def test_ranks_that_differ(name: str, layout: str) -> None:
+    run(ranks_of(layout, "even"), differ, layout, "AdamP", [name])
 
 
 # Ranks that fail.
 
 
-def fail(layout: str, rule: str, options: dict[str, Any]) -> None:
+def fail(layout: str, rule: str) -> None:
     """One rank has an error of its own, the others are told, and the optimizer goes on afterwards."""
     for steps in (0, 2):
         for clipping in (False, True):
             with named(f"after {steps} steps, clipping {clipping}"):
-                pair = Pair(layout, rule, "even", **options)
+                pair = Pair(layout, rule, "even", **BACKEND)
                 pair.steps(steps)
-                before = {n: full(p.detach()).clone() for n, p in pair.sharded.params.items()}
+                before = pair.sharded.weights()
                 pair.give()
                 p = pair.sharded.params["matrix"]
                 good = p.grad
@@ -188,22 +188,22 @@ def fail(layout: str, rule: str, options: dict[str, Any]) -> None:
                 with pytest.raises(TypeError if odd() else RuntimeError, match="int32" if odd() else "another rank"):
                     pair.sharded.advance(1.0 if clipping else None)
                 p.grad = good
-                assert_within({n: full(p.detach()) for n, p in pair.sharded.params.items()}, before, 0)
+                assert_within(pair.sharded.weights(), before, 0)
                 pair.advance()
                 pair.steps(1)
 
 
 @TOLD
 @EVERY_RULE
-def test_a_rank_that_fails(rule: str, layout: str, backend: str) -> None:
-    run(ranks_of(layout, "even"), fail, layout, rule, {"backend": backend})
+def test_a_rank_that_fails(rule: str, layout: str) -> None:
+    run(ranks_of(layout, "even"), fail, layout, rule)
 
 
 # Groups that come later, and torch's wrappers.
 
 
-def add_group(layout: str, rule: str, options: dict[str, Any]) -> None:
-    pair = Pair(layout, rule, "even", **options)
+def add_group(layout: str, rule: str) -> None:
+    pair = Pair(layout, rule, "even", **BACKEND)
     pair.steps(2)
     weights = random_weights({"later": (6, 4)}, 1)
     for one in pair:
@@ -215,20 +215,20 @@ def add_group(layout: str, rule: str, options: dict[str, Any]) -> None:
 
 @SHARDED
 @EVERY_RULE
-def test_a_group_that_comes_later(rule: str, layout: str, backend: str) -> None:
-    run(ranks_of(layout, "even"), add_group, layout, rule, {"backend": backend})
+def test_a_group_that_comes_later(rule: str, layout: str) -> None:
+    run(ranks_of(layout, "even"), add_group, layout, rule)
 
 
-def zero_redundancy(rule: str, options: dict[str, Any]) -> None:
+def zero_redundancy(rule: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of torch.jit
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
     cls, defaults = RULES[rule]
-    pair = Pair("whole", rule, "uneven", **options)
+    pair = Pair("whole", rule, "uneven", **BACKEND)
     params = list(pair.sharded.params.values())
-    optimizer = ZeroRedundancyOptimizer(params, optimizer_class=cls, **{**defaults, **options})
-    pair.whole.optimizer = cls(pair.whole.params.values(), **{**defaults, **options})
+    optimizer = ZeroRedundancyOptimizer(params, optimizer_class=cls, **defaults, **BACKEND)
+    pair.whole.optimizer = cls(pair.whole.params.values(), **defaults, **BACKEND)
     for _ in range(4):
         pair.give()
         optimizer.step()
@@ -238,13 +238,13 @@ def zero_redundancy(rule: str, options: dict[str, Any]) -> None:
 
 
 @EVERY_RULE
-def test_zero_redundancy_optimizer(rule: str, backend: str) -> None:
+def test_zero_redundancy_optimizer(rule: str) -> None:
     """Every rank steps whole parameters of its own."""
-    run(2, zero_redundancy, rule, {"backend": backend})
+    run(2, zero_redundancy, rule)
 
 
-def compile_step(layout: str, rule: str, options: dict[str, Any]) -> None:
-    pair = Pair(layout, rule, "even", **options)
+def compile_step(layout: str, rule: str) -> None:
+    pair = Pair(layout, rule, "even", **BACKEND)
     compiled = torch.compile(pair.sharded.optimizer.step, backend="eager")
     for _ in range(3):
         pair.give()
@@ -255,5 +255,5 @@ def compile_step(layout: str, rule: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("layout", ["FSDP2", "FSDP2 x TP"])
 @EVERY_RULE
-def test_compiled_step(rule: str, layout: str, backend: str) -> None:
-    run(ranks_of(layout, "even"), compile_step, layout, rule, {"backend": backend})
+def test_compiled_step(rule: str, layout: str) -> None:
+    run(ranks_of(layout, "even"), compile_step, layout, rule)

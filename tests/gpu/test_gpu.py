@@ -12,16 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import test_shares
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 import fused_adamp
 from fused_adamp.backends import triton as triton_backend
+from fused_adamp.bucket import Need
 from fused_adamp.reference import Decision, adamp_ref
+from fused_adamp.sharding import Sharing
 from fused_adamp.verify import Case, cases, check, lay_out, make_gradient, shapes
 
 if TYPE_CHECKING:
+    from fused_adamp.bucket import Batch
     from fused_adamp.projected import ProjectedOptimizer
 
 if not torch.cuda.is_available():
@@ -240,6 +244,59 @@ def test_another_learning_rate_does_not_recompile(plan: str) -> None:
         model.param_groups[0]["lr"] = lr
         model.step()
     assert len(triton_backend._compiled) == compiled
+
+
+# Parameters on several ranks, of which this is one.
+
+
+def _shared(optimizer: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[ProjectedOptimizer, Batch]:
+    """A model that is said to lie on several ranks, each parameter in its way, and what others have told of it."""
+    torch.manual_seed(0)
+    model = _model(0, optimizer, backend)
+    vectors = [p.ndim < 2 for p in model.param_groups[0]["params"]]
+    sharings = [Sharing.SHARED if vector else Sharing(i % 3) for i, vector in enumerate(vectors)]
+    bucket = test_shares.sharded(monkeypatch, model, backend, sharings)
+    assert bucket.shared is not None
+    for i, (vector, sharing) in enumerate(zip(vectors, sharings, strict=True)):
+        bucket.shared.needs[i] = Need.SQUARE if vector or not sharing else Need.TEST | Need.DOT
+        if sharing:
+            bucket.shared.verdicts[i, 0] = Decision.NONE if vector else Decision(i // 3 % 3)
+            bucket.shared.verdicts[i, 1] = 0.25
+    bucket.shared.row_projections.fill_(0.125)
+    return model, test_shares.batch_of(model, bucket)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
+def test_shares_and_steps_by_verdicts_equal_the_reference(
+    plan: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [_shared(optimizer, backend, monkeypatch) for backend in ("triton", "reference")]
+    for _, batch in runs:
+        batch.bucket.key.backend.measure(batch)
+        assert batch.bucket.key.backend.step(batch) == -1
+    (ours, batch), (theirs, expected) = runs
+    assert batch.bucket.decisions.equal(expected.bucket.decisions)
+    assert batch.bucket.shared is not None
+    assert expected.bucket.shared is not None
+    # Sums of up to 3e5 products; of orthogonal pairs they are what rounding leaves.
+    for a, b in zip(batch.bucket.shared, expected.bucket.shared, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=0.1)
+    for a, b in zip(_results(ours), _results(theirs), strict=True):
+        torch.testing.assert_close(a, b.to(a.device), rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_measuring_and_stepping_by_verdicts_does_not_synchronize(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, batch = _shared("AdamP", "triton", monkeypatch)
+    for number in range(3):
+        if number == 1:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            batch.bucket.key.backend.measure(batch)
+            batch.bucket.key.backend.step(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 # Clipping, loss scaling, and CUDA graphs.
