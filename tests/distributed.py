@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 import traceback
 import warnings
@@ -59,7 +60,7 @@ def run(ranks: int, task: Callable[..., Any], *args: Any, timeout: float = 60) -
         _pools[ranks] = _Pool(ranks)
     replies = _pools[ranks].run(pickle.dumps((task, args)), timeout)
     failures = [f"rank {rank}: {reply}" for rank, (well, reply) in enumerate(replies) if not well]
-    if any(reply in (_ENDED, _LATE) for _, reply in replies):
+    if any(not well and reply in (_ENDED, _LATE) for well, reply in replies):
         _pools.pop(ranks).end()
     if failures:
         raise AssertionError("\n".join(failures))
@@ -118,7 +119,8 @@ def _receive(connection: Any) -> tuple[bool, Any]:
 
 def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
     """A worker's life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted session closes the connection
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted session ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TRITON_INTERPRET"] = "1"  # is read when Triton is imported
     torch.set_num_threads(1)
     warnings.simplefilter("error")
@@ -128,16 +130,22 @@ def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
     limit = datetime.timedelta(seconds=_START)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
     while True:
+        work = connection.recv_bytes()
+        torch.manual_seed(0)
         try:
-            task, args = pickle.loads(connection.recv_bytes())
-            torch.manual_seed(0)
+            task, args = pickle.loads(work)
             reply = True, task(*args)
-        except EOFError:
-            break
         except BaseException:
             reply = False, traceback.format_exc()
         connection.send_bytes(pickle.dumps(reply))
-    os._exit(0)  # without taking gloo apart, which waits for the other ranks
+
+
+def _end_with_parent() -> None:
+    """Even from within a collective, and without taking gloo apart, which waits for the other ranks."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only workers call this"
+    parent.join()
+    os._exit(0)
 
 
 _meshes: dict[Any, DeviceMesh] = {}

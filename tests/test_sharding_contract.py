@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from distributed import LAYOUTS, Pair, Run, assert_within, backends, build, named, random_weights, ranks_of, run
 from tolerances import assert_identical
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from trajectory import MOMENTS, RULES
 
@@ -142,40 +142,52 @@ def changed_step(run: Run, change: Callable[[Run], None]) -> None:
     run.optimizer.step()
 
 
-def differ(layout: str, rule: str, names: list[str]) -> None:
-    """In the first step and in a later one, every rank is told, the same, and nothing has moved."""
-    for name in names:
-        change, words = DIFFERENCES[name]
-        for steps in (0, 2):
-            with named(f"{name} after {steps} steps"):
-                pair = Pair(layout, rule, "even", **BACKEND)
-                pair.steps(steps)
-                before = pair.sharded.weights()
-                pair.give()
-                with pytest.raises(ValueError, match="ranks") as caught:
-                    changed_step(pair.sharded, change)
-                told = [str(caught.value)] * dist.get_world_size()
-                dist.all_gather_object(told, str(caught.value))
-                assert set(told) == {told[0]}, told
-                for word in [*words, "rank 0", f"rank {dist.get_world_size() - 1}"]:
-                    assert word in told[0], told[0]
-                assert_within(pair.sharded.weights(), before, 0)
+def differ(layout: str, name: str, after: tuple[int, ...]) -> None:
+    """After so many steps, every rank is told the same, and nothing has moved."""
+    change, words = DIFFERENCES[name]
+    for steps in after:
+        with named(f"after {steps} steps"):
+            pair = Pair(layout, "AdamP", "even", **BACKEND)
+            pair.steps(steps)
+            before = pair.sharded.weights()
+            pair.give()
+            with pytest.raises(ValueError, match="ranks") as caught:
+                changed_step(pair.sharded, change)
+            told = [""] * dist.get_world_size()
+            dist.all_gather_object(told, str(caught.value))
+            assert set(told) == {told[0]}, told
+            for word in [*words, "rank 0", f"rank {dist.get_world_size() - 1}"]:
+                assert word in told[0], told[0]
+            assert_within(pair.sharded.weights(), before, 0)
 
 
 @TOLD
 @pytest.mark.parametrize("name", list(DIFFERENCES))
 def test_ranks_that_differ(name: str, layout: str) -> None:
-    run(ranks_of(layout, "even"), differ, layout, "AdamP", [name])
+    run(ranks_of(layout, "even"), differ, layout, name, (0, 2))
+
+
+@pytest.mark.parametrize("name", [name for name in DIFFERENCES if not name.endswith(("max_norm", "alone"))])
+def test_replicas_that_differ(name: str) -> None:
+    """They meet in the first step only."""
+    run(4, differ, "HSDP", name, (0,))
 
 
 # Ranks that fail.
 
 
+SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception]]] = {
+    "int32": (Tensor.int, TypeError),
+    "has shape": (lambda g: g[:, 1:], ValueError),
+}
+"""What is wrong with a gradient, as the error says."""
+
+
 def fail(layout: str, rule: str) -> None:
     """One rank has an error of its own, the others are told, and the optimizer goes on afterwards."""
-    for steps in (0, 2):
-        for clipping in (False, True):
-            with named(f"after {steps} steps, clipping {clipping}"):
+    for word, (spoil, error) in SPOILT.items():
+        for steps, max_norm in ((0, None), (0, 1.0), (2, None), (2, 1.0)):
+            with named(f"{word} after {steps} steps, clipping to {max_norm}"):
                 pair = Pair(layout, rule, "even", **BACKEND)
                 pair.steps(steps)
                 before = pair.sharded.weights()
@@ -184,9 +196,9 @@ def fail(layout: str, rule: str) -> None:
                 good = p.grad
                 if odd():
                     p.grad = good.clone()
-                    p.grad._local_tensor = local(good).int()
-                with pytest.raises(TypeError if odd() else RuntimeError, match="int32" if odd() else "another rank"):
-                    pair.sharded.advance(1.0 if clipping else None)
+                    p.grad._local_tensor = spoil(local(good))
+                with pytest.raises(error if odd() else RuntimeError, match=word if odd() else "another rank"):
+                    pair.sharded.advance(max_norm)
                 p.grad = good
                 assert_within(pair.sharded.weights(), before, 0)
                 pair.advance()
