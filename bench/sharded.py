@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -86,8 +87,9 @@ class Formula(Optimizer):
     - else ``F.cosine_similarity(...).abs_()``: "in-place operations that require placement changes are not supported".
       Each rank holds a part of the sum, and abs_ needs the whole of it. So would ``norm(...).add_(eps)`` later on.
 
-    Hence sums over dimensions in place of views, and nothing in place but on tensors laid out as the parameter. DTensor
-    then finds out by itself that a sum is not complete on any rank, and adds it up over them, one number at a time.
+    Hence for the layer sums over dimensions in place of views, and nothing in place but on tensors laid out as the
+    parameter. DTensor then finds out by itself that a sum is not complete on any rank, and adds it up over them, one
+    number at a time.
 
     Attributes:
         norm: what is fastest in torch. In float32 it adds one square after the other, and is off by 1e-3 on the 19
@@ -113,14 +115,22 @@ class Formula(Optimizer):
         delta, wd_ratio, eps = 0.1, 0.1, 1e-8
         if w.ndim < 2:
             return u, weight_decay
-        for dims in (tuple(range(1, w.ndim)), tuple(range(w.ndim))):
+        rows, everything = tuple(range(1, w.ndim)), tuple(range(w.ndim))
+        for dims, cosine_of in ((rows, self.row_cosines), (everything, self.layer_cosine)):
             size = math.prod(w.size(d) for d in dims)
-            w_norm, g_norm = (self.norm(x, dim=dims, keepdim=True) for x in (w, g))
-            cosine = (w * g).sum(dims, keepdim=True).abs() / (w_norm.clamp(min=eps) * g_norm.clamp(min=eps))
-            if cosine.max() < delta / math.sqrt(size):
-                n = w / (w_norm + eps)
+            if cosine_of(w, g, eps).abs().max() < delta / math.sqrt(size):
+                n = w / (self.norm(w, dim=dims, keepdim=True) + eps)
                 return u - n * (n * u).sum(dims, keepdim=True), weight_decay * wd_ratio
         return u, weight_decay
+
+    def row_cosines(self, w: Tensor, g: Tensor, eps: float) -> Tensor:
+        """As the official code has it."""
+        return cosine_similarity(w.flatten(1), g.flatten(1), dim=1, eps=eps)
+
+    def layer_cosine(self, w: Tensor, g: Tensor, eps: float) -> Tensor:
+        dims = tuple(range(w.ndim))
+        w_norm, g_norm = (self.norm(x, dim=dims).clamp(min=eps) for x in (w, g))
+        return (w * g).sum(dims) / (w_norm * g_norm)
 
 
 class AdamPFormula(Formula):
@@ -350,7 +360,7 @@ def inputs(workload: str, case: Decision) -> tuple[list[Tensor], list[Tensor]]:
 
 def check(ours: Side, formula: Side, case: Decision) -> None:
     """Both have to step alike, once the formula's norms are exact."""
-    formula.optimizer.norm = lambda x, dim, keepdim: x.square().sum(dim, keepdim=keepdim).sqrt()
+    formula.optimizer.norm = lambda x, dim, keepdim=False: x.square().sum(dim, keepdim=keepdim).sqrt()
     steps = zip(ours.params, ours.checked_step(), formula.checked_step(), strict=True)
     del formula.optimizer.norm
     for p, by_us, by_formula in steps:
