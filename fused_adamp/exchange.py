@@ -453,32 +453,30 @@ class Exchange:
 
     @property
     def asynchronous(self) -> bool:
-        return self.device.type != "cpu"
+        return self.device.type == "cuda"
 
     def check(self, outcome: Outcome, lines: Sequence[str]) -> None:
         """Raises the error that is the same on all ranks, of an earlier step where this one's is not waited for."""
         if not self.asynchronous:
-            self._raise(Header.read(outcome.header.tolist()), lines)
+            header = Header.read(outcome.header.tolist())
+            header.check_failure()
+            if not header.agreed:
+                raise ValueError(self.disagreement([*self.lines, *lines]))
             return
-        for told, event in self._unread:
-            if event.query():
-                self._raise(Header.read(told.tolist()), None)
-        self._unread = [(told, event) for told, event in self._unread if not event.query()]
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        told = outcome.header.to("cpu", non_blocking=True)
-        event.record()
-        self._unread.append((told, event))
-
-    def _raise(self, header: Header, lines: Sequence[str] | None) -> None:
-        header.check_failure()
-        if header.agreed:
-            return
-        if lines is None:
-            raise ValueError(
-                "in an earlier step, which moved nothing, the ranks that share parameters had different ones, or other "
-                "hyperparameters: give every rank the same"
-            )
-        raise ValueError(self.disagreement([*self.lines, *lines]))
+        read = [told.tolist() for told, event in self._unread if event.query()]
+        self._unread = self._unread[len(read) :]  # one after the other
+        for *numbers, missing in read:
+            header = Header.read(numbers)
+            header.check_failure()
+            if header.stale or missing or not header.agreed:
+                why = "had different ones, or other hyperparameters: give every rank the same"
+                if header.stale:
+                    why = "had changed gradients after clip_grad_norm_, some of them: change them on all, or before"
+                elif missing:
+                    why = "had gradients of one, some of them: give the others zeros"
+                raise ValueError(f"in an earlier step, which moved nothing, the ranks that share parameters {why}")
+        told = torch.cat([outcome.header, self._missing(outcome).any().reshape(1)]).to("cpu", non_blocking=True)
+        self._unread.append((told, _event()))
 
     def is_stale(self, outcome: Outcome) -> bool:
         """Whether a rank's gradients have changed since they were measured for clipping."""
@@ -519,6 +517,13 @@ class Exchange:
         all_results[self._records] = torch.where(stepped, found, all_results[self._records])
         for results, part in zip(self._results, self._parts(all_results), strict=True):
             results.copy_(part)
+
+
+def _event() -> Any:
+    """Tells when what the current stream has been given so far is done."""
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
 
 
 def _projection(pu: Tensor, pp: Tensor, eps: Tensor) -> Tensor:

@@ -541,8 +541,13 @@ class ProjectedOptimizer(Optimizer):
 
         Raises:
             ValueError: they do not; on every rank.
-            RuntimeError: another rank has failed.
+            RuntimeError: another rank has failed; or the step is captured in a CUDA graph.
         """
+        if exchange.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the step of parameters that lie on several ranks cannot be captured in a CUDA graph: what the ranks "
+                "tell each other is new in every step. Capture forward and backward, and step outside"
+            )
         if exchange is self._agreed:
             return
         lines = self._options_in_words(exchange)

@@ -176,11 +176,38 @@ class Collectives(TorchDispatchMode):
 # Models in several layouts.
 
 SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
-    "even": {"matrix": (8, 12), "conv": (4, 4, 3, 1), "gain": (8,), "bias": (4,), "embedding": (12, 4), "scalar": ()},
-    "uneven": {"matrix": (7, 5), "conv": (5, 5, 3, 1), "gain": (7,), "bias": (5,), "embedding": (11, 7), "scalar": ()},
-    "empty": {"row": (1, 7), "conv": (3, 3, 2, 2), "gain": (1,), "bias": (3,), "embedding": (6, 3), "scalar": ()},
+    "even": {
+        "matrix": (8, 12),
+        "conv": (4, 4, 3, 1),
+        "gain": (8,),
+        "bias": (4,),
+        "embedding": (12, 4),
+        "scalar": (),
+        "wide": (4, 160),
+    },
+    "uneven": {
+        "matrix": (7, 5),
+        "conv": (5, 5, 3, 1),
+        "gain": (7,),
+        "bias": (5,),
+        "embedding": (11, 7),
+        "scalar": (),
+        "wide": (5, 240),
+    },
+    "empty": {
+        "row": (1, 7),
+        "conv": (3, 3, 2, 2),
+        "gain": (1,),
+        "bias": (3,),
+        "embedding": (6, 3),
+        "scalar": (),
+        "wide": (3, 300),
+    },
 }
-"""By how dims 0 and 1 of a matrix are shared out: evenly; unevenly; so that a rank gets nothing of some."""
+"""By how dims 0 and 1 of a matrix are shared out: evenly; unevenly; so that a rank gets nothing of some.
+
+Of the wide matrix all ranks have rows that are long enough for the CPU backend to guess the verdict.
+"""
 
 RANKS = {"even": 2, "uneven": 3, "empty": 4}
 """In a mesh of one dimension; two dimensions are 2 x 2."""

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from trajectory import MOMENTS, RULES
 
+from fused_adamp import exchange
+from fused_adamp.exchange import Exchange
 from fused_adamp.sharding import local
 
 if TYPE_CHECKING:
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKEND = {"backend": backends()[0]}
+CAREFUL = {"backend": "reference"}
+"""Moves nothing before the ranks have agreed. The fastest may have, by a guess, once the first step is over."""
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
 SHARDED = pytest.mark.parametrize("layout", LAYOUTS[1:])
 TOLD = pytest.mark.parametrize("layout", ["FSDP2", "TP row", "FSDP2 x TP"])
@@ -145,9 +149,9 @@ def changed_step(run: Run, change: Callable[[Run], None]) -> None:
 def differ(layout: str, name: str, after: tuple[int, ...]) -> None:
     """After so many steps, every rank is told the same, and nothing has moved."""
     change, words = DIFFERENCES[name]
-    for steps in after:
-        with named(f"after {steps} steps"):
-            pair = Pair(layout, "AdamP", "even", **BACKEND)
+    for steps, backend in (*((steps, CAREFUL) for steps in after), (after[-1], BACKEND)):
+        with named(f"after {steps} steps, {backend}"):
+            pair = Pair(layout, "AdamP", "even", **backend)
             pair.steps(steps)
             before = pair.sharded.weights()
             pair.give()
@@ -158,7 +162,8 @@ def differ(layout: str, name: str, after: tuple[int, ...]) -> None:
             assert set(told) == {told[0]}, told
             for word in [*words, "rank 0", f"rank {dist.get_world_size() - 1}"]:
                 assert word in told[0], told[0]
-            assert_within(pair.sharded.weights(), before, 0)
+            if backend is CAREFUL or steps == 0:
+                assert_within(pair.sharded.weights(), before, 0)
 
 
 @TOLD
@@ -188,7 +193,7 @@ def fail(layout: str, rule: str) -> None:
     for word, (spoil, error) in SPOILT.items():
         for steps, max_norm in ((0, None), (0, 1.0), (2, None), (2, 1.0)):
             with named(f"{word} after {steps} steps, clipping to {max_norm}"):
-                pair = Pair(layout, rule, "even", **BACKEND)
+                pair = Pair(layout, rule, "even", **(CAREFUL if steps else BACKEND))
                 pair.steps(steps)
                 before = pair.sharded.weights()
                 pair.give()
@@ -209,6 +214,47 @@ def fail(layout: str, rule: str) -> None:
 @EVERY_RULE
 def test_a_rank_that_fails(rule: str, layout: str) -> None:
     run(ranks_of(layout, "even"), fail, layout, rule)
+
+
+# On a GPU nobody waits to read what the ranks have told.
+
+
+class Done:
+    """An event on a device that is never behind."""
+
+    def query(self) -> bool:
+        return True
+
+
+def no_gradient(run: Run) -> None:
+    if odd():
+        run.params["matrix"].grad = None
+
+
+def found_later(layout: str, name: str) -> None:
+    change, words = LATER[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Exchange, "asynchronous", True)
+        patch.setattr(exchange, "_event", Done)
+        pair = Pair(layout, "AdamP", "even", **CAREFUL)
+        pair.steps(3)
+        before = pair.sharded.values()
+        pair.give()
+        change(pair.sharded)
+        pair.sharded.optimizer.step()
+        assert_within(pair.sharded.values(), before, 0)
+        with pytest.raises(ValueError, match=f"in an earlier step, which moved nothing, .* {words}"):
+            pair.sharded.optimizer.step()
+
+
+LATER = {"other lr": (other(0, lr=0.5), "hyperparameters"), "no gradient": (no_gradient, "zeros")}
+
+
+@TOLD
+@pytest.mark.parametrize("name", list(LATER))
+def test_what_is_found_later(name: str, layout: str) -> None:
+    """The step that goes wrong moves nothing on any rank, and the next one says so on all."""
+    run(ranks_of(layout, "even"), found_later, layout, name)
 
 
 # Groups that come later, and torch's wrappers.
