@@ -644,8 +644,13 @@ class ProjectedOptimizer(Optimizer):
             if batch.bucket.shared is not None:
                 batch.bucket.key.backend.measure(batch)
         present = [p.grad is not None or p in self._filled for p in exchange.members]
-        outcome = exchange.reduce(exchange.header(lines, stale=stale), found_inf, present, scale)
-        exchange.check(outcome, lines)
+        try:
+            outcome = exchange.reduce(exchange.header(lines, stale=stale), found_inf, present, scale)
+            exchange.check(outcome, lines)
+        except Exception:
+            for batch in batches:  # what was measured, and perhaps moved by a guess, is part of no step
+                batch.bucket.scratch = batch.bucket.key.backend.scratch(batch.bucket)
+            raise
         return outcome
 
     def _withdraw(self) -> None:

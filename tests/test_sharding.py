@@ -26,6 +26,7 @@ from distributed import (
     laid_out,
     mesh,
     named,
+    random_weights,
     ranks_of,
     record,
     run,
@@ -33,7 +34,7 @@ from distributed import (
 from tolerances import assert_close, assert_identical
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from trajectory import RULES
@@ -442,3 +443,35 @@ def test_triton(rule: str, max_norm: float | None, layout: str) -> None:
     """In its interpreter, which the workers have on."""
     told = record("uneven", rule, 3, 0, max_norm, backend="reference")
     run(ranks_of(layout, "uneven"), follow_interpreted, layout, rule, told, max_norm)
+
+
+# Slices of one's own making: docs/sharding.md, "Flat buffers".
+
+
+def slices(rule: str) -> None:
+    """Two ranks' parts of a flat buffer, of five rows and of three."""
+    cls, options = RULES[rule]
+    weight = random_weights({"matrix": (8, 12)}, 0)["matrix"]
+    rows = (slice(0, 5), slice(5, 8))[dist.get_rank()]
+    flat = weight[rows].flatten()
+    original = DTensor.from_local(
+        flat.view(-1, 12), mesh(2), [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride()
+    )
+    part, whole = nn.Parameter(original), nn.Parameter(weight.clone())
+    optimizers = [cls([p], **options, backend=backends()[0]) for p in (part, whole)]
+    for seed in range(6):
+        gradient = random_weights({"matrix": (8, 12)}, seed)["matrix"] + whole.detach() * (seed % 2)
+        mine = gradient[rows].clone()
+        part.grad = DTensor.from_local(
+            mine, mesh(2), [Shard(0)], run_check=False, shape=weight.shape, stride=weight.stride()
+        )
+        whole.grad = gradient
+        for optimizer in optimizers:
+            optimizer.step()
+        assert optimizers[0].decisions()[part] == optimizers[1].decisions()[whole]
+        assert_within({"rows": part.to_local()}, {"rows": whole.detach()[rows]})
+
+
+@pytest.mark.parametrize("rule", list(RULES))
+def test_slices(rule: str) -> None:
+    run(2, slices, rule)
