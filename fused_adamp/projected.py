@@ -548,6 +548,7 @@ class ProjectedOptimizer(Optimizer):
                 "the step of parameters that lie on several ranks cannot be captured in a CUDA graph: what the ranks "
                 "tell each other is new in every step. Capture forward and backward, and step outside"
             )
+        exchange.set_options(self._test_options())
         if exchange is self._agreed:
             return
         lines = self._options_in_words(exchange)
@@ -567,14 +568,12 @@ class ProjectedOptimizer(Optimizer):
     def _measured(self, exchange: Exchange, batches: list[Batch]) -> Outcome:
         """What the ranks find out for clipping: squares, and sums of the cosine test, of gradients as they are."""
         self._agree(exchange)
-        exchange.set_options(self._test_options())
         exchange.ask_afresh(Need.TEST | Need.SQUARE)
         return self._told(exchange, batches, [*self._options_in_words(exchange), "clip_grad_norm_"], scale=None)
 
     def _judged(self, exchange: Exchange, batches: list[Batch]) -> list[Batch]:
         """The batches of a step, with everything decided that the ranks have to decide together."""
         self._agree(exchange)
-        exchange.set_options(self._test_options())
         found_inf = getattr(self, "found_inf", None)
         while True:
             clipping, factor = self._clipping, self._factor()
