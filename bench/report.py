@@ -159,15 +159,21 @@ def judge(target: Target, model: str, case: str, rows: Sequence[Row]) -> str:
     return "-"
 
 
+def table_of(members: Sequence[Row], numbers: Sequence[str]) -> Table:
+    """An empty table for the rows of one workload: columns that say what was measured, and these."""
+    table = Table(title=f"{members[0]['workload']}: {members[0]['params']:,} parameters")
+    for name in ("optimizer", "case", "clip"):
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One per workload, a section per family, in the order of the run."""
     for workload in dict.fromkeys(row["workload"] for row in rows):
         members = [row for row in rows if row["workload"] == workload]
-        table = Table(title=f"{workload}: {members[0]['params']:,} parameters")
-        for name in ("optimizer", "case", "clip"):
-            table.add_column(name, no_wrap=True)
-        for name in ("ms p50 (p20-p80)", "peer ms", "ratio", "GB/s", "vs clovaai", "extra memory"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table = table_of(members, ("ms p50 (p20-p80)", "peer ms", "ratio", "GB/s", "vs clovaai", "extra memory"))
         for peer in PEERS:
             table.add_section()
             for row in (row for row in members if row["peer"] == peer):

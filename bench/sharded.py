@@ -24,7 +24,6 @@ import torch.distributed as dist
 from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
 from pytest_benchmark.utils import get_commit_info
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -44,6 +43,7 @@ from bench.report import (
     machine_line,
     marked,
     ratio,
+    table_of,
     target_table,
     torch_info,
     write,
@@ -54,6 +54,7 @@ from fused_adamp.reference import Decision
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from rich.table import Table
     from torch.distributed import DeviceMesh
 
 __all__ = ["main"]
@@ -474,11 +475,8 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """One for each workload, a section per family and case."""
     for workload in dict.fromkeys(row["workload"] for row in rows):
         members = [row for row in rows if row["workload"] == workload]
-        table = Table(title=f"{workload}: {members[0]['params']:,} parameters")
-        for name in ("optimizer", "case", "clip"):
-            table.add_column(name, no_wrap=True)
-        for name in ("ms p50 (p20-p80)", "peer ms", "ratio", "formula", "GB/s", "collectives", "sent", "share"):
-            table.add_column(name, justify="right", no_wrap=True)
+        numbers = ("ms p50 (p20-p80)", "peer ms", "ratio", "formula", "GB/s", "collectives", "sent", "share")
+        table = table_of(members, numbers)
         sections = dict.fromkeys((row["peer"], row["case"]) for row in members)
         for section in sorted(sections, key=lambda section: list(PEERS).index(section[0])):
             table.add_section()

@@ -311,6 +311,10 @@ class Exchange:
         """A table with a row for each of the buckets' parameters, bucket by bucket."""
         return torch.split(table, self._sizes)
 
+    def _all_shares(self) -> Tensor:
+        """Those of the buckets' parameters, one bucket after the other."""
+        return torch.cat([shared.shares.to(self.device) for shared in self._shared])
+
     def _upload(self, numbers: Sequence[float]) -> Tensor:
         """Numbers as float64 on the device, which is not waited for."""
         here = torch.tensor(numbers, dtype=torch.float64)
@@ -326,7 +330,7 @@ class Exchange:
                 not known, and rows fail that fail at some scale.
         """
         self._scale = 1.0 if scale is None else scale
-        shares = torch.cat([shared.shares.to(self.device) for shared in self._shared])[self._records]
+        shares = self._all_shares()[self._records]
         limit = shares[:, SHARES.index("limit")]
         passes = limit.isinf() if scale is None else (scale < limit) & ((scale > 0) | (self._eps > 0))
         fails = ~passes & self._tested
@@ -381,11 +385,12 @@ class Exchange:
         passed = torch.where(records[:, 0] == 0, Decision.CHANNEL, self.layer_passes(outcome) * int(Decision.LAYER))
         decisions = torch.where(self._tested, passed, self._forced)
         c = _projection(records[:, 5], records[:, 4], self._eps)
+        layer_c = torch.where(decisions == Decision.LAYER, c, 0.0)
         verdicts = torch.full((sum(self._sizes), 2), UNDECIDED, dtype=torch.float64, device=self.device)
-        verdicts[self._records] = torch.stack([decisions, torch.where(decisions == Decision.LAYER, c, 0.0)], dim=1)
+        verdicts[self._records] = torch.stack([decisions, layer_c], dim=1)
         owners = self._row_owners
         row_c = _projection(rows[:, 3], rows[:, 2], self._eps[owners])
-        by_row = torch.where(decisions[owners] == Decision.CHANNEL, row_c, verdicts[self._records][owners, 1])
+        by_row = torch.where(decisions[owners] == Decision.CHANNEL, row_c, layer_c[owners])
         all_rows = torch.zeros(sum(self._row_counts), dtype=torch.float64, device=self.device)
         all_rows[self._rows] = by_row
         by_bucket = torch.split(all_rows, self._row_counts)
@@ -396,7 +401,7 @@ class Exchange:
 
     def square_norm(self, outcome: Outcome) -> Tensor:
         """The sum of the squares of all gradients, of whole parameters too: 0-dim float64."""
-        squares = torch.cat([shared.shares.to(self.device) for shared in self._shared])[:, SHARES.index("gg")]
+        squares = self._all_shares()[:, SHARES.index("gg")]
         squares[self._records] = outcome.records[:, _RECORD.index("gg")]
         return squares.sum()
 
@@ -506,8 +511,7 @@ class Exchange:
     def _report(self, outcome: Outcome) -> None:
         """Writes :attr:`Bucket.results` of members that were tested; the cosine is that of the rows here."""
         records, owners = outcome.records, self._row_owners
-        cosines = torch.cat([shared.shares.to(self.device) for shared in self._shared])[self._records]
-        cosines = cosines[:, SHARES.index("cosine")]
+        cosines = self._all_shares()[self._records, SHARES.index("cosine")]
         by_row = self._cosine(outcome.rows, self._dims[owners, 0], owners).nan_to_num(math.inf, posinf=math.inf)
         split = torch.zeros_like(cosines).scatter_reduce(0, owners, by_row, "amax")
         found = torch.stack([torch.where(self._is_split, split, cosines), records[:, 4].sqrt()], dim=1)

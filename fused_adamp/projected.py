@@ -264,7 +264,7 @@ class ProjectedOptimizer(Optimizer):
             return total
         _MAX_NORM.check("max_norm", max_norm)
         max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
-        batches = self._refit(self._gathered(make_state=False))
+        batches = self._gathered(make_state=False, check=True)
         norm, outcome = self._total_norm(batches, float(norm_type))
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
@@ -372,11 +372,11 @@ class ProjectedOptimizer(Optimizer):
 
     # One step's tensors, from parameter groups to batches.
 
-    def _gathered(self, *, make_state: bool = True) -> list[Batch]:
+    def _gathered(self, *, make_state: bool = True, check: bool = False) -> list[Batch]:
         """As :meth:`_gather`, and of sharded parameters checked: an error that one rank has is told to the others."""
         try:
             batches = self._gather(make_state=make_state)
-            return batches if self.exchange is None else self._refit(batches)
+            return self._refit(batches) if check or self.exchange is not None else batches
         except Exception:
             self._withdraw()
             raise
