@@ -173,10 +173,11 @@ def table_bytes(weights: Iterable[Weight], mesh: Mesh, shard: int = 0, tensor: i
     sent = collectives(weights, mesh, shard, tensor)
     rows = [split_rows(weight, mesh, shard, tensor) for weight in weights]
     members = sum(layout(weight, mesh).sharing is not Sharing.LOCAL for weight in weights)
-    # Bucket: needs, shares, verdicts. Exchange: the place, three options, two dimensions, ranks, four flags.
-    by_member = len(weights) * (1 + 8 * len(SHARES) + 8 * 2) + members * (8 + 8 * 3 + 8 * 2 + 8 + 4)
-    # Bucket: shares, projection. Exchange: place, owner, place in the fold.
-    by_row = sum(rows) * (8 * len(ROW_SHARES) + 8 + 8 * 3) + 8 * sum(map(bool, rows))
+    # Bucket: needs, shares, verdicts. Exchange: of its piece the place and the owner, the piece; three options, two
+    # dimensions, holders, five flags.
+    by_member = len(weights) * (1 + 8 * len(SHARES) + 8 * 2) + members * (8 * 3 + 8 * 3 + 8 * 2 + 8 + 5)
+    # Bucket: shares, projection. Exchange: place, place among those of all ranks, owner, place in the fold.
+    by_row = sum(rows) * (8 * len(ROW_SHARES) + 8 + 8 * 4) + 8 * sum(map(bool, rows))
     return by_member + by_row + 8 * sum(collective.records + collective.rows for collective in sent)
 
 

@@ -18,10 +18,10 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from fused_adamp.reference import rows_first
-from fused_adamp.sharding import Sharing, is_distributed, layout_of, like, local
+from fused_adamp.sharding import Sharing, is_distributed, layouts_of, like, local
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from fused_adamp.backends import Backend
     from fused_adamp.reference import Decision
@@ -144,11 +144,13 @@ class Bucket:
     """Parameters with equal :class:`BucketKey`, addressed as one flat range of tiles.
 
     Attributes:
-        params: the members.
+        params: the members. A slice of a matrix is a member for each of its pieces.
+        index: of every parameter the first of its members.
         groups: the members' parameter groups, by index.
         storage: per key of :attr:`BucketKey.storage`, the flat tensor that the members' state is a view of.
         counters: per key of :attr:`BucketKey.counters`, ``(P,)``: the members' counts, of which their state is a view.
-        layouts: how the members lie on the ranks; distributed: whether any is a DTensor.
+        layouts: how the members lie on the ranks.
+        distributed, sliced: whether any is a DTensor, or a piece of a flat slice.
         shared: None where no member lies on several ranks.
         table: ``(P, len(COLUMNS))`` int64 on the CPU: group index; 1 where the parameter has two or more dimensions;
             R rows of K columns here; rows and columns of a tile; index of the first tile; a value of
@@ -169,27 +171,33 @@ class Bucket:
     def __init__(self, key: BucketKey, params: Sequence[Tensor]) -> None:
         """Allocate storage and table. Raises what the allocator raises when memory runs out; changes nothing else."""
         self.key = key
-        self.params = list(params)
+        members = [(p, layout) for p in params for layout in layouts_of(p, key.channel_dim)]
+        self.params = [p for p, _ in members]
+        self.layouts = [layout for _, layout in members]
         self.distributed = any(map(is_distributed, self.params))
-        self.layouts = [layout_of(p, key.channel_dim) for p in self.params]
+        self.sliced = any(layout.piece is not None for layout in self.layouts)
+        self.index: dict[Tensor, int] = {}
+        for i, p in enumerate(self.params):
+            self.index.setdefault(p, i)
         self.groups = [0] * len(self.params)
         self.given: dict[str, list[Tensor | None]] = {
             name: [None] * len(self.params) for name in (*key.storage, *key.counters)
         }
         widest = min((dtype.itemsize for dtype in key.storage.values()), default=1)
         line = _ALIGN // widest
-        offsets = []
-        end = 0
-        for p in map(local, self.params):
-            offsets.append(end)
-            end += (p.numel() + line - 1) // line * line
+        starts, end = {}, 0
+        for p in self.index:
+            starts[p] = end
+            end += (local(p).numel() + line - 1) // line * line
+        offsets = [starts[p] + (layout.piece.begin if layout.piece else 0) for p, layout in members]
         self.offsets = torch.tensor(offsets, dtype=torch.int64)
         self.storage = {name: key.backend.zeros(end, dtype, key.device) for name, dtype in key.storage.items()}
         device = key.backend.counters_device(key.device)
         self.counters = {n: torch.zeros(len(self.params), dtype=d, device=device) for n, d in key.counters.items()}
         rows, first_tile, first_row = [], 0, 0
-        for p, layout in zip(map(local, self.params), self.layouts, strict=True):
-            part, numbers = rows_first(p, key.channel_dim), layout.numbers or (0, 0)
+        for p, layout in members:
+            part = layout.piece.of(p) if layout.piece else rows_first(local(p), key.channel_dim)
+            numbers = layout.numbers or (0, 0)
             # Chance goes by an element's number: rows that do not follow each other in the whole are tiles.
             apart = key.rounding == "stochastic" and numbers[1] != rows_cols(part)[1]
             row, tiles = _geometry(part, key.backend, apart=apart)
@@ -221,7 +229,7 @@ class Bucket:
 
     def _addresses(self) -> dict[str, list[int]]:
         """Where the state lies that members are given, of keys under which all of it is contiguous."""
-        if len(self.params) == 1 or self.key.channel_dim != 0:
+        if len(self.params) == 1 or self.key.channel_dim != 0 or self.sliced:
             return {}
         addresses = {
             name: [counts.data_ptr() + i * counts.itemsize for i in range(len(counts))]
@@ -238,14 +246,35 @@ class Bucket:
         """What the members' state under that key is part of."""
         return self.storage[name] if name in self.storage else self.counters[name]
 
-    def state(self, index: int) -> dict[str, Tensor]:
-        """New state for member ``index``: zeros with its shape, and its strides where they are dense, and counts.
+    def cut(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Of tensors that lie as the members' parameters do, the members' pieces."""
+        return [
+            t if layout.piece is None or t is ABSENT else layout.piece.of(t)
+            for t, layout in zip(tensors, self.layouts, strict=True)
+        ]
 
-        The first time they are its part of the storage. Whoever got that may still hold it, so a member whose state
+    def counts(self, name: str, given: list[Tensor], fresh: Container[Tensor]) -> list[Tensor]:
+        """Of the members' parameters' counts, the members'.
+
+        Every piece counts by itself. Those of ``fresh`` parameters begin with what these have.
+        """
+        counts, further = list(given), []
+        for i, (p, t) in enumerate(zip(self.params, given, strict=True)):
+            if t is not ABSENT and self.index[p] < i:
+                counts[i] = self.counters[name][i]
+                further += [i] if p in fresh else []
+        if further:
+            torch._foreach_copy_([counts[i] for i in further], [given[i] for i in further])
+        return counts
+
+    def state(self, p: Tensor) -> dict[str, Tensor]:
+        """New state for a parameter: zeros with its shape, and its strides where they are dense, and counts.
+
+        The first time they are its part of the storage. Whoever got that may still hold it, so a parameter whose state
         was taken away gets tensors of its own. State of a DTensor's shape is a DTensor that lies as it does.
         """
-        param, offset = self.params[index], int(self.offsets[index])
-        p = local(param)
+        param, index = p, self.index[p]
+        p, offset = local(p), int(self.offsets[index])
         if any(given[index] is not None for given in self.given.values()):
             counters = {name: torch.zeros_like(counter[index]) for name, counter in self.counters.items()}
             storage = {n: torch.zeros_like(p, dtype=d, requires_grad=False) for n, d in self.key.storage.items()}

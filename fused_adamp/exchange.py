@@ -6,8 +6,8 @@ A step of sharded parameters goes
     exchange  shares become sums, group by group; sums become verdicts: decision and projection of every parameter
     step      every backend steps by the verdicts
 
-The shares of a parameter are a record; where its rows are split, each row has one of its own, until the rows are
-complete and folded into the parameter's. All that is sent is summed. A header goes with it, which tells what no rank
+The shares of a parameter are a record; each row that is split has one of its own, until the rows are complete and
+folded into the parameter's. All that is sent is summed. A header goes with it, which tells what no rank
 can find out alone: see Header.
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from fused_adamp.bucket import COLUMNS, PROJECTIONS, SHARES, UNDECIDED, Need
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import Sharing, schedule
+from fused_adamp.sharding import Sharing, in_words, schedule, split_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -94,7 +95,7 @@ class Outcome(NamedTuple):
     Attributes:
         header: ``(len(header),)`` float64 on the device.
         records: ``(n, len(_RECORD))`` float64, one for each member.
-        rows: ``(rows, len(ROW_SHARES))`` float64, of members whose rows are split.
+        rows: ``(rows, len(ROW_SHARES))`` float64, of the members' rows that are split.
     """
 
     header: Tensor
@@ -103,7 +104,7 @@ class Outcome(NamedTuple):
 
 
 class _Fold(NamedTuple):
-    """Members with equally many rows here, whose rows are complete after a collective: ``(m,)`` and ``(m, R)``."""
+    """Members with equally many split rows, which are complete after a collective: ``(m,)`` and ``(m, R)``."""
 
     members: Tensor
     rows: Tensor
@@ -141,11 +142,57 @@ def _in_order(layouts: Iterable[Layout], *, replicas: bool = False) -> list[Proc
     return sorted(groups, key=dist.get_process_group_ranks)
 
 
+class _Piece(NamedTuple):
+    """What is here of a member: all in one, or a piece of a flat slice.
+
+    Attributes:
+        p, number: the member, and the piece's index in its bucket.
+        group, channel_dim: of the member.
+        is_matrix: whether the member can be projected.
+        layout: where the piece lies.
+        place: of its shares among those of all buckets.
+        rows: if they are split, the places of its rows among those of all buckets.
+        slot: of the first of these among the member's split rows on all ranks.
+    """
+
+    p: Tensor
+    number: int
+    group: int
+    channel_dim: int | tuple[int, ...]
+    is_matrix: bool
+    layout: Layout
+    place: int
+    rows: range
+    slot: int
+
+
+def _pieces(buckets: Sequence[Bucket]) -> dict[Tensor, list[_Piece]]:
+    """Those of every parameter that lies on several ranks."""
+    pieces: dict[Tensor, list[_Piece]] = {}
+    start = row_start = 0
+    for bucket in buckets:
+        assert bucket.shared is not None, "nobody shares the bucket"
+        columns = (bucket.table[:, COLUMNS.index(name)].tolist() for name in ("projected", "first_row", "rows"))
+        members = zip(bucket.params, bucket.layouts, bucket.groups, *columns, strict=True)
+        for i, (p, layout, group, projected, first_row, count) in enumerate(members):
+            is_matrix = bool(projected) and layout.rows * layout.cols > 0
+            first = row_start + first_row
+            rows = range(first, first + count * (layout.sharing is Sharing.SPLIT))
+            slot = layout.piece.cut or 0 if layout.piece else 0
+            if layout.sharing:
+                piece = _Piece(p, i, group, bucket.key.channel_dim, is_matrix, layout, start + i, rows, slot)
+                pieces.setdefault(p, []).append(piece)
+        start += len(bucket.params)
+        row_start += len(bucket.shared.rows)
+    return pieces
+
+
 class Exchange:
     """The collectives of one optimizer's sharded parameters.
 
     Attributes:
         members: the parameters that lie on several ranks, in the order of the parameter groups.
+        pieces: what is here of them, a parameter and an index in its bucket: one of each, or those of a flat slice.
         lines: what is to be the same on all ranks, in words, but for hyperparameters.
         layouts: how they lie on the ranks.
         groups: the parameter groups they are in, by index.
@@ -158,35 +205,29 @@ class Exchange:
         buckets = [bucket for bucket in buckets if bucket.shared is not None]
         self._shared = [bucket.shared for bucket in buckets if bucket.shared is not None]
         self._results = [bucket.results for bucket in buckets]
-        place = {p: (b, i) for b, bucket in enumerate(buckets) for i, p in enumerate(bucket.params)}
-        owner = {p: buckets[b] for p, (b, _) in place.items()}
-        layouts = {p: buckets[b].layouts[i] for p, (b, i) in place.items()}
-        self.members = [p for p in labels if p in layouts and layouts[p].sharing]
+        here = _pieces(buckets)
+        self.members = [p for p in labels if p in here]
+        pieces = [piece for p in self.members for piece in here[p]]
+        self.pieces = [(piece.p, piece.number) for piece in pieces]
+        firsts = [here[p][0] for p in self.members]
         self.device = buckets[0].key.device
-        self.layouts = [layouts[p] for p in self.members]
+        self.layouts = [first.layout for first in firsts]
         self.lines = [
-            f"{labels[p]}: shape {tuple(p.shape)}, {p.dtype}, {p.placements} on {p.device_mesh}, "  # type: ignore[attr-defined]
-            f"channel_dim {owner[p].key.channel_dim}"
-            for p in self.members
+            f"{labels[p]}: {in_words(p)}, {p.dtype}, channel_dim {first.channel_dim}"
+            for p, first in zip(self.members, firsts, strict=True)
         ]
         self._hashed = hashlib.blake2b("\n".join(self.lines).encode()).hexdigest()
-        self._sizes = sizes = [len(bucket.params) for bucket in buckets]
+        self._sizes = [len(bucket.params) for bucket in buckets]
         self._row_counts = [len(shared.rows) for shared in self._shared]
-        starts = [sum(sizes[:b]) for b in range(len(sizes))]
-        self._groups = [owner[p].groups[place[p][1]] for p in self.members]
+        self._groups = [first.group for first in firsts]
         self.groups = sorted(set(self._groups))
-        self._records = self._indices(starts[place[p][0]] + place[p][1] for p in self.members)
-        """Of every member, its place in the buckets' shares, one bucket after the other."""
-        self._split = [i for i, layout in enumerate(self.layouts) if layout.sharing is Sharing.SPLIT]
-        self._rows, self._rows_of_member = self._row_indices(buckets, place)
-        self._row_owners = self._indices(i for i in self._split for _ in self._rows_of_member[i])
-        self._collectives = self._plan()
+        self._is_matrix = self._flags(first.is_matrix for first in firsts)
         numbers = [[layout.cols, layout.rows * layout.cols] for layout in self.layouts]
         self._dims = torch.tensor(numbers, dtype=torch.float64).to(self.device).reshape(-1, 2)
-        expected = [math.prod(g.size() for g in (*x.row_groups, *x.col_groups)) for x in self.layouts]
-        self._ranks = torch.tensor(expected, dtype=torch.float64).to(self.device)
-        self._is_split = torch.tensor([x.sharing is Sharing.SPLIT for x in self.layouts]).to(self.device)
-        self._is_matrix = torch.tensor([p.ndim >= 2 and p.numel() > 0 for p in self.members]).to(self.device)
+        self._holders = torch.tensor([x.holders for x in self.layouts], dtype=torch.float64).to(self.device)
+        self._find_pieces(pieces, [len(here[p]) for p in self.members])
+        self._find_rows([here[p] for p in self.members])
+        self._collectives = self._plan()
         self._options: list[tuple[float, float, float]] = []
         self._scale: Any = 1.0
         self._unread: list[tuple[Tensor, Any]] = []
@@ -196,21 +237,37 @@ class Exchange:
     def _indices(self, numbers: Iterable[int]) -> Tensor:
         return torch.tensor([*numbers], dtype=torch.int64).to(self.device)
 
-    def _row_indices(
-        self, buckets: Sequence[Bucket], place: dict[Tensor, tuple[int, int]]
-    ) -> tuple[Tensor, dict[int, range]]:
-        """Of every row of split members its place in the buckets' rows; and of every member its rows in that order."""
-        first_row, count = COLUMNS.index("first_row"), COLUMNS.index("rows")
-        sizes = self._row_counts
-        numbers: list[int] = []
-        rows = {}
+    def _flags(self, flags: Iterable[bool]) -> Tensor:
+        return torch.tensor([*flags], dtype=torch.bool).to(self.device)
+
+    def _find_pieces(self, pieces: Sequence[_Piece], counts: Sequence[int]) -> None:
+        """``counts``: how many each member has."""
+        self._places = self._indices(piece.place for piece in pieces)
+        self._piece_is_split = self._flags(piece.layout.sharing is Sharing.SPLIT for piece in pieces)
+        self._owners = self._indices(i for i, count in enumerate(counts) for _ in range(count))
+        """Of every piece the member that it is part of."""
+        ends = [*accumulate(counts)]
+        most = range(max(counts))
+        self._pieces_of = self._indices(
+            end - count + i if i < count else len(pieces) for end, count in zip(ends, counts, strict=True) for i in most
+        ).reshape(-1, len(most))
+        """Of every member its pieces, as many of each: the one after the last stands for none."""
+
+    def _find_rows(self, members: Sequence[Sequence[_Piece]]) -> None:
+        self._is_split = self._flags(bool(layout.col_groups) for layout in self.layouts)
+        self._split = [i for i, layout in enumerate(self.layouts) if layout.col_groups]
+        """The members of which rows are split."""
+        self._rows_of_member: dict[int, range] = {}
+        places, slots, end = list[int](), list[int](), 0
         for i in self._split:
-            b, at = place[self.members[i]]
-            entry = buckets[b].table[at].tolist()
-            start = sum(sizes[:b]) + entry[first_row]
-            rows[i] = range(len(numbers), len(numbers) + entry[count])
-            numbers += range(start, start + entry[count])
-        return self._indices(numbers), rows
+            start, end = end, end + split_rows(self.members[i], len(members[i][0].rows))
+            self._rows_of_member[i] = range(start, end)
+            for piece in members[i]:
+                places += piece.rows
+                slots += range(start + piece.slot, start + piece.slot + len(piece.rows))
+        self._row_places, self._slots = self._indices(places), self._indices(slots)
+        """Of every split row here its place among the buckets' rows, and among those of all ranks."""
+        self._row_owners = self._indices(i for i in self._split for _ in self._rows_of_member[i])
 
     def _row_numbers(self, members: Iterable[int]) -> Tensor:
         return self._indices(row for i in members for row in self._rows_of_member[i])
@@ -285,7 +342,7 @@ class Exchange:
         if only is not None:
             needs = torch.where(only, needs, 0)
         everywhere = torch.full((sum(self._sizes),), float(what & Need.SQUARE), dtype=torch.float64, device=self.device)
-        everywhere[self._records] += needs
+        everywhere[self._places] += needs[self._owners]
         for shared, part in zip(self._shared, self._parts(everywhere), strict=True):
             shared.needs.copy_(part)
 
@@ -330,20 +387,30 @@ class Exchange:
                 not known, and rows fail that fail at some scale.
         """
         self._scale = 1.0 if scale is None else scale
-        shares = self._all_shares()[self._records]
+        shares, owners = self._all_shares()[self._places], self._owners
         limit = shares[:, SHARES.index("limit")]
-        passes = limit.isinf() if scale is None else (scale < limit) & ((scale > 0) | (self._eps > 0))
-        fails = ~passes & self._tested
+        passes = limit.isinf() if scale is None else (scale < limit) & ((scale > 0) | (self._eps[owners] > 0))
+        fails = (~passes & self._tested[owners]).double()
         first, here = torch.split(self._upload([*header.numbers(), *present]), [len(header.numbers()), len(present)])
         sums = [shares[:, SHARES.index(name)] for name in _RECORD[2:]]
-        records = torch.stack([fails, here, *sums], dim=1)
-        records[:, 0].masked_fill_(self._is_split | (here == 0), 0.0)
-        for name in ("pg", "pp", "pu"):  # come from complete rows
-            records[:, _RECORD.index(name)].masked_fill_(self._is_split, 0.0)
-        rows = torch.cat([shared.rows.to(self.device) for shared in self._shared])[self._rows]
+        pieces = torch.stack([fails, torch.zeros_like(fails), *sums], dim=1)
+        for name in ("fails", "pg", "pp", "pu"):  # come from complete rows
+            pieces[:, _RECORD.index(name)].masked_fill_(self._piece_is_split, 0.0)
+        records = self._by_member(pieces)
+        records[:, 0].masked_fill_(here == 0, 0.0)
+        records[:, 1] = here
+        rows = self._in_slots(torch.cat([shared.rows.to(self.device) for shared in self._shared])[self._row_places])
         if found_inf is not None:
             first[Header._fields.index("found_inf")] = found_inf.to(self.device).reshape(())
         return self._reduce(Outcome(first, records, rows), self._fold)
+
+    def _by_member(self, pieces: Tensor) -> Tensor:
+        """The sums of the members' pieces."""
+        return torch.cat([pieces, torch.zeros_like(pieces[:1])])[self._pieces_of].sum(dim=1)
+
+    def _in_slots(self, rows: Tensor) -> Tensor:
+        """Of the split rows here, those of all ranks: 0 where nothing of a row is here."""
+        return rows.new_zeros(len(self._row_owners), rows.size(1)).index_copy(0, self._slots, rows)
 
     def _reduce(self, outcome: Outcome, fold: Callable[[Tensor, Tensor], Tensor]) -> Outcome:
         header, records, rows = outcome
@@ -387,12 +454,12 @@ class Exchange:
         c = _projection(records[:, 5], records[:, 4], self._eps)
         layer_c = torch.where(decisions == Decision.LAYER, c, 0.0)
         verdicts = torch.full((sum(self._sizes), 2), UNDECIDED, dtype=torch.float64, device=self.device)
-        verdicts[self._records] = torch.stack([decisions, layer_c], dim=1)
+        verdicts[self._places] = torch.stack([decisions, layer_c], dim=1)[self._owners]
         owners = self._row_owners
         row_c = _projection(rows[:, 3], rows[:, 2], self._eps[owners])
         by_row = torch.where(decisions[owners] == Decision.CHANNEL, row_c, layer_c[owners])
         all_rows = torch.zeros(sum(self._row_counts), dtype=torch.float64, device=self.device)
-        all_rows[self._rows] = by_row
+        all_rows[self._row_places] = by_row[self._slots]
         by_bucket = torch.split(all_rows, self._row_counts)
         for shared, verdict, row_projections in zip(self._shared, self._parts(verdicts), by_bucket, strict=True):
             shared.verdicts.copy_(verdict)
@@ -401,9 +468,8 @@ class Exchange:
 
     def square_norm(self, outcome: Outcome) -> Tensor:
         """The sum of the squares of all gradients, of whole parameters too: 0-dim float64."""
-        squares = self._all_shares()[:, SHARES.index("gg")]
-        squares[self._records] = outcome.records[:, _RECORD.index("gg")]
-        return squares.sum()
+        whole_here = self._all_shares()[:, SHARES.index("gg")].index_fill(0, self._places, 0.0)
+        return whole_here.sum() + outcome.records[:, _RECORD.index("gg")].sum()
 
     def norms(self, grads: dict[Tensor, Tensor], norm_type: float) -> list[Tensor]:
         """The norms of whole gradients, 0-dim float64, from what is here of them, by parameter."""
@@ -433,20 +499,23 @@ class Exchange:
             values[sent] = packed
         return values
 
+    def over_pieces(self, values: Tensor) -> Tensor:
+        """The sums of ``(pieces, ...)`` values over the members' pieces and the ranks that share them."""
+        return self.over_ranks(self._by_member(values.to(self.device)))
+
     def projections(self, dots: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of every member c of every row here and c of the layer, from ``(R, 2)`` p.u and p.p of its rows here."""
+        """Of every piece c of every row here and c of the layer, from ``(R, 2)`` p.u and p.p of its rows here."""
         dots = [rows.to(self.device) for rows in dots]
-        empty = torch.zeros(0, dtype=torch.float64, device=self.device)
-        records = torch.stack([rows.sum(dim=0) for rows in dots]).masked_fill(self._is_split[:, None], 0.0)
-        rows = torch.cat([empty.reshape(0, 2), *(dots[i] for i in self._split)])
-        outcome = self._reduce(Outcome(empty, records, rows), lambda _, rows: rows.sum(dim=1))
-        complete = [
-            outcome.rows[list(self._rows_of_member[i])] if i in self._rows_of_member else rows
-            for i, rows in enumerate(dots)
-        ]
-        return [
-            (by_row[:, 0] / by_row[:, 1], of[0] / of[1]) for by_row, of in zip(complete, outcome.records, strict=True)
-        ]
+        sums = torch.stack([rows.sum(dim=0) for rows in dots]).masked_fill(self._piece_is_split[:, None], 0.0)
+        is_split = self._piece_is_split.tolist()
+        split = [rows for rows, of in zip(dots, is_split, strict=True) if of]
+        empty = torch.zeros(0, 2, dtype=torch.float64, device=self.device)
+        ours = Outcome(empty.flatten(), self._by_member(sums), self._in_slots(torch.cat([empty, *split])))
+        outcome = self._reduce(ours, lambda _, rows: rows.sum(dim=1))
+        complete = iter(torch.split(outcome.rows[self._slots], [len(rows) for rows in split]))
+        by_row = [next(complete) if of else rows for rows, of in zip(dots, is_split, strict=True)]
+        layers = outcome.records[self._owners]
+        return [(of[:, 0] / of[:, 1], layer[0] / layer[1]) for of, layer in zip(by_row, layers, strict=True)]
 
     def tell(self, header: Header) -> Header:
         """Takes part in a step with nothing but a header."""
@@ -495,7 +564,7 @@ class Exchange:
 
     def _missing(self, outcome: Outcome) -> Tensor:
         present = outcome.records[:, _RECORD.index("present")]
-        return (present > 0) & (present < self._ranks)
+        return (present > 0) & (present < self._holders)
 
     def found_inf(self, outcome: Outcome) -> Tensor:
         """Where not 0, no rank is to move anything: ``(1,)`` float64."""
@@ -511,14 +580,15 @@ class Exchange:
     def _report(self, outcome: Outcome) -> None:
         """Writes :attr:`Bucket.results` of members that were tested; the cosine is that of the rows here."""
         records, owners = outcome.records, self._row_owners
-        cosines = self._all_shares()[self._records, SHARES.index("cosine")]
+        by_piece = self._all_shares()[self._places, SHARES.index("cosine")].masked_fill(self._piece_is_split, 0.0)
         by_row = self._cosine(outcome.rows, self._dims[owners, 0], owners).nan_to_num(math.inf, posinf=math.inf)
-        split = torch.zeros_like(cosines).scatter_reduce(0, owners, by_row, "amax")
-        found = torch.stack([torch.where(self._is_split, split, cosines), records[:, 4].sqrt()], dim=1)
+        cosines = torch.zeros_like(records[:, 0]).scatter_reduce(0, self._owners, by_piece, "amax")
+        cosines = cosines.scatter_reduce(0, owners, by_row, "amax")
+        found = torch.stack([cosines, records[:, 4].sqrt()], dim=1)
         found.masked_fill_(~self._tested[:, None], math.nan)
         all_results = torch.cat([results.to(self.device) for results in self._results])
-        stepped = records[:, 1:2] > 0
-        all_results[self._records] = torch.where(stepped, found, all_results[self._records])
+        stepped = (records[:, 1:2] > 0)[self._owners]
+        all_results[self._places] = torch.where(stepped, found[self._owners], all_results[self._places])
         for results, part in zip(self._results, self._parts(all_results), strict=True):
             results.copy_(part)
 

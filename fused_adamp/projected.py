@@ -35,7 +35,16 @@ from fused_adamp.exchange import Exchange, Header, shake_hands
 from fused_adamp.precision import ROUNDINGS
 from fused_adamp.reference import Decision, rows_first
 from fused_adamp.report import ProjectionReport, projection_report
-from fused_adamp.sharding import copy, is_distributed, layout_of, local, local_gradient, odd_placement
+from fused_adamp.sharding import (
+    copy,
+    is_distributed,
+    is_shared,
+    layouts_of,
+    local,
+    local_gradient,
+    odd_placement,
+    slice_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Sequence
@@ -78,8 +87,8 @@ class Range(NamedTuple):
 
 
 _FLAT_REMEDY = (
-    "Pass whole rows of the original shape, as DTensor.from_local(rows, mesh, [Shard(0)], shape=..., stride=...): see "
-    "docs/sharding.md. Or shard with FSDP2, or keep parameters whole (DistributedDataParallel, ZeroRedundancyOptimizer)"
+    "Say of what it is a slice, by fused_adamp.mark_slice(p, shape=..., begin=...) on all ranks: see docs/sharding.md. "
+    "Or shard with FSDP2, or keep parameters whole (DistributedDataParallel, ZeroRedundancyOptimizer)"
 )
 
 _MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may have", on_device=True)
@@ -406,7 +415,7 @@ class ProjectedOptimizer(Optimizer):
     def _batch(self, bucket: Bucket, make_state: bool) -> Batch | None:
         params, key, state = bucket.params, bucket.key, self.state
         grads: list[Any] = [p.grad for p in params]
-        if bucket.distributed:
+        if bucket.distributed or bucket.shared is not None:
             grads = [self._filled[p] if p in self._filled else local_gradient(p) for p in params]
         names, none = [*key.storage, *key.counters], dict[str, Tensor]()
         if all(map(is_not, grads, repeat(None))):
@@ -435,6 +444,12 @@ class ProjectedOptimizer(Optimizer):
         if bucket.distributed:
             params = list(map(local, params))
             tensors |= {name: [local(t) for t in tensors[name]] for name in key.storage.keys() & tensors}
+        if bucket.sliced:
+            params, grads = bucket.cut(params), bucket.cut(grads)
+            tensors |= {name: bucket.cut(tensors[name]) for name in key.storage.keys() & tensors}
+            # Where a step is told that gradients are missing, it may have counted for the others already.
+            fresh = self._filled or bucket.index
+            tensors |= {name: bucket.counts(name, tensors[name], fresh) for name in key.counters.keys() & tensors}
         if key.channel_dim != 0:
             params = [_rows_first(p, key) for p in params]
             grads = [_rows_first(g, key, copy=True) for g in grads]
@@ -453,13 +468,13 @@ class ProjectedOptimizer(Optimizer):
 
     def _make_state(self, bucket: Bucket) -> None:
         """Gives every member with a gradient the state that it lacks."""
-        members = [(i, p) for i, p in enumerate(bucket.params) if p.grad is not None or p in self._filled]
-        for _, p in members:
+        stepped = [p for p in bucket.index if p.grad is not None or p in self._filled]
+        for p in stepped:
             self._check_state(p, bucket.key)
-        for i, p in members:
+        for p in stepped:
             state = self.state[p]
             if any(name not in state for name in (*bucket.key.storage, *bucket.key.counters)):
-                self.state[p] = self._seeded(bucket.state(i), state, p) | state
+                self.state[p] = self._seeded(bucket.state(p), state, p) | state
 
     # Clipping and loss scaling.
 
@@ -507,12 +522,8 @@ class ProjectedOptimizer(Optimizer):
         And what the ranks that share parameters have found out of the cosine test on the way.
         """
         if norm_type != 2.0:
-            grads = {
-                p: g
-                for batch in batches
-                for p, g in zip(batch.bucket.params, batch.grads, strict=True)
-                if g is not ABSENT
-            }
+            found = [(p, local_gradient(p)) for batch in batches for p in batch.bucket.index]
+            grads = {p: g for p, g in found if g is not None}
             if self.exchange is None:
                 return torch.nn.utils.get_total_norm(grads.values(), norm_type).double(), None
             self._agree(self.exchange)
@@ -601,7 +612,7 @@ class ProjectedOptimizer(Optimizer):
             own = [p for p in missing if p.grad is None]
             try:
                 self._filled = {p: torch.zeros((), dtype=p.dtype, device=p.device).expand(local(p).shape) for p in own}
-                batches = self._gathered()
+                batches = self._gathered() if own else batches
                 exchange.ask(Need.TEST | Need.DOT, only=exchange.mask(own))
                 outcome = self._told(
                     exchange, self._with_scale(batches, factor), lines, scale=scale, found_inf=found_inf
@@ -642,7 +653,10 @@ class ProjectedOptimizer(Optimizer):
         for batch in batches:
             if batch.bucket.shared is not None:
                 batch.bucket.key.backend.measure(batch)
-        present = [p.grad is not None or p in self._filled for p in exchange.members]
+        present = [
+            layout.holds and (p.grad is not None or p in self._filled)
+            for p, layout in zip(exchange.members, exchange.layouts, strict=True)
+        ]
         try:
             outcome = exchange.reduce(exchange.header(lines, stale=stale), found_inf, present, scale)
             exchange.check(outcome, lines)
@@ -659,8 +673,8 @@ class ProjectedOptimizer(Optimizer):
             self._agreed.tell(failed)
         else:
             owners = [(p, group["channel_dim"]) for group in self.param_groups for p in group["params"]]
-            layouts = [layout_of(p, channel_dim) for p, channel_dim in owners if is_distributed(p)]
-            shake_hands(layouts, failed)
+            shared = [(p, channel_dim) for p, channel_dim in owners if is_shared(p)]
+            shake_hands([layout for of in shared for layout in layouts_of(*of)], failed)
 
     def _options_in_words(self, exchange: Exchange) -> list[str]:
         """The hyperparameters that are to be the same on all ranks."""
@@ -714,9 +728,9 @@ class ProjectedOptimizer(Optimizer):
                         'it by its first or second dimension, or take rounding="remainder"'
                     )
         moved = {
-            p: self._move_state(self.state[p], bucket.state(i), p)
+            p: self._move_state(self.state[p], bucket.state(p), p)
             for bucket in made
-            for i, p in enumerate(bucket.params)
+            for p in bucket.index
             if self.state.get(p)
         }
         self.state.update(moved)
@@ -732,7 +746,8 @@ class ProjectedOptimizer(Optimizer):
         keys = {}
         for group, had_matrices in zip(self.param_groups, chain(self._had_matrices, repeat(False)), strict=False):
             self._check_hyperparameters(group)
-            if had_matrices and group["params"] and all(p.ndim == 1 for p in group["params"]):
+            unmarked = [p.ndim == 1 and slice_of(p) is None for p in group["params"]]
+            if had_matrices and unmarked and all(unmarked):
                 raise TypeError(
                     f"{self._label(group['params'][0])} has taken the place of matrices: optimizers that shard flat "
                     f"buffers put in slices of one dimension, which would never be projected. {_FLAT_REMEDY}"
@@ -781,11 +796,11 @@ class ProjectedOptimizer(Optimizer):
     def _seeded(self, new: dict[str, Tensor], old: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The new state, with a seed where it needs one and the old state has none.
 
-        It is drawn from torch's default generator; but of a DTensor it comes from its name, so that all ranks have one.
+        It is drawn from torch's default generator; but of a parameter that ranks share it comes from its name.
         """
         if "rounding_seed" in new and "rounding_seed" not in old:
             named = int.from_bytes(hashlib.blake2b(self._label(p).encode(), digest_size=8).digest(), "little") >> 2
-            drawn = named if is_distributed(p) else int(torch.randint(1 << 62, (), device="cpu"))
+            drawn = named if is_shared(p) else int(torch.randint(1 << 62, (), device="cpu"))
             new["rounding_seed"].fill_(drawn)
         return new
 
@@ -868,7 +883,13 @@ def _check_parameter(p: Tensor, label: str) -> None:
             "projected. Shard with FSDP2 (torch.distributed.fsdp.fully_shard), or keep the parameters whole, e.g. with "
             "DistributedDataParallel"
         )
-    if p.ndim == 1 and p._base is not None and p._base.ndim >= 2 and p.numel() < p._base.numel():
+    flat = slice_of(p)
+    if flat is not None and p.numel() != flat.end - flat.begin:
+        raise ValueError(
+            f"{label} has {p.numel()} elements, but was marked as elements {flat.begin} to {flat.end} of a tensor of "
+            f"shape {flat.shape}: call fused_adamp.mark_slice again, on all ranks"
+        )
+    if flat is None and p.ndim == 1 and p._base is not None and p._base.ndim >= 2 and p.numel() < p._base.numel():
         raise TypeError(
             f"{label} is a one-dimensional slice of a tensor of shape {tuple(p._base.shape)}: stepped as a vector, it "
             f"would never be projected. {_FLAT_REMEDY}"
@@ -893,6 +914,12 @@ def _check_parameter(p: Tensor, label: str) -> None:
 
 
 def _check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: str) -> None:
+    flat = slice_of(p)
+    if flat is not None and len(flat.shape) >= 2 and channel_dim != 0:
+        raise ValueError(
+            f"channel_dim={channel_dim} does not fit {label}, a flat slice of a tensor of shape {flat.shape}: its rows "
+            "are those of dim 0; pass channel_dim=0"
+        )
     if p.ndim < 2 or channel_dim == 0:
         return
     dims = channel_dim if isinstance(channel_dim, tuple) else (channel_dim,)

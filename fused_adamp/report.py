@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
-from fused_adamp.bucket import UNDECIDED, rows_cols
+from fused_adamp.bucket import RESULTS, UNDECIDED, rows_cols
 from fused_adamp.precision import join
 from fused_adamp.reference import Decision, rows_first
-from fused_adamp.sharding import local, local_gradient
+from fused_adamp.sharding import local, local_gradient, shape_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -102,7 +102,7 @@ def _record(name: str, p: Tensor, row: list[float]) -> ProjectionRecord | None:
         return None
     growth = norm / before - 1 if before else math.nan
     turn = turns[int(decision)]
-    return ProjectionRecord(name, tuple(p.shape), Decision(int(decision)).name.lower(), cosine, norm, growth, turn)
+    return ProjectionRecord(name, shape_of(p), Decision(int(decision)).name.lower(), cosine, norm, growth, turn)
 
 
 def _over_ranks(optimizer: ProjectedOptimizer) -> dict[Tensor, tuple[Tensor, Tensor]]:
@@ -110,14 +110,15 @@ def _over_ranks(optimizer: ProjectedOptimizer) -> dict[Tensor, tuple[Tensor, Ten
     exchange = optimizer.exchange
     if exchange is None:
         return {}
-    place = {p: (bucket, i) for bucket in optimizer.buckets for i, p in enumerate(bucket.params)}
-    members = [place[p] for p in exchange.members]
-    cosines = torch.stack([bucket.results[i, 0].to(exchange.device) for bucket, i in members])
+    bucket_of = {p: bucket for bucket in optimizer.buckets for p in bucket.index}
+    pieces = [(bucket_of[p], i) for p, i in exchange.pieces]
+    results = [bucket_of[p].results[bucket_of[p].index[p]].to(exchange.device) for p in exchange.members]
+    cosines = torch.stack(results)[:, RESULTS.index("cosine")]
     # Of several rows' cosines the largest; a NaN, which nothing is larger than, is one on all ranks.
     largest = exchange.over_ranks(cosines.nan_to_num(-1.0, posinf=math.inf), dist.ReduceOp.MAX)
-    factors = exchange.projections([_dots(optimizer, bucket, i) for bucket, i in members])
-    parts = [_squares(optimizer, *at, factor) for at, factor in zip(members, factors, strict=True)]
-    squares = exchange.over_ranks(torch.stack([part.to(exchange.device) for part in parts]))
+    factors = exchange.projections([_dots(optimizer, bucket, i) for bucket, i in pieces])
+    parts = [_squares(optimizer, *at, factor) for at, factor in zip(pieces, factors, strict=True)]
+    squares = exchange.over_pieces(torch.stack([part.to(exchange.device) for part in parts]))
     found = zip(torch.where(largest < 0, math.nan, largest), squares, strict=True)
     return dict(zip(exchange.members, found, strict=True))
 
@@ -133,12 +134,17 @@ def _weight_and_step(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) 
     weight = local(param.detach())
     if "remainder" in state:
         weight = join(weight, local(state["remainder"]))
-    p = rows_first(weight, key.channel_dim).double()
+    piece = bucket.layouts[index].piece
+    p = (piece.of(weight) if piece else rows_first(weight, key.channel_dim)).double()
     p = p.reshape(rows_cols(p))
     if any(moment is None for moment in moments):
         return p, torch.full_like(p, math.nan)
     here = [local(m) for m in moments if m is not None] if key.moments else [local_gradient(param)]
-    here = [rows_first(m, key.channel_dim, copy=True).double().reshape(p.shape) for m in here if m is not None]
+    here = [
+        (piece.of(m) if piece else rows_first(m, key.channel_dim, copy=True)).double().reshape(p.shape)
+        for m in here
+        if m is not None
+    ]
     u, step_size = optimizer.direction(here, state.get("step"), group)
     return p, step_size * u
 

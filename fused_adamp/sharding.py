@@ -8,15 +8,33 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import MutableMapping, Sequence
 
     from torch import Tensor
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Layout", "Sharing", "is_distributed", "layout_of", "like", "local", "schedule"]
+__all__ = [
+    "FlatSlice",
+    "Layout",
+    "Piece",
+    "Sharing",
+    "in_words",
+    "is_distributed",
+    "is_shared",
+    "layouts_of",
+    "like",
+    "local",
+    "mark_slice",
+    "schedule",
+    "shape_of",
+    "slice_of",
+    "split_rows",
+]
 
 
 class Sharing(enum.IntEnum):
@@ -30,6 +48,25 @@ class Sharing(enum.IntEnum):
     """Of every row here, parts are elsewhere."""
 
 
+class Piece(NamedTuple):
+    """What a flat slice has of a matrix in one piece: whole rows, or a part of one row.
+
+    Attributes:
+        begin: the first element within the slice.
+        rows, cols: its shape.
+        cut: of a part of a row its place in :attr:`FlatSlice.cut_rows`.
+    """
+
+    begin: int
+    rows: int
+    cols: int
+    cut: int | None = None
+
+    def of(self, t: Tensor) -> Tensor:
+        """The piece of a tensor that lies as the slice: ``(rows, cols)``. Raises RuntimeError if it is none."""
+        return t[self.begin : self.begin + self.rows * self.cols].view(self.rows, self.cols)
+
+
 class Layout(NamedTuple):
     """Where a parameter lies, with rows first.
 
@@ -40,6 +77,8 @@ class Layout(NamedTuple):
         numbers: the number of the first element here in the whole, counted row by row, and how many lie from row to
             row; None where the elements here do not follow each other like that.
         replica_groups: the process groups of which every rank has the same part.
+        holders: how many ranks of those groups have to have a gradient, if any has one; holds: whether this rank does.
+        piece: which part of a flat slice this is about; None: all that is here.
     """
 
     sharing: Sharing
@@ -49,6 +88,9 @@ class Layout(NamedTuple):
     col_groups: tuple[ProcessGroup, ...]
     numbers: tuple[int, int] | None
     replica_groups: tuple[ProcessGroup, ...] = ()
+    holders: int = 1
+    holds: bool = True
+    piece: Piece | None = None
 
 
 def is_distributed(t: Any) -> bool:
@@ -102,14 +144,38 @@ def _as_dtensor(t: Tensor) -> DTensor:
     return t  # type: ignore[return-value]
 
 
+def in_words(p: Tensor) -> str:
+    """What and where a parameter is that lies on several ranks; the same words on all of them."""
+    if flat := slice_of(p):
+        return f"shape {flat.shape}, in slices on ranks {dist.get_process_group_ranks(flat.group)}"
+    return f"shape {tuple(p.shape)}, {_as_dtensor(p).placements} on {_as_dtensor(p).device_mesh}"
+
+
+def shape_of(p: Tensor) -> tuple[int, ...]:
+    """The shape of the whole tensor."""
+    flat = slice_of(p)
+    return tuple(p.shape) if flat is None else flat.shape
+
+
+def split_rows(p: Tensor, here: int) -> int:
+    """How many rows of a parameter are split: all that are here; of flat slices those that are cut, on all ranks."""
+    flat = slice_of(p)
+    return here if flat is None else len(flat.cut_rows)
+
+
 def odd_placement(p: Tensor) -> Any:
     """A placement of a DTensor that is neither Shard, in FSDP2's variant or not, nor Replicate; None if all are."""
     placements = _as_dtensor(p).placements if is_distributed(p) else ()
     return next((x for x in placements if not x.is_replicate() and not hasattr(x, "dim")), None)
 
 
-def layout_of(p: Tensor, channel_dim: int | tuple[int, ...]) -> Layout:
-    """How a parameter lies on the ranks of its mesh."""
+def layouts_of(p: Tensor, channel_dim: int | tuple[int, ...]) -> list[Layout]:
+    """How a parameter lies on the ranks; of the slice of a matrix, how each of its pieces does."""
+    flat = slice_of(p)
+    return [_layout_of(p, channel_dim)] if flat is None else flat.layouts()
+
+
+def _layout_of(p: Tensor, channel_dim: int | tuple[int, ...]) -> Layout:
     dims = channel_dim if isinstance(channel_dim, tuple) else (channel_dim,)
     row_dims = [d % p.ndim for d in dims] if p.ndim >= 2 else []
     order = [*row_dims, *(d for d in range(p.ndim) if d not in row_dims)]
@@ -135,7 +201,8 @@ def layout_of(p: Tensor, channel_dim: int | tuple[int, ...]) -> Layout:
     sharing = Sharing.SPLIT if col_groups else Sharing.SHARED if row_groups else Sharing.LOCAL
     _, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
     numbers = _numbers(p.shape, local(p).shape, offset, order, len(row_dims))
-    return Layout(sharing, rows, cols, tuple(row_groups), tuple(col_groups), numbers, tuple(replica_groups))
+    holders = math.prod(group.size() for group in (*row_groups, *col_groups))
+    return Layout(sharing, rows, cols, tuple(row_groups), tuple(col_groups), numbers, tuple(replica_groups), holders)
 
 
 def _numbers(
@@ -154,6 +221,106 @@ def _numbers(
             return None
         steps.append(dims[-1][1] if dims else math.prod(part[d] for d in order[n_row_dims:]))
     return first, steps[0]
+
+
+class FlatSlice(NamedTuple):
+    """What :func:`mark_slice` knows: a parameter is elements ``begin`` to ``end`` of a tensor that lies row by row.
+
+    Attributes:
+        shape: of the whole tensor.
+        group: the ranks that have slices of it.
+        cut_rows: the rows of which no rank has all.
+        holders: how many ranks have elements.
+    """
+
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+    group: ProcessGroup
+    cut_rows: tuple[int, ...]
+    holders: int
+
+    def layouts(self) -> list[Layout]:
+        """Those of the end of a row, of whole rows and of the beginning of a row; of a vector its own."""
+        size = self.end - self.begin
+        if len(self.shape) < 2 or 0 in self.shape:
+            whole = Layout(Sharing.SHARED, 1, math.prod(self.shape), (self.group,), (), (self.begin, size))
+            return [whole._replace(holders=self.holders, holds=size > 0)]
+        rows, cols = self.shape[0], math.prod(self.shape[1:])
+        head = min(-self.begin % cols, size)
+        tail = (size - head) % cols
+        pieces = [
+            self._part_of_row(0, head, cols),
+            Piece(head, (size - head) // cols, cols),
+            self._part_of_row(size - tail, tail, cols),
+        ]
+        layouts = []
+        for piece in pieces:
+            sharing = Sharing.SHARED if piece.cut is None else Sharing.SPLIT
+            numbers = self.begin + piece.begin, cols
+            layouts.append(Layout(sharing, rows, cols, (), (self.group,), numbers, (), self.holders, size > 0, piece))
+        return layouts
+
+    def _part_of_row(self, begin: int, size: int, cols: int) -> Piece:
+        return Piece(begin, 1, size, self.cut_rows.index((self.begin + begin) // cols)) if size else Piece(0, 0, cols)
+
+
+_slices: MutableMapping[Tensor, FlatSlice] = WeakTensorKeyDictionary()
+
+
+def slice_of(p: Tensor) -> FlatSlice | None:
+    """What was said of a parameter by :func:`mark_slice`."""
+    return _slices[p] if p.ndim == 1 and p in _slices else None
+
+
+def is_shared(p: Tensor) -> bool:
+    """Whether a parameter may lie on several ranks, each with a part of it."""
+    return is_distributed(p) or slice_of(p) is not None
+
+
+def mark_slice(p: Tensor, shape: Sequence[int], begin: int, group: ProcessGroup | None = None) -> Tensor:
+    """Says that a vector is a slice of a tensor that lies flat in a buffer, row by row, cut up among ranks.
+
+    Optimizers that shard flat buffers (ZeRO, Megatron's) make such slices. The step then tests and projects the rows
+    of the tensor, also those that are cut. All ranks of the group call this for each such tensor in the same order,
+    those that have nothing of it too, with a slice of no elements; and all give the slice to their optimizer.
+
+    Args:
+        p: ``(n,)``, the parameter: elements ``begin`` to ``begin + n`` of the tensor.
+        shape: of the tensor.
+        begin: 0 or more.
+        group: the ranks that have slices of the tensor; all ranks by default.
+
+    Returns:
+        p. The mark is on this object, not on copies of it.
+
+    Raises:
+        TypeError, ValueError: p is no vector; the ranks' slices are not the tensor. On every rank.
+    """
+    group = dist.group.WORLD if group is None else group
+    if group is None:
+        raise ValueError("mark_slice tells the ranks of a process group: call torch.distributed.init_process_group")
+    shape, mistake = tuple(shape), None
+    if p.ndim != 1 or is_distributed(p):
+        mistake = f"it is {'a DTensor' if is_distributed(p) else 'a tensor'} of shape {tuple(p.shape)}, not a vector"
+    told: list[Any] = [None] * group.size()
+    dist.all_gather_object(told, (mistake, shape, begin, begin + p.numel()), group=group)
+    for rank, (wrong, *_) in enumerate(told):
+        if wrong is not None:
+            raise TypeError(f"rank {rank} of the group has marked what is no slice: {wrong}")
+    if any(other != shape for _, other, _, _ in told):
+        raise ValueError(f"the ranks of the group name different shapes: {[other for _, other, _, _ in told]}")
+    spans = sorted((first, last) for _, _, first, last in told if first < last)
+    ends = [0, *(last for _, last in spans)]
+    if [first for first, _ in spans] != ends[:-1] or ends[-1] != math.prod(shape):
+        raise ValueError(
+            f"the slices of a tensor of shape {shape} are to follow each other from element 0 to {math.prod(shape)}, "
+            f"those of the ranks of the group go from and to {[(first, last) for _, _, first, last in told]}"
+        )
+    cols = math.prod(shape[1:])
+    cut_rows = sorted({end // cols for end in ends if cols and end % cols})
+    _slices[p] = FlatSlice(shape, begin, begin + p.numel(), group, tuple(cut_rows), len(spans))
+    return p
 
 
 def schedule(layouts: Sequence[Layout]) -> list[ProcessGroup]:

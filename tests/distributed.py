@@ -27,7 +27,7 @@ from trajectory import KINDS, RULES, gradient
 
 from fused_adamp.backends import available
 from fused_adamp.reference import cosine, rows_first
-from fused_adamp.sharding import local
+from fused_adamp.sharding import local, mark_slice, slice_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -223,6 +223,9 @@ LAYOUTS = ("DDP", "FSDP2", "HSDP", "TP column", "TP row", "FSDP2 x TP")
 MIXED = ("replicated", "crossed", "two meshes")
 """Further layouts: see :func:`_places`."""
 
+FLAT = "flat"
+"""All parameters one after the other in a buffer, of which each rank has as much as any other."""
+
 
 def ranks_of(layout: str, sharing: str) -> int:
     return 4 if layout in {"HSDP", "FSDP2 x TP", *MIXED} else RANKS[sharing]
@@ -252,14 +255,19 @@ class Given(nn.Module):
     def __init__(self, weights: dict[str, Tensor]) -> None:
         super().__init__()
         for name, weight in weights.items():
-            self.register_parameter(name, nn.Parameter(weight))
+            self.register_parameter(name, weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight))
 
     def forward(self, grads: dict[str, Tensor]) -> Tensor:
         terms = [full((p * laid_out(grads[name], p)).sum()) for name, p in self.named_parameters()]
         return torch.stack(terms).sum()
 
 
-def full(t: Tensor) -> Tensor:
+def full(t: Tensor, like: Tensor | None = None) -> Tensor:
+    """The whole of a tensor that lies as another."""
+    if like is not None and (flat := slice_of(like)):
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, t.detach())
+        return torch.cat(parts).reshape(flat.shape)
     if not isinstance(t, DTensor):
         return t
     return t.int().full_tensor().short() if t.dtype is torch.int16 else t.full_tensor()  # gloo knows no int16
@@ -267,13 +275,29 @@ def full(t: Tensor) -> Tensor:
 
 def laid_out(t: Tensor, like: Tensor) -> Tensor:
     """A tensor that all ranks have, laid out as another."""
+    if flat := slice_of(like):
+        return t.flatten()[flat.begin : flat.end]
     if not isinstance(like, DTensor):
         return t
     return distribute_tensor(t, like.device_mesh, like.placements, src_data_rank=None)
 
 
+def sliced(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's slices of the flat buffer, marked."""
+    size = -(-sum(weight.numel() for weight in weights.values()) // dist.get_world_size())
+    begin, parts = -size * dist.get_rank(), {}
+    for name, weight in weights.items():
+        first, last = (min(max(bound, 0), weight.numel()) for bound in (-begin, size - begin))
+        parts[name] = nn.Parameter(weight.flatten()[first:last].clone())
+        mark_slice(parts[name], weight.shape, first)
+        begin += weight.numel()
+    return parts
+
+
 def build(layout: str, weights: dict[str, Tensor]) -> nn.Module:
-    """A module with these parameters: "whole" on each rank, or in one of :data:`LAYOUTS` or :data:`MIXED`."""
+    """A module with these parameters: "whole" on each rank, or in one of :data:`LAYOUTS`, :data:`MIXED` or FLAT."""
+    if layout == FLAT:
+        return Given(sliced(weights))
     parts = {name: weight.clone() for name, weight in weights.items()}
     for number, (name, weight) in enumerate(weights.items()):
         places = _places(layout, weight.ndim, number) if weight.ndim else None
@@ -321,14 +345,18 @@ class Run:
         return {name: found[p] for name, p in self.params.items() if p in found}
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.params.items()}
+        return {name: self._value(p, p) for name, p in self.params.items()}
 
     def values(self) -> dict[str, Tensor]:
-        """All that a step moves, as it is laid out."""
+        """All that a step moves, as it is laid out; of slices the whole."""
         state = self.optimizer.state
         return self.weights() | {
-            f"{key} of {name}": t.clone() for name, p in self.params.items() for key, t in state[p].items()
+            f"{key} of {name}": self._value(t, p) for name, p in self.params.items() for key, t in state[p].items()
         }
+
+    @staticmethod
+    def _value(t: Tensor, p: Tensor) -> Tensor:
+        return full(t, p) if slice_of(p) and t.shape == p.shape else t.detach().clone()
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
@@ -440,6 +468,8 @@ def named(case: str) -> Iterator[None]:
 
 def holds(p: Tensor, last: bool) -> bool:
     """Whether this rank is among those that hold the first, or the last, part of a sharded parameter."""
+    if flat := slice_of(p):
+        return flat.begin < flat.end and (flat.end == math.prod(flat.shape) if last else flat.begin == 0)
     if not isinstance(p, DTensor):
         return False
     mesh, place = p.device_mesh, p.device_mesh.get_coordinate()

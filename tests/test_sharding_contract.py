@@ -10,7 +10,21 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import LAYOUTS, Pair, Run, assert_within, backends, build, named, random_weights, ranks_of, run
+from distributed import (
+    FLAT,
+    LAYOUTS,
+    Pair,
+    Run,
+    assert_within,
+    backends,
+    build,
+    laid_out,
+    mesh,
+    named,
+    random_weights,
+    ranks_of,
+    run,
+)
 from tolerances import assert_identical
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -18,7 +32,7 @@ from trajectory import MOMENTS, RULES
 
 from fused_adamp import exchange
 from fused_adamp.exchange import Exchange
-from fused_adamp.sharding import local
+from fused_adamp.sharding import local, mark_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +43,7 @@ BACKEND = {"backend": backends()[0]}
 CAREFUL = {"backend": "reference"}
 """Moves nothing before the ranks have agreed. The fastest may have, by a guess, once the first step is over."""
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
-SHARDED = pytest.mark.parametrize("layout", LAYOUTS[1:])
+SHARDED = pytest.mark.parametrize("layout", [*LAYOUTS[1:], FLAT])
 TOLD = pytest.mark.parametrize("layout", ["FSDP2", "TP row", "FSDP2 x TP"])
 
 
@@ -172,6 +186,11 @@ def test_ranks_that_differ(name: str, layout: str) -> None:
     run(ranks_of(layout, "even"), differ, layout, name, (0, 2))
 
 
+@pytest.mark.parametrize("name", [name for name in DIFFERENCES if name not in {"other shape", "one group more"}])
+def test_ranks_that_differ_about_slices(name: str) -> None:
+    run(2, differ, FLAT, name, (0, 2))
+
+
 @pytest.mark.parametrize("name", [name for name in DIFFERENCES if not name.endswith(("max_norm", "alone"))])
 def test_replicas_that_differ(name: str) -> None:
     """They meet in the first step only."""
@@ -257,6 +276,81 @@ def test_what_is_found_later(name: str, layout: str) -> None:
     run(ranks_of(layout, "even"), found_later, layout, name)
 
 
+# Flat slices: docs/sharding.md, "Flat buffers".
+
+
+SLICED = (7, 5)
+
+
+def take_the_place_of_matrices(rule: str) -> None:
+    """As Megatron's optimizer does: two groups of ranks, each with a tensor of its own."""
+    cls, defaults = RULES[rule]
+    group, own = mesh(2, 2)["b"].get_group(), mesh(2, 2).get_coordinate()
+    weights = random_weights({"matrix": SLICED, "gain": (5,)}, own[0])
+    whole = Run("whole", weights, rule, **BACKEND)
+    optimizer = cls([nn.Parameter(w) for w in weights.values()], **defaults, **BACKEND)
+    slices = {}
+    for name, w in weights.items():
+        cut = 13 if w.ndim > 1 else 5  # within a row; and nothing for the second rank
+        begin, end = ((0, cut), (cut, w.numel()))[own[1]]
+        slices[name] = mark_slice(nn.Parameter(w.flatten()[begin:end].clone()), w.shape, begin, group)
+    optimizer.param_groups[0]["params"] = list(slices.values())
+    whole.optimizer = cls(whole.params.values(), **defaults, **BACKEND)
+    for count in range(4):
+        grads = random_weights({"matrix": SLICED, "gain": (5,)}, 10 * count + own[0])
+        grads["matrix"] += whole.params["matrix"].detach() * (count % 2)
+        whole.give(grads)
+        for name, p in slices.items():
+            p.grad = laid_out(grads[name], p) if p.numel() else None
+        norms = []
+        for one in (optimizer, whole.optimizer):
+            norms += [one.clip_grad_norm_(0.1).item()] if count > 1 else []
+            one.step()
+        assert not norms or norms[0] == pytest.approx(norms[1], rel=1e-12)
+        for name, p in slices.items():
+            if p.numel():
+                decision = optimizer.decisions()[p]
+                assert decision == whole.decisions()[name]
+            assert_within({name: p}, {name: laid_out(whole.params[name].detach(), p)})
+
+
+@EVERY_RULE
+def test_slices_that_take_the_place_of_matrices(rule: str) -> None:
+    run(4, take_the_place_of_matrices, rule)
+
+
+MISMARKED: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    r"no slice: it is a tensor of shape \(3, 5\)": ((torch.zeros(3, 5), SLICED, 0), (torch.zeros(20), SLICED, 15)),
+    r"different shapes: \[\(7, 5\), \(5, 7\)\]": ((torch.zeros(13), SLICED, 0), (torch.zeros(22), (5, 7), 13)),
+    r"go from and to \[\(0, 13\), \(14, 35\)\]": ((torch.zeros(13), SLICED, 0), (torch.zeros(21), SLICED, 14)),
+    r"from element 0 to 35, .* \[\(0, 13\), \(12, 35\)\]": (
+        (torch.zeros(13), SLICED, 0),
+        (torch.zeros(23), SLICED, 12),
+    ),
+    r"go from and to \[\(0, 13\), \(13, 34\)\]": ((torch.zeros(13), SLICED, 0), (torch.zeros(21), SLICED, 13)),
+}
+"""What two ranks may say that does not fit, and what both are told."""
+
+
+def mismark() -> None:
+    for words, said in MISMARKED.items():
+        with named(words), pytest.raises((TypeError, ValueError), match=words):
+            mark_slice(*said[dist.get_rank()])
+    one = build(FLAT, {"matrix": torch.zeros(SLICED)}).get_parameter("matrix")
+    cls, defaults = RULES["SGDP"]
+    with pytest.raises(ValueError, match=r"flat slice of a tensor of shape \(7, 5\): its rows are those of dim 0"):
+        cls([one], **defaults, channel_dim=1)
+    optimizer = cls([one], **defaults)
+    one.data = torch.zeros(3)
+    one.grad = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"has 3 elements, but was marked as elements (0 to 18|18 to 35) of a tensor"):
+        optimizer.step()
+
+
+def test_slices_that_are_none() -> None:
+    run(2, mismark)
+
+
 # Groups that come later, and torch's wrappers.
 
 
@@ -311,7 +405,7 @@ def compile_step(layout: str, rule: str) -> None:
         pair.check()
 
 
-@pytest.mark.parametrize("layout", ["FSDP2", "FSDP2 x TP"])
+@pytest.mark.parametrize("layout", ["FSDP2", "FSDP2 x TP", FLAT])
 @EVERY_RULE
 def test_compiled_step(rule: str, layout: str) -> None:
     run(ranks_of(layout, "even"), compile_step, layout, rule)

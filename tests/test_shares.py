@@ -75,16 +75,16 @@ def sharded(
     params = group["params"]
     found = iter(itertools.zip_longest(params, sharings, numbers))
 
-    def layout_of(*_: Any) -> Layout:
+    def layouts_of(*_: Any) -> list[Layout]:
         p, sharing, number = next(found)
         cols = math.prod(p.shape[1:]) if p.ndim >= 2 else p.numel()
-        return Layout(sharing, 0, cols, (), (), number or (0, cols))
+        return [Layout(sharing, 0, cols, (), (), number or (0, cols))]
 
-    monkeypatch.setattr(fused_adamp.bucket, "layout_of", layout_of)
+    monkeypatch.setattr(fused_adamp.bucket, "layouts_of", layouts_of)
     ours = next(b for b in BACKENDS if b.name == backend)
     bucket = Bucket(optimizer._bucket_key(params[0], group, ours), params)
-    for i, p in enumerate(params):
-        optimizer.state[p] = state = bucket.state(i)
+    for p in params:
+        optimizer.state[p] = state = bucket.state(p)
         for name in bucket.key.moments:
             state[name].normal_().abs_()
         for name in bucket.key.counters:
