@@ -26,8 +26,10 @@ import threading
 import time
 import traceback
 import xml.etree.ElementTree as ElementTree
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from unittest import mock
@@ -61,7 +63,7 @@ WARMUP = 3
 ROUNDS = 30
 HOST_ROUNDS = 10
 FLUSH_BYTES = 256 << 20
-"""Written before every timed step: several times the largest L2."""
+"""Written, and as many read, before every timed step: several times the largest L2."""
 MAX_NORM = 1e30
 """Of gradient clipping: never reached, so that gradients stay as they are; clipping costs the same."""
 
@@ -69,6 +71,10 @@ BUILD_SHARE, TESTS_SHARE, PROFILE_SHARE = 0.2, 0.45, 0.15
 """Of all minutes, at most; the benchmark takes what the build and the tests leave, less what the profile needs."""
 GROUP_SECONDS = 20.0
 """The least time in which the optimizers of one group are set up, compiled and measured."""
+GRACE_SECONDS = 30.0
+"""For a command whose time ran out to end by itself, at most: pytest-xdist alone waits 10 s for its processes."""
+FAILED_TESTS = 20
+"""As many of them, at most, are in the results with the end of their tracebacks; the log has all."""
 
 console = Console(width=160, highlight=False)
 Row = dict[str, Any]
@@ -78,7 +84,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.partition("\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="the same on the CPU, on a few small tensors")
     parser.add_argument(
-        "--out", type=Path, default=Path("bench/results"), help="folder for <device>-<date>-<commit>.json"
+        "--out",
+        type=Path,
+        default=Path("bench/results"),
+        help="folder for <device>-<date>-<commit>.json, .png and -tests.log",
     )
     parser.add_argument("--minutes", type=float, default=9, help="after which the rest is left out (default: 9)")
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
@@ -127,14 +136,20 @@ class Cuda:
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
+        self._written, self._read = torch.zeros(2, FLUSH_BYTES // 4, device=self.device)
+        self._sum = torch.empty((), device=self.device)
 
     def describe(self) -> dict[str, Any]:
         return {"device": torch.cuda.get_device_name(self.device), "cuda": torch.version.cuda or torch.version.hip}
 
+    def _cool(self) -> None:
+        """Leaves in L2 nothing of use, and nothing to be written back while a clock runs: hence the reading."""
+        self._written.zero_()
+        torch.sum(self._read, dim=0, out=self._sum)
+
     def milliseconds(self, step: Callable[[], object], host_us: float) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        self._flush.zero_()
+        self._cool()
         # The device sleeps, at about 2000 cycles a microsecond, until the host has queued the whole step: what is timed
         # is the device alone. At most 50 ms: an optimizer that takes longer is bound by the host anyway.
         torch.cuda._sleep(int(2000 * min(1.5 * host_us + 50, 50_000)))
@@ -145,7 +160,7 @@ class Cuda:
         return float(start.elapsed_time(end))
 
     def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
-        self._flush.zero_()
+        self._cool()
         torch.cuda.synchronize()
         start = time.perf_counter()
         step()
@@ -350,8 +365,8 @@ class Session:
         self.machine = machine
         self._seconds = 60 * minutes
         self._begin = time.monotonic()
-        self._out = out
-        self._children: list[subprocess.Popen[str]] = []
+        self._writing = threading.Lock()
+        self._children: list[subprocess.Popen[bytes]] = []
         self.found: dict[str, Any] = {
             **machine.describe(),
             "torch": torch.__version__,
@@ -368,6 +383,9 @@ class Session:
             "failures": [],
             "rows": [],
         }
+        out.mkdir(parents=True, exist_ok=True)
+        device = re.sub(r"[^a-z0-9]+", "-", self.found["device"].lower()).strip("-")
+        self._path = out / f"{device}-{self.found['date']}-{self.found['commit']}.json"
 
     def run(self) -> int:
         console.print(
@@ -384,14 +402,14 @@ class Session:
                 stage()
             except Exception as error:
                 self.fail(stage.__name__, error)
+            self.write()
         watchdog.cancel()
-        path = self.write()
         try:
-            self.plot(path.with_suffix(".png"))
+            self.plot(self._path.with_suffix(".png"))
         except Exception as error:
             self.fail("plot", error)
-            self.write()
-        self.summary(path)
+        self.write()
+        self.summary()
         return int(bool(self.found["failures"]))
 
     # Time and bookkeeping.
@@ -412,45 +430,51 @@ class Session:
         self.found["left_out"].append({"what": what, "why": why})
         self.say(f"[yellow]left out[/] {escape(f'{what}: {why}')}")
 
-    def write(self) -> Path:
-        device = re.sub(r"[^a-z0-9]+", "-", self.found["device"].lower()).strip("-")
-        path = self._out / f"{device}-{self.found['date']}-{self.found['commit']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.found, indent=1) + "\n")
-        return path
+    def write(self) -> None:
+        """Whole or not at all, so that a process that is killed leaves what it had found."""
+        unfinished = self._path.with_suffix(".part")
+        with self._writing:
+            unfinished.write_text(json.dumps(self.found, indent=1) + "\n")
+            os.replace(unfinished, self._path)
 
     def _give_up(self) -> None:
         self.fail("time", f"not done after {self._seconds:.0f} s: something hangs; the rest is left out")
         for child in self._children:
             _end(child)
-        console.print(f"wrote {self.write()}")
+        self.write()
+        console.print(f"wrote {self._path}")
         os._exit(1)
 
-    def call(self, command: Sequence[str], seconds: float, **environment: str) -> tuple[int | None, str]:
-        """Exit status, None if time ran out, and output of a command that runs in a process group of its own."""
-        child = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=os.environ | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        self._children.append(child)
-        try:
-            output, _ = child.communicate(timeout=max(seconds, 1))
-            return child.returncode, output
-        except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGINT)  # pytest reports what it has
+    def call(
+        self, command: Sequence[str], seconds: float, log: Path | None = None, **environment: str
+    ) -> tuple[int | None, str]:
+        """Exit status, None if time ran out, and output of a command that runs in a process group of its own.
+
+        The output goes into a file, ``log`` where it is to be kept, since a pipe ends only with the last process that
+        holds it.
+        """
+        with log.open("w+", errors="replace") if log else tempfile.TemporaryFile("w+", errors="replace") as output:
+            child = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self._children.append(child)
             try:
-                output, _ = child.communicate(timeout=15)
+                status: int | None = child.wait(timeout=max(seconds, 1))
             except subprocess.TimeoutExpired:
+                status = None
+                child.send_signal(signal.SIGINT)  # pytest reports what it has
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=min(GRACE_SECONDS, max(self.left() / 2, 1)))
+            finally:
                 _end(child)
-                output, _ = child.communicate()
-            return None, output
-        finally:
-            self._children.remove(child)
+                self._children.remove(child)
+            output.seek(0)
+            return status, output.read()
 
     # The stages.
 
@@ -477,12 +501,13 @@ class Session:
         parallel = ["-p", "xdist", "-n", str(processes), "--dist", "loadgroup"] if find_spec("xdist") else []
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder) / "tests.xml"
-            # Warnings are the machine's own, of versions that nobody chose.
-            command = ["-m", "pytest", "tests/gpu", "-q", "-W", "default", "-p", "no:cacheprovider", *parallel]
+            # Warnings are the machine's own, of versions that nobody chose. A stack names a test that hangs; and once a
+            # kernel has broken a process's CUDA context, every later test in that process fails.
+            options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", "--maxfail=50"]
+            command = [sys.executable, "-m", "pytest", "tests/gpu", *options, *parallel, f"--junit-xml={report}"]
             limit = min(TESTS_SHARE * self._seconds, self.left())
-            status, output = self.call(
-                [sys.executable, *command, f"--junit-xml={report}"], limit, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
-            )
+            log = self._path.with_name(f"{self._path.stem}-tests.log")
+            status, output = self.call(command, limit, log, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1")
             suites = list(ElementTree.parse(report).iter("testsuite")) if report.exists() else []
         console.print(output[-3000:].rstrip(), markup=False)
         failed = 0
@@ -490,6 +515,10 @@ class Session:
             total, skipped = (sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped"))
             failed = sum(int(suite.get(name, 0)) for suite in suites for name in ("failures", "errors"))
             self.found["tests"] = {"passed": total - failed - skipped, "failed": failed, "skipped": skipped}
+        cases = (case for suite in suites for case in suite.iter("testcase"))
+        broken = ((case, part) for case in cases for part in case if part.tag in ("failure", "error"))
+        for case, part in islice(broken, FAILED_TESTS):
+            self.fail(case.get("name", "a test"), f"{part.get('message', '')[:400]}\n{(part.text or '')[-1500:]}")
         if status is None:
             self.leave_out("the rest of the tests", f"they took over {limit:.0f} s")
         # Without a GPU the whole module is skipped, which to pytest is as if there were no tests.
@@ -500,6 +529,8 @@ class Session:
     def benchmark(self) -> None:
         self.found["copy_gbps"] = self.machine.copy_gbps()
         self.say(f"copy {self.found['copy_gbps']:.0f} GB/s")
+        if find_spec("adamp") is None:
+            self.leave_out("clovaai.AdamP", "adamp is missing")
         reserve = 0 if self.machine.dry or not shutil.which("ncu") else PROFILE_SHARE * self._seconds
         for dtypes in DTYPES:
             for workload in ("dry_run",) if self.machine.dry else MODELS:
@@ -509,6 +540,7 @@ class Session:
                         self.leave_out(what, "no time left")
                         continue
                     self._measured(what, family, workload, dtypes)
+                    self.write()
                     gc.collect()
                     if self.machine.device.type == "cuda":
                         torch.cuda.empty_cache()
@@ -551,8 +583,10 @@ class Session:
             self.leave_out("DRAM traffic", "ncu is not on PATH")
         else:
             metrics = "dram__bytes_read.sum,dram__bytes_write.sum"
-            # Clocks are the machine's business, and no time is measured here.
-            options = ["--profile-from-start", "off", "--clock-control", "none", "--csv", "--print-units", "base"]
+            # Clocks are the machine's business, and no time is measured here. As in any step, a kernel finds in L2 what
+            # the one before has left there.
+            options = ["--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"]
+            options += ["--csv", "--print-units", "base"]
             for workload, dtype in PROFILED:
                 for family in FAMILIES:
                     what = f"DRAM traffic of {workload} {dtype} {family.ours}"
@@ -622,7 +656,7 @@ class Session:
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
 
-    def summary(self, path: Path) -> None:
+    def summary(self) -> None:
         table = Table(title=f"{self.found['device']}: copy {self.found['copy_gbps'] or 0:.0f} GB/s")
         for name in ("workload", "dtype", "case", "optimizer"):
             table.add_column(name, no_wrap=True)
@@ -642,9 +676,9 @@ class Session:
         for kind, colour in (("left_out", "yellow"), ("failures", "red")):
             for entry in self.found[kind]:
                 text = entry["why"].strip().rpartition("\n")[2]
-                console.print(f"[{colour}]{kind.replace('_', ' ')}[/]: {entry['what']}:", end=" ")
+                console.print(f"[{colour}]{kind.replace('_', ' ')}[/]: {escape(entry['what'])}:", end=" ")
                 console.print(text, markup=False)
-        console.print(f"wrote {path}; {time.monotonic() - self._begin:.0f} s")
+        console.print(f"wrote {self._path}; {time.monotonic() - self._begin:.0f} s")
 
 
 # Measuring.
@@ -790,18 +824,21 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the checkout, None if there is none."""
+    """What git says of the checkout, None if there is none; of a repository around it, it says nothing."""
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
     try:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        run = subprocess.run(["git", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return run.stdout.strip()
 
 
-def _end(child: subprocess.Popen[str]) -> None:
-    """The process and what it started."""
-    if child.poll() is None:
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """The process and what it started, which may outlive it. What hangs in the driver does not end even then."""
+    with suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(timeout=1)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ Arguments, of all of them, as pointers:
     tickets      (TICKETS,) int64: what the programs of a launch tell each other
     replays      (1,) int64: added to epoch
     active       (n,) int32: parameters of this launch
-    jobs         (n, 3) int32: stage, first tile, tiles
+    jobs         (n, 3) int32: stage, first tile and number of tiles, all of one parameter
 epoch + replays is another number, up from 1, in every step and every norm: the host counts its own up, or, where a CUDA
 graph may repeat a step without it, the one on the device.
 """
@@ -24,7 +24,7 @@ graph may repeat a step without it, the one on the device.
 import triton
 import triton.language as tl
 
-from .stages import announce, count, dot, is_tested, measure, prepare, share, share_nothing, square, update, wait
+from .stages import announce, count, dot, draw, is_tested, measure, prepare, share, share_nothing, square, update, wait
 
 PREPARE = tl.constexpr(0)
 MEASURE = tl.constexpr(1)
@@ -49,19 +49,20 @@ def measure_kernel(
     table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
     decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
-    """One program a job: prepares a block of parameters, or measures or squares a tile."""
+    """One program a job: prepares a block of parameters, or measures or squares tiles."""
     memory = (table, addresses, strides)
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         job = jobs + tl.program_id(0) * 3
         stage = tl.load(job)
-        tile = tl.load(job + 1)
+        first = tl.load(job + 1)
+        n = tl.load(job + 2)
         if stage == PREPARE:
-            prepare(memory, work, active, n_active, tile, S, False)
-        elif (stage != SQUARE) & is_tested(memory, work, tl.load(owners + tile).to(tl.int64), S):
-            measure(memory, work, epoch + tl.load(replays), tile, S)
+            prepare(memory, work, active, n_active, first, S, False)
+        elif (stage != SQUARE) & is_tested(memory, work, tl.load(owners + first).to(tl.int64), S):
+            measure(memory, work, epoch + tl.load(replays), first, n, S)
         elif stage != MEASURE:
-            square(memory, work, tile, S, False)
+            square(memory, work, first, n, S, False)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])
@@ -74,13 +75,13 @@ def share_kernel(
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     job = jobs + tl.program_id(0) * 3
     stage = tl.load(job)
-    tile = tl.load(job + 1)
+    first = tl.load(job + 1)
     if stage == PREPARE:
-        prepare(memory, work, active, n_active, tile, S, True)
+        prepare(memory, work, active, n_active, first, S, True)
     elif stage == SHARE:
-        share(memory, work, epoch + tl.load(replays), tile, S)
+        share(memory, work, epoch + tl.load(replays), first, tl.load(job + 2), S)
     else:
-        share_nothing(memory, work, tile.to(tl.int64))
+        share_nothing(memory, work, first.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])
@@ -93,8 +94,7 @@ def dot_kernel(
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         job = jobs + tl.program_id(0) * 3
-        for i in tl.range(0, tl.load(job + 2)):
-            dot(memory, work, epoch + tl.load(replays), tl.load(job + 1) + i, S, False)
+        dot(memory, work, epoch + tl.load(replays), tl.load(job + 1), tl.load(job + 2), S, False)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])
@@ -102,11 +102,12 @@ def update_kernel(
     table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
     decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
-    """One program a job, which is one tile."""
+    """One program a job."""
     memory = (table, addresses, strides)
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
-        update(memory, work, epoch, tl.load(jobs + tl.program_id(0) * 3 + 1), S, False)
+        job = jobs + tl.program_id(0) * 3
+        update(memory, work, epoch, tl.load(job + 1), tl.load(job + 2), S, False)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active", "n_jobs", "n_blocks"])
@@ -124,25 +125,23 @@ def one_pass_kernel(
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         now = epoch + tl.load(replays)
-        ticket = count(tickets + TICKET, now)
+        ticket = draw(tickets + TICKET, now)
         while ticket < n_jobs:
             job = jobs + ticket * 3
             stage = tl.load(job)
             first = tl.load(job + 1)
-            # Hoisted out of the loop, the offsets of every class of rows would each keep registers: 255 and not 128.
-            for i in tl.range(0, tl.load(job + 2), disable_licm=True):
-                tile = first + i
-                if stage == PREPARE:
-                    prepare(memory, work, active, n_active, tile, S, False)
-                    if count(tickets + PREPARING, now) + 1 == n_blocks:
-                        announce(tickets + PREPARED, now)
-                elif stage == MEASURE:
-                    if is_tested(memory, work, tl.load(owners + tile).to(tl.int64), S):
-                        measure(memory, work, now, tile, S)
+            n = tl.load(job + 2)
+            if stage == PREPARE:
+                prepare(memory, work, active, n_active, first, S, False)
+                if count(tickets + PREPARING, now, 1) == n_blocks:
+                    announce(tickets + PREPARED, now)
+            elif stage == MEASURE:
+                if is_tested(memory, work, tl.load(owners + first).to(tl.int64), S):
+                    measure(memory, work, now, first, n, S)
+            else:
+                wait(tickets + PREPARED, now)
+                if stage == DOT:
+                    dot(memory, work, now, first, n, S, True)
                 else:
-                    wait(tickets + PREPARED, now)
-                    if stage == DOT:
-                        dot(memory, work, now, tile, S, True)
-                    else:
-                        update(memory, work, now, tile, S, True)
-            ticket = count(tickets + TICKET, now)
+                    update(memory, work, now, first, n, S, True)
+            ticket = draw(tickets + TICKET, now)

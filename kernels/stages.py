@@ -1,7 +1,7 @@
-"""The stages of a step, each for one tile, and the order between tiles.
+"""The stages of a step, each for a run of one parameter's tiles, and the order between runs.
 
     prepare  step counts, seeds, and what depends on them, for a block of parameters
-    measure  per row p.g, g.g and p.p; whose tile is a parameter's last concludes           reads p g
+    measure  per row p.g, g.g and p.p; whose run is a parameter's last concludes            reads p g
     square   g.g, where only the norm of the gradients is asked for                         reads g
     share    what measure, square and dot find, as far as the ranks ask it of each other    reads p g m v at most
     dot      p.u and p.p, where the decided view is wider than a tile; most often nothing   reads p g m v
@@ -35,10 +35,10 @@ from .tiles import (
     ROW_NUMBERS,
     ROWS,
     SEED,
+    SEGMENTS,
     SHARING,
     STEP,
-    TILE_COLS,
-    TILE_ROWS,
+    TILES,
     VECTOR,
     G,
     M,
@@ -158,14 +158,21 @@ PREPARE_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
-def count(counter, epoch):
-    """Numbers the callers of one epoch 0, 1, 2, ... Sees what they wrote before, and shows them what this one wrote.
+def draw(counter, epoch):
+    """Numbers the callers of one epoch 0, 1, 2, ... Nobody sees by it what others wrote.
 
     The epoch fills the upper half, so that whatever a broken-off step left behind counts as nothing.
     """
+    tl.atomic_max(counter, epoch << 32, sem="relaxed")
+    return tl.atomic_add(counter, 1, sem="relaxed") & 0xFFFFFFFF
+
+
+@triton.jit
+def count(counter, epoch, n):
+    """Adds n to the epoch's count and returns it. Sees what earlier callers wrote, and shows later ones its own."""
     tl.debug_barrier()
-    tl.atomic_max(counter, epoch << 32)
-    return tl.atomic_add(counter, 1, sem="acq_rel") & 0xFFFFFFFF
+    tl.atomic_max(counter, epoch << 32, sem="relaxed")
+    return (tl.atomic_add(counter, n, sem="acq_rel") & 0xFFFFFFFF) + n
 
 
 @triton.jit
@@ -254,8 +261,13 @@ def given_projection(work, x, row, mask):
 def tiles_of(memory, x):
     """Tiles of the parameter, and tiles of one of its rows."""
     entry = memory[TABLE] + x * COLUMNS
-    segments = tl.cdiv(tl.load(entry + COLS), tl.load(entry + TILE_COLS))
-    return tl.cdiv(tl.load(entry + ROWS), tl.load(entry + TILE_ROWS)) * segments, segments
+    return tl.load(entry + TILES), tl.load(entry + SEGMENTS)
+
+
+@triton.jit
+def views_of(memory, x, tiles, segments):
+    """Tiles of whole rows; or rows, if each is several tiles."""
+    return tl.where(segments > 1, tl.load(memory[TABLE] + x * COLUMNS + ROWS), tiles)
 
 
 @triton.jit
@@ -451,35 +463,38 @@ def prepare(memory, work, active, n, block, S: tl.constexpr, SHARE: tl.constexpr
 
 
 @triton.jit
-def measure(memory, work, epoch, tile, S: tl.constexpr):
-    """The sums of one tile; after a parameter's last, its findings. Reads p g: 8 bytes per float32 element."""
-    x = tl.load(work[OWNERS] + tile).to(tl.int64)
-    sum_rows(memory, work, tile, 0, S, False)
+def measure(memory, work, epoch, first, n, S: tl.constexpr):
+    """The sums of n tiles; after a parameter's last, its findings. Reads p g: 8 bytes per float32 element."""
+    x = tl.load(work[OWNERS] + first).to(tl.int64)
+    for tile in tl.range(first, first + n, disable_licm=True):
+        sum_rows(memory, work, tile, 0, S, False)
     tiles, segments = tiles_of(memory, x)
     counters = work[COUNTS] + x * COUNTERS
-    if count(counters + MEASURED, epoch) + 1 == tiles:
-        conclude(memory, work, x, tiles // segments, segments, 0, False)
+    if count(counters + MEASURED, epoch, n) == tiles:
+        conclude(memory, work, x, views_of(memory, x, tiles, segments), segments, 0, False)
         announce(counters + CONCLUDED, epoch)
 
 
 @triton.jit
-def share(memory, work, epoch, tile, S: tl.constexpr):
-    """The sums of one tile that are asked for; after a parameter's last, what its ranks are told.
+def share(memory, work, epoch, first, n, S: tl.constexpr):
+    """The sums of n tiles that are asked for; after a parameter's last, what its ranks are told.
 
     Reads g; p and g for the test; p g m v with p.u: 4, 8 or 16 bytes per float32 element.
     """
-    x = tl.load(work[OWNERS] + tile).to(tl.int64)
+    x = tl.load(work[OWNERS] + first).to(tl.int64)
     need = tl.load(part(work, x, NEED, tl.uint8)).to(tl.int32)
     if need != 0:
         by_rows = (need & (TEST | DOT)) != 0
         if by_rows:
-            sum_rows(memory, work, tile, need, S, True)
+            for tile in tl.range(first, first + n, disable_licm=True):
+                sum_rows(memory, work, tile, need, S, True)
         else:
-            square(memory, work, tile, S, True)
+            square(memory, work, first, n, S, True)
+        x = tl.load(work[OWNERS] + first).to(tl.int64)  # again: so that it keeps no register meanwhile
         tiles, segments = tiles_of(memory, x)
-        if count(work[COUNTS] + x * COUNTERS + MEASURED, epoch) + 1 == tiles:
+        if count(work[COUNTS] + x * COUNTERS + MEASURED, epoch, n) == tiles:
             segments = tl.where(by_rows, segments, 1)
-            conclude(memory, work, x, tiles // segments, segments, need, True)
+            conclude(memory, work, x, views_of(memory, x, tiles, segments), segments, need, True)
 
 
 @triton.jit
@@ -551,7 +566,7 @@ def sum_rows(memory, work, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
                 pu = tl.sum(pus).to(tl.float64)
                 live &= cols_here == tl.load(entry + COLS)
                 share_rows(memory, work, x, where[1] + row, live, need, pgs, ggs, pps, pus)
-    sums = work[TILE_SUMS] + tile.to(tl.int64) * SUMS
+    sums = work[TILE_SUMS] + tile * SUMS
     tl.store(sums + LIMIT, limit)
     tl.store(sums + LARGEST, largest)
     tl.store(sums + PG, pg)
@@ -661,8 +676,14 @@ def conclude(memory, work, x, views, segments, need, SHARE: tl.constexpr):
 
 
 @triton.jit
-def square(memory, work, tile, S: tl.constexpr, SHARE: tl.constexpr):
-    """g.g of one tile. Reads g: 4 bytes per float32 element."""
+def square(memory, work, first, n, S: tl.constexpr, SHARE: tl.constexpr):
+    """g.g of each of n tiles. Reads g: 4 bytes per float32 element."""
+    for tile in tl.range(first, first + n, disable_licm=True):
+        square_of_tile(memory, work, tile, S, SHARE)
+
+
+@triton.jit
+def square_of_tile(memory, work, tile, S: tl.constexpr, SHARE: tl.constexpr):
     where = locate(memory[TABLE], work[OWNERS], tile)
     n = where[3] * where[4]
     ggs = tl.zeros((S.tile,), S.number)
@@ -678,7 +699,7 @@ def square(memory, work, tile, S: tl.constexpr, SHARE: tl.constexpr):
             e = whole + tl.arange(0, VECTOR)
             g = measured_gradient(memory, work, where, e, e < n, S, SHARE)
             gg += tl.sum(g * g).to(tl.float64)
-    tl.store(work[TILE_SUMS] + tile.to(tl.int64) * SUMS + GG, gg)
+    tl.store(work[TILE_SUMS] + tile * SUMS + GG, gg)
 
 
 @triton.jit
@@ -695,20 +716,21 @@ def dot_of_tile(memory, work, where, S: tl.constexpr):
 
 
 @triton.jit
-def dot(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
-    """p.u and p.p of one tile, if the decided view is wider. Reads p g m v: 16 bytes per float32 element."""
-    x = tl.load(work[OWNERS] + tile).to(tl.int64)
+def dot(memory, work, epoch, first, n, S: tl.constexpr, WAIT: tl.constexpr):
+    """p.u and p.p of n tiles, if the decided view is wider. Reads p g m v: 16 bytes per float32 element."""
+    x = tl.load(work[OWNERS] + first).to(tl.int64)
     counters = work[COUNTS] + x * COUNTERS
     decision = decide(memory, work, epoch, x, S, WAIT)
     if decision != NONE:
         tiles, segments = tiles_of(memory, x)
         if is_wide(decision, tiles, segments) & (is_given(memory, x, decision, S) == 0):
-            where = locate(memory[TABLE], work[OWNERS], tile)
-            pu, pp = dot_of_tile(memory, work, where, S)
-            sums = work[TILE_SUMS] + tile.to(tl.int64) * SUMS
-            tl.store(sums + PU, pu)
-            tl.store(sums + PP, pp)
-            if count(counters + DOTTED, epoch) + 1 == tiles:
+            for tile in tl.range(first, first + n, disable_licm=True):
+                where = locate(memory[TABLE], work[OWNERS], tile)
+                pu, pp = dot_of_tile(memory, work, where, S)
+                sums = work[TILE_SUMS] + tile * SUMS
+                tl.store(sums + PU, pu)
+                tl.store(sums + PP, pp)
+            if count(counters + DOTTED, epoch, n) == tiles:
                 if decision == LAYER:
                     c = view_projection(memory, work, x, 0, tiles)
                     tl.store(work[FOUND] + x * FINDINGS + LAYER_PROJECTION, c)
@@ -747,30 +769,39 @@ def report(memory, work, x, decision, S: tl.constexpr):
 
 
 @triton.jit
-def update(memory, work, epoch, tile, S: tl.constexpr, WAIT: tl.constexpr):
-    """The step of one tile. Reads p g m v, writes p m v: 28 bytes per float32 element."""
+def update(memory, work, epoch, first, n, S: tl.constexpr, WAIT: tl.constexpr):
+    """The step of n tiles. Reads p g m v, writes p m v: 28 bytes per float32 element."""
+    x = tl.load(work[OWNERS] + first).to(tl.int64)
+    decision = decide(memory, work, epoch, x, S, WAIT)
+    if WAIT & (decision != NONE):
+        tiles, segments = tiles_of(memory, x)
+        if is_wide(decision, tiles, segments) & (is_given(memory, x, decision, S) == 0):
+            wait(work[COUNTS] + x * COUNTERS + PROJECTION_KNOWN, epoch)
+    for tile in tl.range(first, first + n, disable_licm=True):
+        update_tile(memory, work, tile, decision, S)
+
+
+@triton.jit
+def update_tile(memory, work, tile, decision, S: tl.constexpr):
     where = locate(memory[TABLE], work[OWNERS], tile)
     x = where[0]
+    given = is_given(memory, x, decision, S)
     rows_here = where[3]
     cols_here = where[4]
     entry = memory[TABLE] + x * COLUMNS
     eps = scalar(work, tl.load(entry + GROUP), EPS)
-    decision = decide(memory, work, epoch, x, S, WAIT)
     c = tl.full((), 0.0, tl.float64)
     by_rows = decision != decision
-    given = is_given(memory, x, decision, S)
     if (decision != NONE) | given:
         tiles, segments = tiles_of(memory, x)
         by_rows = ((decision == CHANNEL) | given) & (cols_here <= S.tile) & (segments == 1)
         if given:
             c = given_projection(work, x, where[1], True)
         elif is_wide(decision, tiles, segments):
-            if WAIT:
-                wait(work[COUNTS] + x * COUNTERS + PROJECTION_KNOWN, epoch)
             if decision == LAYER:
                 c = tl.load(work[FOUND] + x * FINDINGS + LAYER_PROJECTION, cache_modifier=".cg")
             else:
-                begin = (tile - tl.load(entry + FIRST_TILE)) // segments * segments
+                begin = where[1] * segments
                 c = view_projection(memory, work, x, begin, segments)
         elif by_rows == 0:  # the tile is the view: a parameter of one tile, or one wide row
             pu, pp = dot_of_tile(memory, work, where, S)

@@ -11,7 +11,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# fused_adamp/bucket.py, COLUMNS: a parameter's row of the table.
+# A parameter's row of the table: fused_adamp/bucket.py, COLUMNS; and its tiles and those of one of its rows, so that no
+# kernel divides numbers of 64 bits.
 GROUP = tl.constexpr(0)
 PROJECTED = tl.constexpr(1)
 ROWS = tl.constexpr(2)
@@ -23,7 +24,9 @@ SHARING = tl.constexpr(7)
 FIRST_ROW = tl.constexpr(8)
 FIRST_NUMBER = tl.constexpr(9)
 ROW_NUMBERS = tl.constexpr(10)
-COLUMNS = tl.constexpr(11)
+TILES = tl.constexpr(11)
+SEGMENTS = tl.constexpr(12)
+COLUMNS = tl.constexpr(13)
 
 # A parameter's row of the address table.
 P = tl.constexpr(0)
@@ -81,13 +84,13 @@ def locate(table, owners, tile):
     entry = table + x * COLUMNS
     tile_rows = tl.load(entry + TILE_ROWS)
     tile_cols = tl.load(entry + TILE_COLS)
-    cols = tl.load(entry + COLS)
-    index = tile - tl.load(entry + FIRST_TILE)
-    segments = tl.cdiv(cols, tile_cols)
-    row = index // segments * tile_rows
-    col = index % segments * tile_cols
+    index = (tile - tl.load(entry + FIRST_TILE)).to(tl.int32)
+    segments = tl.load(entry + SEGMENTS).to(tl.int32)
+    view = index // segments
+    row = view * tile_rows
+    col = (index - view * segments) * tile_cols
     rows_here = tl.minimum(tile_rows, tl.load(entry + ROWS) - row).to(tl.int32)
-    cols_here = tl.minimum(tile_cols, cols - col).to(tl.int32)
+    cols_here = tl.minimum(tile_cols, tl.load(entry + COLS) - col).to(tl.int32)
     return x, row, col, rows_here, cols_here
 
 

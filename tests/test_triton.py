@@ -119,7 +119,8 @@ def test_the_selection_meets_everything() -> None:
 def test_the_tables_have_the_columns_that_the_kernels_read() -> None:
     from fused_adamp.kernels import precision, stages, tiles
 
-    tables = ((tiles, "COLUMNS", COLUMNS), (stages, "SCALARS", Scalars._fields), (stages, "RESULTS", RESULTS))
+    columns = *COLUMNS, "tiles", "segments"
+    tables = ((tiles, "COLUMNS", columns), (stages, "SCALARS", Scalars._fields), (stages, "RESULTS", RESULTS))
     for module, count, names in tables:
         assert [getattr(module, name.upper()).value for name in names] == list(range(len(names)))
         assert getattr(module, count).value == len(names)

@@ -595,9 +595,10 @@ def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(monkeypatch:
         assert all(map(torch.equal, results, found)), number
 
 
-@pytest.mark.parametrize("clip", [False, True])
-def test_replays_of_a_graph_step_like_eager_steps(clip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    targets = [torch.randn(p.shape) for p in model(MODEL[2:7])]
+@pytest.mark.parametrize(("clip", "rounding"), [(False, "nearest"), (True, "nearest"), (False, "stochastic")])
+def test_replays_of_a_graph_step_like_eager_steps(clip: bool, rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
+    targets = [torch.randn(p.shape, dtype=dtype) for p in model(MODEL[2:7])]
 
     def train(optimizer: ProjectedOptimizer) -> None:
         with torch.no_grad():
@@ -607,10 +608,12 @@ def test_replays_of_a_graph_step_like_eager_steps(clip: bool, monkeypatch: pytes
                 optimizer.clip_grad_norm_(1.0)
             optimizer.step()
 
-    captured, eager = (on_device(model(MODEL[2:7]), **ADAMP, capturable=flag) for flag in (True, False))
+    options = ADAMP | {"rounding": rounding}
+    captured, eager = (on_device(model(MODEL[2:7], dtype), **options, capturable=flag) for flag in (True, False))
     graph = Graph(monkeypatch)
-    train(captured)
-    train(eager)
+    for optimizer in (captured, eager):
+        torch.manual_seed(0)  # the first step draws the seeds of stochastic rounding
+        train(optimizer)
     before = copy.deepcopy(tensors(captured))
     graph.capture(lambda: train(captured))
     assert all(map(torch.equal, tensors(captured), before))

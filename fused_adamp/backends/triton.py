@@ -48,8 +48,10 @@ _WIDEST_ROW = 1 << 15
 _WARPS = 8
 _WINDOW = 1 << 20
 """Elements, 8 MB of float32 weights and gradients, that the one-pass plan measures ahead of updating them."""
-_DOT_TILES = 32
-"""Tiles that one program takes in a stage that most often has nothing to do."""
+_RUN = 1 << 13
+"""Elements of a job, in tiles: the loads that lead to the first, one after the other, are cached for the next."""
+_DOT_RUN = 1 << 16
+"""Elements of a job in a stage that most often has nothing to do."""
 _PROGRAMS_PER_MULTIPROCESSOR = 2
 _INNER = 2
 """Dimensions beyond dim 0 that a strided parameter may have after merging."""
@@ -96,7 +98,7 @@ class Tables:
 
         device, count = bucket.key.device, len(bucket.params)
         self.device = device
-        self.table = torch.empty_like(bucket.table, device=device)
+        self.table = torch.empty(count, tiles.COLUMNS.value, dtype=torch.int64, device=device)
         self.addresses = torch.empty(count, tiles.ADDRESSES.value, dtype=torch.int64, device=device)
         self.strides = torch.empty(count, tiles.STRIDES.value, dtype=torch.int64, device=device)
         self.scalars = torch.empty(0, stages.SCALARS.value, dtype=torch.float64, device=device)
@@ -312,7 +314,7 @@ class TritonBackend:
             tables.seen_tensors = seen
             tables.plans += 1
         if bucket.groups != tables.seen_groups:
-            tables.upload(tables.table, bucket.table)
+            tables.upload(tables.table, _table(bucket))
             tables.seen_groups = list(bucket.groups)
             tables.plans += 1
         tables.set_scalars([batch.rule.scalars(group) for group in batch.groups])
@@ -385,10 +387,21 @@ def _fingerprint(batch: Batch) -> tuple[list[Any], ...]:
     )
 
 
+def _table(bucket: Bucket) -> Tensor:
+    """A bucket's table with two columns more: kernels/tiles.py."""
+    return torch.cat([bucket.table, _tiles(bucket.table)[:, None], _segments(bucket.table)[:, None]], dim=1)
+
+
+def _segments(table: Tensor) -> Tensor:
+    """The number of tiles of a row of each parameter of a bucket's table."""
+    cols, tile_cols = (table[:, COLUMNS.index(name)] for name in ("cols", "tile_cols"))
+    return (cols + tile_cols - 1) // tile_cols
+
+
 def _tiles(table: Tensor) -> Tensor:
     """The number of tiles of each parameter of a bucket's table."""
-    rows, cols, tile_rows, tile_cols = (table[:, COLUMNS.index(n)] for n in ("rows", "cols", "tile_rows", "tile_cols"))
-    return (rows + tile_rows - 1) // tile_rows * ((cols + tile_cols - 1) // tile_cols)
+    rows, tile_rows = (table[:, COLUMNS.index(name)] for name in ("rows", "tile_rows"))
+    return (rows + tile_rows - 1) // tile_rows * _segments(table)
 
 
 def _parts(bucket: Bucket) -> Tensor:
@@ -549,7 +562,7 @@ def _jobs_ahead(batch: Batch, tables: Tables, launch: Launch) -> Tensor:
             parts = [*map(order.share, launch.indices)]
         else:
             stage = plans.SQUARE if launch.plan == "one_pass" else plans.SQUARE_AND_MEASURE
-            parts = [order.jobs(stage.value, i, 1) for i in launch.indices]
+            parts = [order.jobs(stage.value, i, _RUN) for i in launch.indices]
         launch.ahead.append(tables.uploaded(torch.cat(parts)))
     return launch.ahead[0]
 
@@ -568,27 +581,30 @@ class _Order(NamedTuple):
     """The numbers of measure, dot, update, share and share nothing."""
     counts: list[int]
     first: list[int]
+    sizes: list[int]
+    """Elements of a tile."""
     projected: list[bool]
     local: list[bool]
 
     def measure(self, i: int) -> Tensor:
-        return self.jobs(self.stages[0], i, 1 if self.projected[i] and self.local[i] else None)
+        return self.jobs(self.stages[0], i, _RUN if self.projected[i] and self.local[i] else None)
 
     def dot(self, i: int) -> Tensor:
-        return self.jobs(self.stages[1], i, _DOT_TILES if self.projected[i] and self.counts[i] > 1 else None)
+        return self.jobs(self.stages[1], i, _DOT_RUN if self.projected[i] and self.counts[i] > 1 else None)
 
     def update(self, i: int) -> Tensor:
         """Backwards: what was measured last is still in cache."""
-        return self.jobs(self.stages[2], i, 1).flip(0)
+        return self.jobs(self.stages[2], i, _RUN).flip(0)
 
     def share(self, i: int) -> Tensor:
         if self.counts[i] == 0:
             return torch.tensor([[self.stages[4], i, 1]], dtype=torch.int32)
-        return self.jobs(self.stages[3], i, 1)
+        return self.jobs(self.stages[3], i, _RUN)
 
-    def jobs(self, stage: int, i: int, width: int | None) -> Tensor:
-        if width is None:
+    def jobs(self, stage: int, i: int, run: int | None) -> Tensor:
+        if run is None:
             return torch.empty(0, 3, dtype=torch.int32)
+        width = max(run // self.sizes[i], 1)
         begin, end = self.first[i], self.first[i] + self.counts[i]
         tile = torch.arange(begin, end, width, dtype=torch.int32)
         return torch.stack([torch.full_like(tile, stage), tile, (end - tile).clamp(max=width)], dim=1)
@@ -597,12 +613,17 @@ class _Order(NamedTuple):
 def _order(bucket: Bucket) -> _Order:
     from fused_adamp.kernels import plans
 
-    first, projected, sharing = (
-        bucket.table[:, COLUMNS.index(name)] for name in ("first_tile", "projected", "sharing")
-    )
+    names = "first_tile", "tile_rows", "tile_cols", "projected", "sharing"
+    first, tile_rows, tile_cols, projected, sharing = (bucket.table[:, COLUMNS.index(name)] for name in names)
     stages = plans.MEASURE, plans.DOT, plans.UPDATE, plans.SHARE, plans.SHARE_NOTHING
-    flags = projected.bool().tolist(), (sharing == Sharing.LOCAL).tolist()
-    return _Order(tuple(stage.value for stage in stages), _tiles(bucket.table).tolist(), first.tolist(), *flags)
+    numbers = (
+        _tiles(bucket.table),
+        first,
+        (tile_rows * tile_cols).clamp(min=1),
+        projected != 0,
+        sharing == Sharing.LOCAL,
+    )
+    return _Order(tuple(stage.value for stage in stages), *(column.tolist() for column in numbers))
 
 
 def make_spec(
@@ -635,15 +656,15 @@ def make_spec(
 def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
     """How a kernel of plans.py is compiled, besides what the spec says."""
     from fused_adamp.kernels.precision import STOCHASTIC
-    from fused_adamp.kernels.tiles import ALIGNED
+    from fused_adamp.kernels.tiles import FLAT, STRIDED
 
     options = {"num_warps": _WARPS}
     # Registers. Left to itself, ptxas tries for one program more on a multiprocessor, and spills.
-    crowded = kernel.__name__ == "one_pass_kernel" and (spec.rounding.value == STOCHASTIC.value or spec.shared.value)
-    if crowded or spec.number.primitive_bitwidth == 64:
-        options["maxnreg"] = 255
-    elif spec.layout.value == ALIGNED.value:
-        options["maxnreg"] = 80 if kernel.__name__ == "measure_kernel" else 128
+    name, layout, shared = kernel.__name__, spec.layout.value, spec.shared.value
+    crowded = layout == STRIDED.value or spec.number.primitive_bitwidth == 64
+    crowded |= name == "update_kernel" and shared and layout == FLAT.value
+    crowded |= name == "one_pass_kernel" and (shared or layout == FLAT.value or spec.rounding.value == STOCHASTIC.value)
+    options["maxnreg"] = 255 if crowded else 80 if name == "measure_kernel" else 128
     return options
 
 

@@ -394,10 +394,12 @@ def test_ten_replays_of_a_captured_training_step_equal_eager_ones(
     (captured, rate), (eager, eager_rate) = make(capturable=True), make(capturable=False)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    torch.manual_seed(1)  # the first step draws the seeds of stochastic rounding
     with torch.cuda.stream(stream):
         for _ in range(3):
             train(captured)
     torch.cuda.current_stream().wait_stream(stream)
+    torch.manual_seed(1)
     for _ in range(3):
         train(eager)
     graph = torch.cuda.CUDAGraph()
@@ -416,6 +418,7 @@ def test_ten_replays_of_a_captured_training_step_equal_eager_ones(
     assert all(map(torch.equal, _results(captured), _results(eager)))
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_capture_without_capturable_is_refused(plan: str) -> None:
     optimizer = _model(0)
     optimizer.step()
@@ -427,7 +430,7 @@ def test_a_capture_without_capturable_is_refused(plan: str) -> None:
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(plan: str, tool: str) -> None:
+def test_compute_sanitizer_finds_nothing(plan: str, tool: str, capfd: pytest.CaptureFixture[str]) -> None:
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not on PATH: memory accesses and races were not checked")
@@ -453,13 +456,11 @@ def test_compute_sanitizer_finds_nothing(plan: str, tool: str) -> None:
         cwd=ROOT,
         # The allocator hands out pieces of large blocks, between which a stray access is not seen.
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
         check=False,
-        timeout=240,
+        timeout=100,
     )
-    if "Device not supported" in run.stdout:
+    output = "".join(capfd.readouterr())
+    if "Device not supported" in output:
         pytest.skip(f"compute-sanitizer does not know this device: {tool} was not run")
-    assert run.returncode == 0, run.stdout[-4000:]
-    assert "2 passed" in run.stdout, run.stdout[-4000:]
+    assert run.returncode == 0, output[-4000:]
+    assert "2 passed" in output, output[-4000:]
