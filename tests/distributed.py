@@ -121,7 +121,8 @@ def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted session ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TRITON_INTERPRET"] = "1"  # is read when Triton is imported
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # is read when Triton is imported
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     # Of tensor parallel layers that FSDP2 wraps; nobody writes into what they return.
@@ -151,11 +152,11 @@ def _end_with_parent() -> None:
 _meshes: dict[Any, DeviceMesh] = {}
 
 
-def mesh(*shape: int) -> DeviceMesh:
+def mesh(*shape: int, device: str = "cpu") -> DeviceMesh:
     """All ranks as a mesh of this shape with dimensions "a", "b"; the same one every time, with its process groups."""
-    if shape not in _meshes:
-        _meshes[shape] = dist.init_device_mesh("cpu", shape, mesh_dim_names=("a", "b")[: len(shape)])
-    return _meshes[shape]
+    if (device, shape) not in _meshes:
+        _meshes[device, shape] = dist.init_device_mesh(device, shape, mesh_dim_names=("a", "b")[: len(shape)])
+    return _meshes[device, shape]
 
 
 class Collectives(TorchDispatchMode):
@@ -231,13 +232,11 @@ def ranks_of(layout: str, sharing: str) -> int:
     return 4 if layout in {"HSDP", "FSDP2 x TP", *MIXED} else RANKS[sharing]
 
 
-def _places(layout: str, ndim: int, number: int) -> tuple[DeviceMesh, list[Placement]] | None:
+def _places(layout: str, weight: Tensor, number: int) -> tuple[DeviceMesh, list[Placement]] | None:
     """Where a parameter lies before FSDP2 takes it, by its number; None: it is whole."""
-    first, second = Shard(0), Shard(1) if ndim > 1 else Replicate()
-    if layout == "TP column":
-        return mesh(dist.get_world_size()), [first]
-    if layout == "TP row":
-        return mesh(dist.get_world_size()), [second]
+    first, second = Shard(0), Shard(1) if weight.ndim > 1 else Replicate()
+    if layout in {"TP column", "TP row"}:
+        return mesh(dist.get_world_size(), device=weight.device.type), [first if layout == "TP column" else second]
     if layout == "FSDP2 x TP":
         return mesh(2, 2)["b"], [(second, first)[number % 2]]  # FSDP2 refuses parameters of which it has nothing
     if layout == "replicated":
@@ -300,7 +299,7 @@ def build(layout: str, weights: dict[str, Tensor]) -> nn.Module:
         return Given(sliced(weights))
     parts = {name: weight.clone() for name, weight in weights.items()}
     for number, (name, weight) in enumerate(weights.items()):
-        places = _places(layout, weight.ndim, number) if weight.ndim else None
+        places = _places(layout, weight, number) if weight.ndim else None
         if places is not None:
             parts[name] = distribute_tensor(weight, *places, src_data_rank=None)
     module = Given(parts)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import fused_adamp
+import uninstalled  # noqa: F401
 
 if TYPE_CHECKING:
     import pytest
-
-# Only an installation puts kernels/ inside the package (pyproject.toml, package-dir).
-if find_spec("fused_adamp.kernels") is None:
-    fused_adamp.__path__.append(str(Path(__file__).parents[2]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
