@@ -18,7 +18,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from fused_adamp.reference import rows_first
-from fused_adamp.sharding import Sharing, is_distributed, layouts_of, like, local
+from fused_adamp.sharding import Sharing, is_distributed, layouts_of, like, local, slice_of
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -174,6 +174,7 @@ class Bucket:
         members = [(p, layout) for p in params for layout in layouts_of(p, key.channel_dim)]
         self.params = [p for p, _ in members]
         self.layouts = [layout for _, layout in members]
+        self._slices = [slice_of(p) for p in params]
         self.distributed = any(map(is_distributed, self.params))
         self.sliced = any(layout.piece is not None for layout in self.layouts)
         self.index: dict[Tensor, int] = {}
@@ -211,6 +212,11 @@ class Bucket:
         self.decisions = torch.full((len(self.params),), UNDECIDED, dtype=torch.uint8, device=key.device)
         self.results = torch.full((len(self.params), len(RESULTS)), math.nan, dtype=torch.float64, device=key.device)
         self.scratch = key.backend.scratch(self)
+
+    @property
+    def fits_marks(self) -> bool:
+        """Whether all that :func:`~fused_adamp.sharding.mark_slice` says of the parameters is as it was."""
+        return [slice_of(p) for p in self.index] == self._slices
 
     def set_groups(self, groups: Sequence[int]) -> None:
         """Say which parameter group each member belongs to, by index."""
@@ -253,16 +259,17 @@ class Bucket:
             for t, layout in zip(tensors, self.layouts, strict=True)
         ]
 
-    def counts(self, name: str, given: list[Tensor], fresh: Container[Tensor]) -> list[Tensor]:
+    def counts(self, name: str, given: list[Tensor], uncounted: Container[Tensor]) -> list[Tensor]:
         """Of the members' parameters' counts, the members'.
 
-        Every piece counts by itself. Those of ``fresh`` parameters begin with what these have.
+        Every piece counts by itself, from what its parameter has; but for parameters that are not ``uncounted``, which
+        this step may have counted already.
         """
         counts, further = list(given), []
         for i, (p, t) in enumerate(zip(self.params, given, strict=True)):
             if t is not ABSENT and self.index[p] < i:
                 counts[i] = self.counters[name][i]
-                further += [i] if p in fresh else []
+                further += [i] if p in uncounted else []
         if further:
             torch._foreach_copy_([counts[i] for i in further], [given[i] for i in further])
         return counts
@@ -290,7 +297,9 @@ class Bucket:
 
 def _own(view: Tensor) -> Tensor:
     """The same memory under a torch storage that ends where the view does, so that pickling it writes no more."""
-    if view.device.type in {"cpu", "cuda"} and view.numel():
+    if not view.numel():
+        return torch.empty_like(view)
+    if view.device.type in {"cpu", "cuda"}:
         return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(view))  # type: ignore[attr-defined]
     return view
 

@@ -139,7 +139,7 @@ def _in_order(layouts: Iterable[Layout], *, replicas: bool = False) -> list[Proc
     groups = {group for layout in layouts for group in (*layout.row_groups, *layout.col_groups)}
     if replicas:
         groups |= {group for layout in layouts for group in layout.replica_groups if layout.sharing}
-    return sorted(groups, key=dist.get_process_group_ranks)
+    return sorted(groups, key=lambda group: (dist.get_process_group_ranks(group), group.group_name))
 
 
 class _Piece(NamedTuple):
@@ -194,7 +194,7 @@ class Exchange:
         members: the parameters that lie on several ranks, in the order of the parameter groups.
         pieces: what is here of them, a parameter and an index in its bucket: one of each, or those of a flat slice.
         lines: what is to be the same on all ranks, in words, but for hyperparameters.
-        layouts: how they lie on the ranks.
+        layouts: how they lie on the ranks; of a flat slice, how its first piece does.
         groups: the parameter groups they are in, by index.
         device: where everything is added up.
     """
@@ -205,6 +205,7 @@ class Exchange:
         buckets = [bucket for bucket in buckets if bucket.shared is not None]
         self._shared = [bucket.shared for bucket in buckets if bucket.shared is not None]
         self._results = [bucket.results for bucket in buckets]
+        self._decisions = [bucket.decisions for bucket in buckets]
         here = _pieces(buckets)
         self.members = [p for p in labels if p in here]
         pieces = [piece for p in self.members for piece in here[p]]
@@ -243,6 +244,7 @@ class Exchange:
     def _find_pieces(self, pieces: Sequence[_Piece], counts: Sequence[int]) -> None:
         """``counts``: how many each member has."""
         self._places = self._indices(piece.place for piece in pieces)
+        self._is_elsewhere = self._flags(not piece.layout.holds for piece in pieces)
         self._piece_is_split = self._flags(piece.layout.sharing is Sharing.SPLIT for piece in pieces)
         self._owners = self._indices(i for i, count in enumerate(counts) for _ in range(count))
         """Of every piece the member that it is part of."""
@@ -464,7 +466,7 @@ class Exchange:
         for shared, verdict, row_projections in zip(self._shared, self._parts(verdicts), by_bucket, strict=True):
             shared.verdicts.copy_(verdict)
             shared.row_projections.copy_(row_projections)
-        self._report(outcome)
+        self._report(outcome, decisions)
 
     def square_norm(self, outcome: Outcome) -> Tensor:
         """The sum of the squares of all gradients, of whole parameters too: 0-dim float64."""
@@ -577,8 +579,11 @@ class Exchange:
             found = found + failed + moved + stale + broken
         return found.reshape(1)
 
-    def _report(self, outcome: Outcome) -> None:
-        """Writes :attr:`Bucket.results` of members that were tested; the cosine is that of the rows here."""
+    def _report(self, outcome: Outcome, decisions: Tensor) -> None:
+        """Writes :attr:`Bucket.results` of members that were tested; the cosine is that of the rows here.
+
+        And the decisions on members of which nothing is here, that nobody steps here.
+        """
         records, owners = outcome.records, self._row_owners
         by_piece = self._all_shares()[self._places, SHARES.index("cosine")].masked_fill(self._piece_is_split, 0.0)
         by_row = self._cosine(outcome.rows, self._dims[owners, 0], owners).nan_to_num(math.inf, posinf=math.inf)
@@ -589,8 +594,13 @@ class Exchange:
         all_results = torch.cat([results.to(self.device) for results in self._results])
         stepped = (records[:, 1:2] > 0)[self._owners]
         all_results[self._places] = torch.where(stepped, found[self._owners], all_results[self._places])
+        all_decisions = torch.cat([of_bucket.to(self.device) for of_bucket in self._decisions])
+        before, now = all_decisions[self._places], decisions[self._owners].byte()
+        all_decisions[self._places] = torch.where(self._is_elsewhere & stepped[:, 0], now, before)
         for results, part in zip(self._results, self._parts(all_results), strict=True):
             results.copy_(part)
+        for of_bucket, part in zip(self._decisions, self._parts(all_decisions), strict=True):
+            of_bucket.copy_(part)
 
 
 def _event() -> Any:

@@ -42,7 +42,9 @@ from fused_adamp.sharding import (
     layouts_of,
     local,
     local_gradient,
+    marks,
     odd_placement,
+    shape_of,
     slice_of,
 )
 
@@ -126,6 +128,7 @@ class ProjectedOptimizer(Optimizer):
     _unbucketed: list[Tensor]
     _seen_params: list[Tensor]
     _seen_groups: list[tuple[Any, ...]]
+    _seen_marks: int
     _clipping: _Clipping | None
     _had_matrices: tuple[bool, ...] = ()
     """Of every parameter group, whether it was added with a parameter of two or more dimensions."""
@@ -328,7 +331,10 @@ class ProjectedOptimizer(Optimizer):
         except Exception:
             del self.param_groups[before:]
             raise
-        self._had_matrices = (*self._had_matrices, any(p.ndim >= 2 for p in group["params"]))
+        self._had_matrices = (*self._had_matrices, any(len(shape_of(p)) >= 2 for p in group["params"]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_had_matrices": self._had_matrices}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -399,11 +405,12 @@ class ProjectedOptimizer(Optimizer):
         groups = [(len(group["params"]), *self._storage(group)) for group in self.param_groups]
         if not (
             groups == self._seen_groups
+            and marks() == self._seen_marks
             and all(map(is_, params, self._seen_params))
             and all(p.grad is None for p in self._unbucketed)
         ):
             self._fill_buckets()
-            self._seen_params, self._seen_groups = params, groups
+            self._seen_params, self._seen_groups, self._seen_marks = params, groups, marks()
         try:
             batches = [self._batch(bucket, make_state) for bucket in self._buckets]
         except (RuntimeError, IndexError):  # a tensor that has no such rows: say which
@@ -448,8 +455,8 @@ class ProjectedOptimizer(Optimizer):
             params, grads = bucket.cut(params), bucket.cut(grads)
             tensors |= {name: bucket.cut(tensors[name]) for name in key.storage.keys() & tensors}
             # Where a step is told that gradients are missing, it may have counted for the others already.
-            fresh = self._filled or bucket.index
-            tensors |= {name: bucket.counts(name, tensors[name], fresh) for name in key.counters.keys() & tensors}
+            uncounted = self._filled or bucket.index
+            tensors |= {name: bucket.counts(name, tensors[name], uncounted) for name in key.counters.keys() & tensors}
         if key.channel_dim != 0:
             params = [_rows_first(p, key) for p in params]
             grads = [_rows_first(g, key, copy=True) for g in grads]
@@ -673,7 +680,7 @@ class ProjectedOptimizer(Optimizer):
             self._agreed.tell(failed)
         else:
             owners = [(p, group["channel_dim"]) for group in self.param_groups for p in group["params"]]
-            shared = [(p, channel_dim) for p, channel_dim in owners if is_shared(p)]
+            shared = [(p, channel_dim) for p, channel_dim in owners if is_shared(p) and self._takes_part(p)]
             shake_hands([layout for of in shared for layout in layouts_of(*of)], failed)
 
     def _options_in_words(self, exchange: Exchange) -> list[str]:
@@ -711,7 +718,7 @@ class ProjectedOptimizer(Optimizer):
         kept = [
             bucket
             for bucket in self._buckets
-            if bucket not in without and all(keys.get(p) == bucket.key for p in bucket.params)
+            if bucket not in without and all(keys.get(p) == bucket.key for p in bucket.params) and bucket.fits_marks
         ]
         bucketed = {p for bucket in kept for p in bucket.params}
         members: dict[BucketKey, list[Tensor]] = {}
@@ -757,11 +764,14 @@ class ProjectedOptimizer(Optimizer):
                 for device in {p.device for p in group["params"]}
             }
             for p in group["params"]:
-                if p.requires_grad or p.grad is not None or self.state.get(p):
+                if self._takes_part(p):
                     _check_parameter(p, self._label(p))
                     _check_channel_dim(p, group["channel_dim"], self._label(p))
                     keys[p] = self._bucket_key(p, group, backends[p.device])
         return keys
+
+    def _takes_part(self, p: Tensor) -> bool:
+        return p.requires_grad or p.grad is not None or bool(self.state.get(p))
 
     def _bucket_key(self, p: Tensor, group: dict[str, Any], backend: Backend) -> BucketKey:
         moments, channel_dim, state_dtype, rounding, _ = self._storage(group)
@@ -809,6 +819,7 @@ class ProjectedOptimizer(Optimizer):
         self._unbucketed = []
         self._seen_params = []
         self._seen_groups = []
+        self._seen_marks = 0
         self._clipping = None
         self.exchange = None
         self._agreed = None
@@ -915,7 +926,7 @@ def _check_parameter(p: Tensor, label: str) -> None:
 
 def _check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: str) -> None:
     flat = slice_of(p)
-    if flat is not None and len(flat.shape) >= 2 and channel_dim != 0:
+    if flat is not None and len(flat.shape) >= 2 and channel_dim not in (0, (0,)):
         raise ValueError(
             f"channel_dim={channel_dim} does not fit {label}, a flat slice of a tensor of shape {flat.shape}: its rows "
             "are those of dim 0; pass channel_dim=0"

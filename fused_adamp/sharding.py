@@ -1,4 +1,4 @@
-"""Parameters on several ranks: from a DTensor's placements to the sums that its step needs, and their collectives."""
+"""Parameters on several ranks: from a DTensor's placements, or a flat slice, to the sums that its step needs."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ __all__ = [
     "like",
     "local",
     "mark_slice",
+    "marks",
     "schedule",
     "shape_of",
     "slice_of",
@@ -52,18 +53,22 @@ class Piece(NamedTuple):
     """What a flat slice has of a matrix in one piece: whole rows, or a part of one row.
 
     Attributes:
-        begin: the first element within the slice.
+        size: elements of the slice.
+        begin: the piece's first.
         rows, cols: its shape.
         cut: of a part of a row its place in :attr:`FlatSlice.cut_rows`.
     """
 
+    size: int
     begin: int
     rows: int
     cols: int
     cut: int | None = None
 
     def of(self, t: Tensor) -> Tensor:
-        """The piece of a tensor that lies as the slice: ``(rows, cols)``. Raises RuntimeError if it is none."""
+        """The piece of a tensor that lies as the slice: ``(rows, cols)``. RuntimeError if it has another size."""
+        if t.numel() != self.size:
+            raise RuntimeError(f"a slice of {self.size} elements cannot be stepped with a tensor of {t.numel()}")
         return t[self.begin : self.begin + self.rows * self.cols].view(self.rows, self.cols)
 
 
@@ -147,7 +152,7 @@ def _as_dtensor(t: Tensor) -> DTensor:
 def in_words(p: Tensor) -> str:
     """What and where a parameter is that lies on several ranks; the same words on all of them."""
     if flat := slice_of(p):
-        return f"shape {flat.shape}, in slices on ranks {dist.get_process_group_ranks(flat.group)}"
+        return f"shape {flat.shape}, in slices on {flat.group.size()} ranks"  # which, not all ranks need to agree on
     return f"shape {tuple(p.shape)}, {_as_dtensor(p).placements} on {_as_dtensor(p).device_mesh}"
 
 
@@ -241,7 +246,7 @@ class FlatSlice(NamedTuple):
     holders: int
 
     def layouts(self) -> list[Layout]:
-        """Those of the end of a row, of whole rows and of the beginning of a row; of a vector its own."""
+        """Those of the end of a row, of whole rows and of the beginning of a row, if there are; of a vector its own."""
         size = self.end - self.begin
         if len(self.shape) < 2 or 0 in self.shape:
             whole = Layout(Sharing.SHARED, 1, math.prod(self.shape), (self.group,), (), (self.begin, size))
@@ -249,23 +254,29 @@ class FlatSlice(NamedTuple):
         rows, cols = self.shape[0], math.prod(self.shape[1:])
         head = min(-self.begin % cols, size)
         tail = (size - head) % cols
-        pieces = [
-            self._part_of_row(0, head, cols),
-            Piece(head, (size - head) // cols, cols),
-            self._part_of_row(size - tail, tail, cols),
-        ]
+        whole_rows = Piece(size, head, (size - head) // cols, cols)
+        pieces = [self._part_of_row(0, head), whole_rows, self._part_of_row(size - tail, tail)]
         layouts = []
-        for piece in pieces:
+        for piece in [piece for piece in pieces if piece.rows * piece.cols] or [whole_rows]:
             sharing = Sharing.SHARED if piece.cut is None else Sharing.SPLIT
             numbers = self.begin + piece.begin, cols
             layouts.append(Layout(sharing, rows, cols, (), (self.group,), numbers, (), self.holders, size > 0, piece))
         return layouts
 
-    def _part_of_row(self, begin: int, size: int, cols: int) -> Piece:
-        return Piece(begin, 1, size, self.cut_rows.index((self.begin + begin) // cols)) if size else Piece(0, 0, cols)
+    def _part_of_row(self, begin: int, cols: int) -> Piece:
+        row = (self.begin + begin) // math.prod(self.shape[1:])
+        return Piece(self.end - self.begin, begin, 1, cols, self.cut_rows.index(row) if cols else None)
 
 
 _slices: MutableMapping[Tensor, FlatSlice] = WeakTensorKeyDictionary()
+
+
+_marks = 0
+
+
+def marks() -> int:
+    """How often :func:`mark_slice` has been called."""
+    return _marks
 
 
 def slice_of(p: Tensor) -> FlatSlice | None:
@@ -298,13 +309,21 @@ def mark_slice(p: Tensor, shape: Sequence[int], begin: int, group: ProcessGroup 
         TypeError, ValueError: p is no vector; the ranks' slices are not the tensor. On every rank.
     """
     group = dist.group.WORLD if group is None else group
-    if group is None:
-        raise ValueError("mark_slice tells the ranks of a process group: call torch.distributed.init_process_group")
-    shape, mistake = tuple(shape), None
+    if group is None or isinstance(group, int):  # as torch says that a rank is no member
+        raise ValueError(
+            "mark_slice tells the ranks of a process group: call torch.distributed.init_process_group, and pass a group"
+            " that this rank is a member of"
+        )
+    mistake = None
     if p.ndim != 1 or is_distributed(p):
         mistake = f"it is {'a DTensor' if is_distributed(p) else 'a tensor'} of shape {tuple(p.shape)}, not a vector"
+    try:
+        shape, begin = torch.Size(shape), int(begin)
+    except TypeError as error:
+        mistake, shape, begin = f"shape={shape!r} and begin={begin!r} ({error})", torch.Size(()), 0
     told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, (mistake, shape, begin, begin + p.numel()), group=group)
+    dist.all_gather_object(told, (mistake, tuple(shape), begin, begin + p.numel()), group=group)
+    shape = tuple(shape)
     for rank, (wrong, *_) in enumerate(told):
         if wrong is not None:
             raise TypeError(f"rank {rank} of the group has marked what is no slice: {wrong}")
@@ -320,6 +339,8 @@ def mark_slice(p: Tensor, shape: Sequence[int], begin: int, group: ProcessGroup 
     cols = math.prod(shape[1:])
     cut_rows = sorted({end // cols for end in ends if cols and end % cols})
     _slices[p] = FlatSlice(shape, begin, begin + p.numel(), group, tuple(cut_rows), len(spans))
+    global _marks
+    _marks += 1
     return p
 
 

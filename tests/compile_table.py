@@ -103,6 +103,10 @@ def variants() -> list[Variant]:
     for kernel in ("update", "one_pass"):  # the others round nothing
         stochastic = ("bf16", "bf16", "bf16"), ("bf16", "bf16", "fp32"), ("fp32", "fp32", "bf16")
         found += [Variant(kernel, dtypes=dtypes, rounding="stochastic") for dtypes in stochastic]
+    for target in ("sm_80", "sm_90"):  # what a row that is cut in two most often is
+        flat = {"target": target, "layout": "FLAT"}
+        found += [Variant(k, dtypes=("bf16", "bf16", "fp32"), rounding="remainder", **flat) for k in KERNELS]
+        found += [Variant(k, dtypes=("bf16",) * 3, rounding="stochastic", **flat) for k in ("update", "one_pass")]
     for kernel in (*KERNELS, "share"):
         found += [Variant(kernel, target, shared=True) for target in TARGETS]
     for kernel in ("update", "share"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -28,10 +29,11 @@ from distributed import (
 from tolerances import assert_identical
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from trajectory import MOMENTS, RULES
+from trajectory import MOMENTS, RULES, gradient
 
 from fused_adamp import exchange
 from fused_adamp.exchange import Exchange
+from fused_adamp.reference import Decision
 from fused_adamp.sharding import local, mark_slice
 
 if TYPE_CHECKING:
@@ -319,8 +321,126 @@ def test_slices_that_take_the_place_of_matrices(rule: str) -> None:
     run(4, take_the_place_of_matrices, rule)
 
 
+def overlapping_groups() -> None:
+    """One slice over all ranks, one over half of them, and one over another group of the same ranks."""
+    cls, defaults = RULES["AdamP"]
+    half, again = mesh(2, 2)["b"].get_group(), dist.new_group([0, 1, 2, 3])
+    params, whole = [], []
+    for number, group in enumerate((dist.group.WORLD, half, again)):
+        w = random_weights({"matrix": SLICED}, number)["matrix"]
+        at, ranks = dist.get_group_rank(group, dist.get_rank()), group.size()
+        begin, end = (min(at * 13, 35), 35 if at == ranks - 1 else min((at + 1) * 13, 35))
+        params.append(mark_slice(nn.Parameter(w.flatten()[begin:end].clone()), SLICED, begin, group))
+        whole.append(nn.Parameter(w.clone()))
+    optimizers = [cls(of, **defaults, **BACKEND) for of in (params, whole)]
+    for count in range(3):
+        for number, (p, w) in enumerate(zip(params, whole, strict=True)):
+            w.grad = random_weights({"matrix": SLICED}, 10 + 3 * count + number)["matrix"]
+            p.grad = laid_out(w.grad, p)
+        for one in optimizers:
+            one.clip_grad_norm_(0.1)
+            one.step()
+        for p, w in zip(params, whole, strict=True):
+            assert_within({"matrix": p}, {"matrix": laid_out(w.detach(), p)})
+
+
+def test_slices_over_several_groups() -> None:
+    run(4, overlapping_groups)
+
+
+def fail_beside_a_frozen_one() -> None:
+    """The ranks of a parameter that is not trained are not told, since they do not wait."""
+    cls, defaults = RULES["AdamP"]
+    half, at = mesh(2, 2)["b"].get_group(), mesh(2, 2).get_coordinate()[1]
+    spans = (dist.group.WORLD, 8 * dist.get_rank(), 8), (half, 16 * at, 16)
+    trained, frozen = (mark_slice(nn.Parameter(torch.ones(n)), (8, 4), begin, group) for group, begin, n in spans)
+    frozen.requires_grad_(False)
+    optimizer = cls([trained, frozen], **defaults, **BACKEND)
+    trained.grad = torch.ones_like(trained)
+    if odd():
+        optimizer.state[trained] = {"exp_avg": torch.zeros(8)}
+    with pytest.raises(ValueError if odd() else RuntimeError, match="lacks" if odd() else "another rank"):
+        optimizer.step()
+
+
+def test_a_rank_that_fails_beside_a_frozen_slice() -> None:
+    run(4, fail_beside_a_frozen_one)
+
+
+def nothing_here() -> None:
+    """A rank that has nothing of a slice may give it a gradient in one step and none in the next."""
+    cls, defaults = RULES["AdamP"]
+    w = random_weights({"matrix": SLICED}, 0)["matrix"]
+    begin, end = ((0, 35), (35, 35))[dist.get_rank()]
+    p = mark_slice(nn.Parameter(w.flatten()[begin:end].clone()), SLICED, begin)
+    optimizer = cls([p], **defaults, **BACKEND)
+    for count, along in enumerate((0.0, 1.0)):
+        whole = gradient(w, "channel") + along * w
+        p.grad = laid_out(whole, p) if count == 0 or p.numel() else None
+        optimizer.step()
+        found: list[Any] = [None, None]
+        dist.all_gather_object(found, optimizer.decisions()[p])
+        assert found[0] == found[1]
+        assert (found[0] is Decision.CHANNEL) == (count == 0)
+    saved = io.BytesIO()
+    torch.save(optimizer.state_dict(), saved)
+    copied = copy.deepcopy(optimizer.state_dict())
+    assert [*copied["state"]] == [0]
+
+
+def test_slice_of_nothing() -> None:
+    run(2, nothing_here)
+
+
+def mark_again() -> None:
+    """What is said later counts from the next step on; and where nothing is said, no slice is taken for a vector."""
+    cls, defaults = RULES["AdamP"]
+    w = random_weights({"matrix": SLICED}, 0)["matrix"]
+    cut = 13
+    begin, end = ((0, cut), (cut, 35))[dist.get_rank()]
+    p, whole = nn.Parameter(w.flatten()[begin:end].clone()), nn.Parameter(w.flatten().clone())
+    optimizers = [cls([of], **defaults, **BACKEND) for of in (p, whole)]
+
+    def advance(seed: int) -> None:
+        g = gradient(whole.detach().reshape(SLICED), "channel") + random_weights({"g": SLICED}, seed)["g"] * 1e-4
+        whole.grad = g.reshape(whole.shape)
+        p.grad = whole.grad.flatten()[begin:end]
+        for one in optimizers:
+            one.step()
+        assert_within({"matrix": p}, {"matrix": whole.detach().flatten()[begin:end]})
+
+    advance(0)
+    assert optimizers[0].decisions()[p] is Decision.NONE  # still a vector
+    for shape in (SLICED, (5, 7)):
+        mark_slice(p, shape, begin)
+        state = optimizers[1].state.pop(whole)
+        whole = nn.Parameter(whole.detach().reshape(shape))
+        optimizers[1].param_groups[0]["params"] = [whole]
+        optimizers[1].state[whole] = {k: t.reshape(shape) if t.ndim else t for k, t in state.items()}
+        advance(1)
+        assert optimizers[0].decisions()[p] is optimizers[1].decisions()[whole]
+    for unmarked in (cls([p], **defaults), copy.deepcopy(cls([p], **defaults))):
+        unmarked.param_groups[0]["params"] = [nn.Parameter(p.detach().clone())]
+        unmarked.param_groups[0]["params"][0].grad = p.grad
+        with pytest.raises(TypeError, match="has taken the place of matrices"):
+            unmarked.step()
+    for tensors in ([p], [optimizers[0].state[p]["exp_avg"]]):
+        for t in tensors:
+            t.data = torch.cat([t.data, t.data])
+        p.grad = torch.zeros_like(p)
+        with pytest.raises((ValueError, RuntimeError), match=r"(26|44) elements|of (26|44)"):
+            optimizers[0].step()
+        for t in tensors:
+            t.data = t.data[: end - begin]
+
+
+def test_marks_that_come_late() -> None:
+    run(2, mark_again)
+
+
 MISMARKED: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     r"no slice: it is a tensor of shape \(3, 5\)": ((torch.zeros(3, 5), SLICED, 0), (torch.zeros(20), SLICED, 15)),
+    r"shape=30 and begin=0": ((torch.zeros(13), 30, 0), (torch.zeros(22), SLICED, 13)),
     r"different shapes: \[\(7, 5\), \(5, 7\)\]": ((torch.zeros(13), SLICED, 0), (torch.zeros(22), (5, 7), 13)),
     r"go from and to \[\(0, 13\), \(14, 35\)\]": ((torch.zeros(13), SLICED, 0), (torch.zeros(21), SLICED, 14)),
     r"from element 0 to 35, .* \[\(0, 13\), \(12, 35\)\]": (

@@ -49,7 +49,7 @@ _WARPS = 8
 _WINDOW = 1 << 20
 """Elements, 8 MB of float32 weights and gradients, that the one-pass plan measures ahead of updating them."""
 _RUN = 1 << 13
-"""Elements of a job, in tiles: the loads that lead to the first, one after the other, are cached for the next."""
+"""Elements of a job, in whole tiles: the loads that lead to the first, one after the other, are cached for the next."""
 _DOT_RUN = 1 << 16
 """Elements of a job in a stage that most often has nothing to do."""
 _PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -619,7 +619,7 @@ def _order(bucket: Bucket) -> _Order:
     numbers = (
         _tiles(bucket.table),
         first,
-        (tile_rows * tile_cols).clamp(min=1),
+        (tile_rows * tile_cols).clamp(min=1 << _LOG_TILE),  # however few they are, they take a block of registers
         projected != 0,
         sharing == Sharing.LOCAL,
     )
@@ -655,16 +655,18 @@ def make_spec(
 
 def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
     """How a kernel of plans.py is compiled, besides what the spec says."""
-    from fused_adamp.kernels.precision import STOCHASTIC
+    from fused_adamp.kernels.precision import REMAINDER, STOCHASTIC
     from fused_adamp.kernels.tiles import FLAT, STRIDED
 
     options = {"num_warps": _WARPS}
     # Registers. Left to itself, ptxas tries for one program more on a multiprocessor, and spills.
-    name, layout, shared = kernel.__name__, spec.layout.value, spec.shared.value
+    name, layout, shared, rounding = kernel.__name__, spec.layout.value, spec.shared.value, spec.rounding.value
+    flat = layout == FLAT.value
     crowded = layout == STRIDED.value or spec.number.primitive_bitwidth == 64
-    crowded |= name == "update_kernel" and shared and layout == FLAT.value
-    crowded |= name == "one_pass_kernel" and (shared or layout == FLAT.value or spec.rounding.value == STOCHASTIC.value)
-    options["maxnreg"] = 255 if crowded else 80 if name == "measure_kernel" else 128
+    crowded |= name == "update_kernel" and flat and (shared or rounding == STOCHASTIC.value)
+    crowded |= name == "one_pass_kernel" and (flat or shared or rounding == STOCHASTIC.value)
+    measure = 96 if flat and rounding == REMAINDER.value else 80
+    options["maxnreg"] = 255 if crowded else measure if name == "measure_kernel" else 128
     return options
 
 
