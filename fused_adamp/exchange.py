@@ -596,7 +596,8 @@ class Exchange:
         all_results[self._places] = torch.where(stepped, found[self._owners], all_results[self._places])
         all_decisions = torch.cat([of_bucket.to(self.device) for of_bucket in self._decisions])
         before, now = all_decisions[self._places], decisions[self._owners].byte()
-        all_decisions[self._places] = torch.where(self._is_elsewhere & stepped[:, 0], now, before)
+        decided = self._is_elsewhere & stepped[:, 0] & (self.found_inf(outcome) == 0)
+        all_decisions[self._places] = torch.where(decided, now, before)
         for results, part in zip(self._results, self._parts(all_results), strict=True):
             results.copy_(part)
         for of_bucket, part in zip(self._decisions, self._parts(all_decisions), strict=True):
