@@ -196,9 +196,8 @@ class Bucket:
         device = key.backend.counters_device(key.device)
         self.counters = {n: torch.zeros(len(self.params), dtype=d, device=device) for n, d in key.counters.items()}
         rows, first_tile, first_row = [], 0, 0
-        for p, layout in members:
-            part = layout.piece.of(p) if layout.piece else rows_first(local(p), key.channel_dim)
-            numbers = layout.numbers or (0, 0)
+        for i, (p, layout) in enumerate(members):
+            part, numbers = self.rows(i, local(p)), layout.numbers or (0, 0)
             # Chance goes by an element's number: rows that do not follow each other in the whole are tiles.
             apart = key.rounding == "stochastic" and numbers[1] != rows_cols(part)[1]
             row, tiles = _geometry(part, key.backend, apart=apart)
@@ -252,12 +251,14 @@ class Bucket:
         """What the members' state under that key is part of."""
         return self.storage[name] if name in self.storage else self.counters[name]
 
-    def cut(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Of tensors that lie as the members' parameters do, the members' pieces."""
-        return [
-            t if layout.piece is None or t is ABSENT else layout.piece.of(t)
-            for t, layout in zip(tensors, self.layouts, strict=True)
-        ]
+    def rows(self, index: int, t: Tensor, *, copy: bool = False) -> Tensor:
+        """Member ``index``'s part of a tensor that lies as its parameter does, with rows first."""
+        piece = self.layouts[index].piece
+        return rows_first(t, self.key.channel_dim, copy=copy) if piece is None else piece.of(t)
+
+    def all_rows(self, tensors: list[Tensor], *, copy: bool = False) -> list[Tensor]:
+        """The same of every member."""
+        return [t if t is ABSENT else self.rows(i, t, copy=copy) for i, t in enumerate(tensors)]
 
     def counts(self, name: str, given: list[Tensor], uncounted: Container[Tensor]) -> list[Tensor]:
         """Of the members' parameters' counts, the members'.

@@ -7,8 +7,8 @@ A step of sharded parameters goes
     step      every backend steps by the verdicts
 
 The shares of a parameter are a record; each row that is split has one of its own, until the rows are complete and
-folded into the parameter's. All that is sent is summed. A header goes with it, which tells what no rank
-can find out alone: see Header.
+folded into the parameter's. All that is sent is summed. A header goes with it, which tells what no rank can find out
+alone: see Header.
 """
 
 from __future__ import annotations

@@ -451,16 +451,13 @@ class ProjectedOptimizer(Optimizer):
         if bucket.distributed:
             params = list(map(local, params))
             tensors |= {name: [local(t) for t in tensors[name]] for name in key.storage.keys() & tensors}
+        if bucket.sliced or key.channel_dim != 0:
+            params, grads = bucket.all_rows(params), bucket.all_rows(grads, copy=True)
+            tensors |= {name: bucket.all_rows(tensors[name]) for name in key.storage.keys() & tensors}
         if bucket.sliced:
-            params, grads = bucket.cut(params), bucket.cut(grads)
-            tensors |= {name: bucket.cut(tensors[name]) for name in key.storage.keys() & tensors}
             # Where a step is told that gradients are missing, it may have counted for the others already.
             uncounted = self._filled or bucket.index
             tensors |= {name: bucket.counts(name, tensors[name], uncounted) for name in key.counters.keys() & tensors}
-        if key.channel_dim != 0:
-            params = [_rows_first(p, key) for p in params]
-            grads = [_rows_first(g, key, copy=True) for g in grads]
-            tensors |= {name: [_rows_first(t, key) for t in tensors[name]] for name in key.storage.keys() & tensors}
         return Batch(
             bucket,
             params,
@@ -979,10 +976,6 @@ def number(value: Any) -> Any:
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach().double().reshape(())
     return float(value)
-
-
-def _rows_first(t: Tensor, key: BucketKey, *, copy: bool = False) -> Tensor:
-    return t if t is ABSENT else rows_first(t, key.channel_dim, copy=copy)
 
 
 def _default_state_dtype(p: Tensor, rounding: str) -> torch.dtype:

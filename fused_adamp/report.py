@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from fused_adamp.bucket import RESULTS, UNDECIDED, rows_cols
 from fused_adamp.precision import join
-from fused_adamp.reference import Decision, rows_first
+from fused_adamp.reference import Decision
 from fused_adamp.sharding import local, local_gradient, shape_of
 
 if TYPE_CHECKING:
@@ -134,17 +134,12 @@ def _weight_and_step(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) 
     weight = local(param.detach())
     if "remainder" in state:
         weight = join(weight, local(state["remainder"]))
-    piece = bucket.layouts[index].piece
-    p = (piece.of(weight) if piece else rows_first(weight, key.channel_dim)).double()
+    p = bucket.rows(index, weight).double()
     p = p.reshape(rows_cols(p))
     if any(moment is None for moment in moments):
         return p, torch.full_like(p, math.nan)
     here = [local(m) for m in moments if m is not None] if key.moments else [local_gradient(param)]
-    here = [
-        (piece.of(m) if piece else rows_first(m, key.channel_dim, copy=True)).double().reshape(p.shape)
-        for m in here
-        if m is not None
-    ]
+    here = [bucket.rows(index, m, copy=True).double().reshape(p.shape) for m in here if m is not None]
     u, step_size = optimizer.direction(here, state.get("step"), group)
     return p, step_size * u
 

@@ -269,8 +269,6 @@ class FlatSlice(NamedTuple):
 
 
 _slices: MutableMapping[Tensor, FlatSlice] = WeakTensorKeyDictionary()
-
-
 _marks = 0
 
 
@@ -318,12 +316,11 @@ def mark_slice(p: Tensor, shape: Sequence[int], begin: int, group: ProcessGroup 
     if p.ndim != 1 or is_distributed(p):
         mistake = f"it is {'a DTensor' if is_distributed(p) else 'a tensor'} of shape {tuple(p.shape)}, not a vector"
     try:
-        shape, begin = torch.Size(shape), int(begin)
-    except TypeError as error:
-        mistake, shape, begin = f"shape={shape!r} and begin={begin!r} ({error})", torch.Size(()), 0
+        shape, begin = tuple(map(int, shape)), int(begin)
+    except (TypeError, ValueError) as error:
+        mistake, shape, begin = f"shape={shape!r} and begin={begin!r} ({error})", (), 0
     told: list[Any] = [None] * group.size()
-    dist.all_gather_object(told, (mistake, tuple(shape), begin, begin + p.numel()), group=group)
-    shape = tuple(shape)
+    dist.all_gather_object(told, (mistake, shape, begin, begin + p.numel()), group=group)
     for rank, (wrong, *_) in enumerate(told):
         if wrong is not None:
             raise TypeError(f"rank {rank} of the group has marked what is no slice: {wrong}")

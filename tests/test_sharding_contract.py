@@ -440,6 +440,7 @@ def test_marks_that_come_late() -> None:
 
 MISMARKED: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     r"no slice: it is a tensor of shape \(3, 5\)": ((torch.zeros(3, 5), SLICED, 0), (torch.zeros(20), SLICED, 15)),
+    r"begin='x'": ((torch.zeros(13), SLICED, 0), (torch.zeros(22), SLICED, "x")),
     r"shape=30 and begin=0": ((torch.zeros(13), 30, 0), (torch.zeros(22), SLICED, 13)),
     r"different shapes: \[\(7, 5\), \(5, 7\)\]": ((torch.zeros(13), SLICED, 0), (torch.zeros(22), (5, 7), 13)),
     r"go from and to \[\(0, 13\), \(14, 35\)\]": ((torch.zeros(13), SLICED, 0), (torch.zeros(21), SLICED, 14)),
