@@ -113,6 +113,10 @@ struct Sums {
   double pg, gg, pp;
 };
 
+// The size below which a block's p.p or g.g may have lost squares that are too small for float32, in which a block is summed.
+// -1 where nobody would notice: the clamp at eps hides what is lost, and so does |p| + eps.
+FUSED_ADAMP_INLINE double least_square(double eps2) { return eps2 < 0x1p-90 ? 0x1p-100 : -1; }
+
 // What the cosine test compares with.
 struct Test {
   double delta2 = 0, eps2 = 0;
@@ -122,13 +126,23 @@ struct Test {
   Test(double delta, double eps, bool limits_) : delta2(delta * delta), eps2(eps * eps), limits(limits_) {}
 };
 
+// Whether a product of squares, and with it the square of what they bound, is far from the ends of double.
+FUSED_ADAMP_INLINE bool ordinary(double squares) { return squares > 1e-250 && squares < 1e250; }
+
 // The square of cos(g, p) = |p.g| / (max(|p|, eps) max(|g|, eps)) over its threshold delta / sqrt(dim): the test is passed
 // below 1. Neither side is ever negative, and max(|p|, eps)^2 = max(p.p, eps^2).
 // A NaN, which every broken gradient leaves in p.g, becomes infinity, so that a maximum of these does not lose it.
+// T is the type of the numbers that were summed: products of float's squares never leave double.
+template <class T = double>
 FUSED_ADAMP_INLINE double cosine_ratio(const Sums& s, const Test& test, double dim) {
   const double pp = s.pp > test.eps2 ? s.pp : test.eps2;
   const double gg = s.gg > test.eps2 ? s.gg : test.eps2;
-  const double ratio = s.pg * s.pg * dim / (test.delta2 * pp * gg);
+  const double squares = test.delta2 * pp * gg;
+  double ratio = s.pg * s.pg * dim / squares;
+  if (sizeof(T) == sizeof(double) && !ordinary(squares)) {
+    const double cosine = s.pg / std::sqrt(pp) / std::sqrt(gg);
+    ratio = cosine * cosine * dim / test.delta2;
+  }
   return ratio == ratio ? ratio : HUGE_VAL;
 }
 
@@ -138,9 +152,16 @@ FUSED_ADAMP_INLINE double cosine_ratio(const Sums& s, const Test& test, double d
 //   <=>  s |p.g| < A max(s |g|, eps)   <=>   |p.g| < A |g|  or  s < A eps / |p.g|
 //
 // A NaN passes at no scale.
+template <class T = double>
 FUSED_ADAMP_INLINE double squared_limit(const Sums& s, const Test& test, double dim) {
-  const double pp = s.pp > test.eps2 ? s.pp : test.eps2, pg = s.pg * s.pg * dim;
-  if (pg < test.delta2 * pp * s.gg) return HUGE_VAL;
+  const double pp = s.pp > test.eps2 ? s.pp : test.eps2, pg = s.pg * s.pg * dim, squares = test.delta2 * pp * s.gg;
+  if (sizeof(T) == sizeof(double) && !ordinary(squares)) {
+    const double a = std::sqrt(test.delta2 / dim) * std::sqrt(pp), size = std::fabs(s.pg);
+    if (size < a * std::sqrt(s.gg)) return HUGE_VAL;
+    const double root = a * std::sqrt(test.eps2) / size;
+    return root >= 0 ? root * root : 0;
+  }
+  if (pg < squares) return HUGE_VAL;
   const double limit = test.delta2 * pp * test.eps2 / pg;
   return limit >= 0 ? limit : 0;
 }

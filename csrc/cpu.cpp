@@ -564,16 +564,19 @@ void finish(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, co
   const Decision decision = decision_of(x);
   const Coefficients<T> c = coefficients_of<T>(x);
   const bool guess = x.predict_channel, spans = spans_tiles(x, decision), own = decision == Decision::channel && !spans;
-  if (guess ? own && sums.deferred == 0 : decision == Decision::none) return;
+  if (sums.unmoved == 0 && (guess ? own : decision == Decision::none)) return;
   const T plain = T(decay_of(x, Decision::none)), projected = T(decay_of(x, decision));
   const bool by_row = guess || own || x.row_projections;
   const int64_t rows = by_row ? tile.rows : 1, cols = tile.size() / rows;
   for (int64_t row = 0; row < rows; ++row) {
     const T shrink = guess || own ? reinterpret_cast<const T*>(x.shrink)[tile.row + row] : plain;
-    const T was = guess && recoverable(shrink) ? shrink : plain;
+    const T was = guess ? shrink : plain;
     const double given = x.row_projections ? x.row_projections[tile.row + row] : sums.projection;
     const T is = own ? shrink : spans ? projected - c.step_size * T(given) : projected;
-    if (was != is) k.rule[x.rule].finish(data, row * cols, cols, c, was, is);
+    const int64_t first = row * cols, rest = tile.size() - int64_t(sums.unmoved) - first;  // of those that have moved
+    const int64_t moved = guess ? (recoverable(shrink) ? cols : 0) : std::max<int64_t>(0, std::min(rest, cols));
+    if (moved > 0 && was != is) k.rule[x.rule].finish(data, first, moved, c, was, is);
+    if (moved < cols) k.rule[x.rule].move(data, first + moved, cols - moved, c, is);
   }
 }
 

@@ -83,19 +83,26 @@ struct ViewSums {
   }
 };
 
+// Whether a block's sums, added up in float32, are right: no square, and no p.u, has left the range of float32.
+FUSED_ADAMP_INLINE bool representable(const ViewSums& s, double least) {
+  const double least_of_both = s.sums.pp < s.sums.gg ? s.sums.pp : s.sums.gg;
+  return (s.sums.pp + s.sums.gg + std::fabs(s.pu) < HUGE_VAL) & (least_of_both > least);
+}
+
 // What the stages know of a tile: a row of the bucket's scratch.
 struct TileSums {
   double largest = 0;             // cosine_ratio of a row
   double least_limit = HUGE_VAL;  // squared_limit of a row, if it is wanted
   ViewSums total;
   double projection = 0;  // c of weight_update, where a view is wider than a tile
-  double deferred = 0;    // rows that sweep did not dare to project
+  double unmoved = 0;     // what sweep left where it was: elements at the tile's end, or rows if it projected rows
 
+  template <class T = double>
   FUSED_ADAMP_INLINE void add(const ViewSums& row, const Test& test, double cols) {
-    const double ratio = cosine_ratio(row.sums, test, cols);
+    const double ratio = cosine_ratio<T>(row.sums, test, cols);
     largest = ratio > largest ? ratio : largest;
     if (test.limits) {
-      const double limit = squared_limit(row.sums, test, cols);
+      const double limit = squared_limit<T>(row.sums, test, cols);
       least_limit = limit < least_limit ? limit : least_limit;
     }
     total.add(row);
@@ -154,6 +161,8 @@ struct RuleKernels {
   // n elements from `first` on that were updated with one shrink and should have been with another. Reads p g m v, writes
   // p (20; g only for nesterov and for SGDP without momentum, else 16).
   void (*finish)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T was, T is);
+  // n elements from `first` on that sweep left where they were, though their state is advanced. As finish.
+  void (*move)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T is);
 };
 
 template <class F, class T = typename F::Number>

@@ -226,18 +226,18 @@ struct Accumulator {
   }
 };
 
-// A sum of squares of T, kept in double in the same pattern: as many lanes as Accumulator<T> has.
+// A sum of products of T, taken and kept in double in the same pattern: as many lanes as Accumulator<T> has.
 template <class T>
 struct DoubleAccumulator {
   Accumulator<double> part[sizeof(double) / sizeof(T)] = {};
 
   template <int k>
-  FUSED_ADAMP_INLINE void add_square(Index<k>, Vec<T> x) {
+  FUSED_ADAMP_INLINE void add(Index<k>, Vec<T> x, Vec<T> y) {
     if constexpr (sizeof(T) == sizeof(double)) {
-      part[0].add(Index<k>{}, x, x);
+      part[0].add(Index<k>{}, x, y);
     } else {
-      add_half<2 * k, 0>(x);
-      add_half<2 * k + 1, Vec<double>::lanes>(x);
+      add_half<2 * k, 0>(x, y);
+      add_half<2 * k + 1, Vec<double>::lanes>(x, y);
     }
   }
   FUSED_ADAMP_INLINE double sum() const {
@@ -247,18 +247,23 @@ struct DoubleAccumulator {
   }
 
  private:
-  template <int k, int first>
-  FUSED_ADAMP_INLINE void add_half(Vec<T> x) {
+  template <int first>
+  static FUSED_ADAMP_INLINE Vec<double> half(Vec<T> x) {
 #if defined(__GNUC__)
     using Half = typename RegisterOf<T, register_bytes / 2>::type;
     const std::make_integer_sequence<int, Vec<double>::lanes> index{};
-    const Vec<double> y{__builtin_convertvector(lanes_from<Half, first>(x.lane, index), Register<double>)};
-    part[k / Accumulator<double>::registers].add(Index<k % Accumulator<double>::registers>{}, y, y);
+    return {__builtin_convertvector(lanes_from<Half, first>(x.lane, index), Register<double>)};
 #else
-    if constexpr (first == 0) {  // one lane is all there is
-      const Vec<double> y{double(x.lane)};
-      part[k / 2 / Accumulator<double>::registers].add(Index<k / 2 % Accumulator<double>::registers>{}, y, y);
-    }
+    return {double(x.lane)};
+#endif
+  }
+  template <int k, int first>
+  FUSED_ADAMP_INLINE void add_half(Vec<T> x, Vec<T> y) {
+#if defined(__GNUC__)
+    part[k / Accumulator<double>::registers].add(Index<k % Accumulator<double>::registers>{}, half<first>(x), half<first>(y));
+#else
+    if constexpr (first == 0)  // one lane is all there is
+      part[k / 2 / Accumulator<double>::registers].add(Index<k / 2 % Accumulator<double>::registers>{}, half<0>(x), half<0>(y));
 #endif
   }
 };

@@ -3,8 +3,9 @@
 The lines follow algorithm 1 (SGDP) and algorithm 2 (AdamP) of Heo et al., *AdamP: Slowing Down the Slowdown for
 Momentum Optimizers on Scale-invariant Weights*, ICLR 2021, arXiv:2006.08217, with the paper's equation beside each
 line: w the weight, grad f the gradient, p_t the momentum update, q_t the projected one, eta the learning rate. They
-run in the weight's own precision, in float32 for 16-bit weights; hand over float64 tensors to get the reference
-values of a test. Nothing here is fast, fused or clever, and nothing else of this package is imported.
+run in the weight's own precision, in float32 for 16-bit weights, with norms and products of vectors in float64; hand
+over float64 tensors to get the reference values of a test. Nothing here is fast, fused or clever, and nothing else of
+this package is imported.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def adamp_ref(
     if maximize:
         grad = -grad
     m = beta1 * m + (1 - beta1) * grad  # m_t = beta1 m_{t-1} + (1 - beta1) grad f
-    v = beta2 * v + (1 - beta2) * grad**2  # v_t = beta2 v_{t-1} + (1 - beta2) (grad f)^2
+    v = beta2 * v + (1 - beta2) * grad * grad  # v_t = beta2 v_{t-1} + (1 - beta2) (grad f)^2
     d = v.sqrt() / math.sqrt(1 - beta2**step) + eps
     u = (beta1 * m + (1 - beta1) * grad if nesterov else m) / d  # p_t = m_t / (sqrt(v_t) + eps)
     if callable(projection):
@@ -169,7 +170,8 @@ def cosine_ratio(g: Tensor, p: Tensor, delta: float, eps: float) -> Tensor:
 
 
 def cosine(x: Tensor, y: Tensor, eps: float) -> Tensor:
-    """``|x.y| / (max(|x|, eps) max(|y|, eps))`` for every row of two matrices ``(rows, cols)``: ``(rows,)``."""
+    """``|x.y| / (max(|x|, eps) max(|y|, eps))`` for every row of two ``(rows, cols)``: ``(rows,)``, float64."""
+    x, y = x.double(), y.double()  # squares of 1e20 leave float32
     return (x * y).sum(dim=1).abs() / (_norm(x).clamp(min=eps) * _norm(y).clamp(min=eps))
 
 
@@ -177,9 +179,9 @@ def project(u: Tensor, p: Tensor, decision: Decision, eps: float) -> Tensor:
     """``Pi_w(u) = u - n (n.u)`` with ``n = p / (|p| + eps)``, for every vector of the chosen view."""
     if decision is Decision.NONE or u.numel() == 0:
         return u
-    rows, weight = _view(u, decision), _view(p, decision)
+    rows, weight = _view(u, decision).double(), _view(p, decision).double()
     n = weight / (_norm(weight)[:, None] + eps)
-    return (rows - n * (n * rows).sum(dim=1, keepdim=True)).reshape(u.shape)
+    return (rows - n * (n * rows).sum(dim=1, keepdim=True)).reshape(u.shape).to(u.dtype)
 
 
 def rows_first(x: Tensor, channel_dim: int | tuple[int, ...], *, copy: bool = False) -> Tensor:
@@ -201,7 +203,6 @@ def _view(x: Tensor, decision: Decision) -> Tensor:
 
 
 def _norm(x: Tensor) -> Tensor:
-    # Not x.norm(): that adds float32 squares one after the other and is off by 1e-5 on a strided row of 8000.
     return x.square().sum(dim=1).sqrt()
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuBackend", "load"]
 
-_LAYOUT = 4  # csrc/bucket.h
+_LAYOUT = 5  # csrc/bucket.h
 _SUMS = 8  # doubles per tile: csrc/cpu_kernels.h, TileSums
 _SHORTEST_ROW = 64  # csrc/cpu.cpp, keeps_shrink
 
