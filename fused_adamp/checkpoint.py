@@ -209,7 +209,9 @@ def export(state_dict: dict[str, Any], target: str) -> dict[str, Any]:
             keys = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": fmt.buffer}
             new = {theirs: entry[key] for key, theirs in keys.items() if key in entry}
             if i in steps and fmt.step is not dict:
-                new["step"] = torch.tensor(steps[i], dtype=torch.float32) if fmt.step is Tensor else steps[i]
+                new["step"] = (
+                    torch.tensor(steps[i], dtype=torch.float32, device="cpu") if fmt.step is Tensor else steps[i]
+                )
             if new:
                 state[i] = new
     return {**state_dict, "state": state, "param_groups": new_groups}
@@ -279,7 +281,8 @@ def _state_to_ours(fmt: _Format, group: dict[str, Any], state: dict[str, Any]) -
 def _step(count: Any) -> Any:
     """A number or a 1-element tensor as a 0-dim float32 tensor of its own; anything else is left for check."""
     if isinstance(count, (int, float)) or (isinstance(count, Tensor) and count.numel() == 1):
-        return torch.as_tensor(count, dtype=torch.float32).reshape(()).clone()
+        device = count.device if isinstance(count, Tensor) else "cpu"
+        return torch.as_tensor(count, dtype=torch.float32, device=device).reshape(()).clone()
     return count
 
 

@@ -63,8 +63,8 @@ TENSORS = [
     (rule, name, tensor, (name, message), ValueError)
     for rule, name, _ in RANGES
     for tensor, message in (
-        (torch.tensor([0.1, 0.2]), "is a tensor of 2 elements; pass a number or a 1-element tensor"),
-        (torch.empty(0), "is a tensor of 0 elements; pass a number or a 1-element tensor"),
+        (torch.tensor([0.1, 0.2]), "must be 1-element, but it has 2 elements: pass a number or a 1-element tensor"),
+        (torch.empty(0), "must be 1-element, but it has 0 elements: pass a number or a 1-element tensor"),
         (torch.tensor(-1.0), "=-1.0 is outside [0, "),
         (torch.tensor([math.nan]), "=nan is outside [0, "),
     )

@@ -98,7 +98,7 @@ def tensors(optimizer: ProjectedOptimizer) -> list[Tensor]:
 
 
 def results(optimizer: ProjectedOptimizer) -> dict[str, list[float]]:
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer.buckets
     return dict(zip(RESULTS, bucket.results.T.tolist(), strict=True))
 
 
@@ -186,7 +186,7 @@ def test_a_step_on_infinite_gradients_moves_nothing(rounding: str, clip: bool) -
     params = model((MODEL[1], ((17, 65), Decision.CHANNEL), MODEL[5]), torch.bfloat16)
     optimizer = AdamP(params, **ADAMP, rounding=rounding, backend="triton")
     optimizer.step()
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer.buckets
     before = [t.clone() for t in (*tensors(optimizer), bucket.decisions, bucket.results)]
     for found_inf, moves in ((1.0, False), (math.nan, False), (0.0, True)):
         for p in params:
@@ -242,7 +242,7 @@ def test_the_results_are_those_of_tested_parameters() -> None:
     groups += [{"params": params[5:6], "projection": "none"}, {"params": params[6:7], "delta": 0.0}]
     optimizer = AdamP(groups, **ADAMP, backend="triton")
     optimizer.step()
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer.buckets
     found = {id(p): row.tolist() for p, row in zip(bucket.params, bucket.results, strict=True)}
     for i, p in enumerate(params):
         cosine, norm = found[id(p)]
@@ -626,7 +626,7 @@ def test_replays_of_a_graph_step_like_eager_steps(clip: bool, rounding: str, mon
             train(captured)
         train(eager)
         assert all(map(torch.equal, tensors(captured), tensors(eager))), number
-        assert captured._buckets[0].decisions.equal(eager._buckets[0].decisions)
+        assert captured.buckets[0].decisions.equal(eager.buckets[0].decisions)
 
 
 def test_a_capture_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
