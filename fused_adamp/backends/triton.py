@@ -41,6 +41,9 @@ PLAN = "FUSED_ADAMP_PLAN"
 """Environment variable that forces a plan: ``one_pass`` or ``split``."""
 
 _OLDEST = (3, 3)
+_UNINTERPRETED_NUMPY = (2, 4)
+"""This numpy and later refuse int(array([1])), which the interpreters of older versions of Triton need."""
+_INTERPRETS_ANY_NUMPY = (3, 7)
 _LOG_TILE = 11
 """A tile of 2048 elements, 8 in each of 256 threads: two programs fit on a multiprocessor (128 registers a thread)."""
 _WIDEST_ROW = 1 << 15
@@ -64,16 +67,36 @@ def load() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton is missing ({error}); pip install triton"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _OLDEST:
-        wanted = ".".join(map(str, _OLDEST))
-        return f"Triton {triton.__version__} is too old; pip install 'triton>={wanted}'"
+    if _version(triton) < _OLDEST:
+        return f"Triton {triton.__version__} is too old; pip install 'triton>={_dotted(_OLDEST)}'"
     return None
+
+
+def _version(module: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
+
+
+def _not_interpretable() -> str | None:
+    """Why Triton's interpreter cannot run the kernels, None if it can."""
+    import triton
+
+    remedy = f"pip install 'numpy<{_dotted(_UNINTERPRETED_NUMPY)}'"
+    try:
+        import numpy
+    except ImportError as error:
+        return f"TRITON_INTERPRET=1 needs numpy, which is missing ({error}); {remedy}"
+    if _version(triton) < _INTERPRETS_ANY_NUMPY and _version(numpy) >= _UNINTERPRETED_NUMPY:
+        return f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__}; {remedy}"
+    return None
 
 
 @cache
@@ -208,6 +231,8 @@ class TritonBackend:
             reason = _too_old(device.index)
         elif reason is None and device.type != "cpu":
             reason = f"it knows CUDA and ROCm devices, not {device.type!r}"
+        if reason is None and interpreted():
+            reason = _not_interpretable()
         return reason
 
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
@@ -628,12 +653,18 @@ def make_spec(
     return Spec(types[p], types[g], types[state], number, *map(tl.constexpr, flags))
 
 
-def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
-    """How a kernel of plans.py is compiled, besides what the spec says."""
+def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
+    """How a kernel of plans.py is compiled, besides what the spec says; for ``"cuda"`` or ``"hip"``.
+
+    A launch refuses options that the target does not know.
+    """
     from fused_adamp.kernels.precision import REMAINDER, STOCHASTIC
     from fused_adamp.kernels.tiles import FLAT, STRIDED
 
-    options = {"num_warps": _WARPS}
+    # Triton 3.9 no longer fuses multiplications with additions unless told to.
+    options = {"num_warps": _WARPS, "enable_fp_fusion": True}
+    if target != "cuda":  # LLVM counts on two programs by itself
+        return options
     # Registers. Left to itself, ptxas tries for one program more on a multiprocessor, and spills.
     name, layout, shared, rounding = kernel.__name__, spec.layout.value, spec.shared.value, spec.rounding.value
     flat = layout == FLAT.value
@@ -643,6 +674,29 @@ def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
     measure = 96 if flat and rounding == REMAINDER.value else 80
     options["maxnreg"] = 255 if crowded else measure if name == "measure_kernel" else 128
     return options
+
+
+class _AnyAddress:
+    """Stands in for a tensor where a kernel is compiled, and says nothing about where it lies or how large it is.
+
+    Triton would take it for granted, in every later launch, that an address is a multiple of 16 if this tensor's is.
+    The kernels gain nothing from that: the tiles' addresses come from a table, and the layout says how they lie.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return 1
+
+
+def compile_kernel(kernel: Any, arguments: Sequence[Any], spec: Any) -> Any:
+    """A kernel for the GPU that Triton's driver names, not loaded; for all arguments of the types of these."""
+    from triton.runtime import driver
+
+    stand_ins = [_AnyAddress(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
+    options = compile_options(kernel, spec, driver.active.get_current_target().backend)
+    return kernel.warmup(*stand_ins, S=spec, grid=(1,), **options)
 
 
 # From launches to kernels.
@@ -724,7 +778,7 @@ def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> _Run:
         return _Run(kernel, grid, (*arguments, spec))
     key = (kernel, spec, torch.cuda.current_device())
     if key not in _compiled:
-        compiled = kernel.warmup(*arguments, S=spec, grid=(1,), **compile_options(kernel, spec))
+        compiled = compile_kernel(kernel, arguments, spec)
         compiled._init_handles()  # loads it on the device: what does not fit there fails here
         _compiled[key] = compiled
     return _Run(_compiled[key], grid, (*arguments, spec))
