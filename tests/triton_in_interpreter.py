@@ -113,20 +113,6 @@ def assert_same(ours: ProjectedOptimizer, theirs: ProjectedOptimizer) -> None:
         torch.testing.assert_close(torch.tensor(values), expected, rtol=2e-5, atol=1e-4, equal_nan=True)
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Names and grids of the kernels that are launched."""
-    seen: list[tuple[str, int]] = []
-    start = triton._Run.start
-
-    def record(run: Any) -> None:
-        seen.append((run.kernel.__name__, run.grid))
-        start(run)
-
-    monkeypatch.setattr(triton._Run, "start", record)
-    return seen
-
-
 # Scaling and clipping.
 
 
