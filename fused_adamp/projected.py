@@ -475,7 +475,9 @@ class ProjectedOptimizer(Optimizer):
         for key, entries in state_dict["state"].items():
             if key in owners:
                 device = owners[key].device
-                state[owners[key]] = {name: t.to(device) if t.ndim else t for name, t in entries.items()}
+                state[owners[key]] = {
+                    name: t.to(device) if isinstance(t, Tensor) and t.ndim else t for name, t in entries.items()
+                }
             else:
                 state[key] = entries
         for group, own in zip(groups, self.param_groups, strict=True):
