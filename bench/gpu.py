@@ -302,7 +302,7 @@ class Side:
 
             g p and moments + p and moments: 28 for two moments, 20 for one, all float32; a remainder is part of p
             split: g p once more, to measure before the update: 36 and 28
-            torch's clipping: g, then g in place: 12 more; our one pass: g, 4 more; split: it has measured g as it is
+            torch's clipping: g, then g in place: 12 more; ours: g, 4 more
 
         None where it was not counted: of clovaai's code, which steps tensor by tensor, operation by operation.
         """
@@ -311,12 +311,9 @@ class Side:
         g = dtypes.weights.itemsize
         p = g + (2 if dtypes.rounding == "remainder" else 0)
         state = (dtypes.state or dtypes.weights).itemsize
-        if self.plan == "split":
-            extra = g + p
-        elif clip:
-            extra = g if self.ours else 3 * g
-        else:
-            extra = 0
+        extra = g + p if self.plan == "split" else 0
+        if clip:
+            extra += g if self.ours else 3 * g
         return g + 2 * p + 2 * moments * state + extra
 
 

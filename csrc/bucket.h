@@ -19,7 +19,7 @@ struct TensorRef {
   explicit TensorRef(AtenTensorHandle handle);
 
   bool exists = false;
-  bool on_cpu = false;  // and dense
+  bool on_cpu = false;  // and dense, with all of its elements inside its storage
   char* data = nullptr;
   int32_t dtype = 0;
   int64_t dim = 0, numel = 0;

@@ -54,6 +54,18 @@ namespace fused_adamp {
 
 // Tensors.
 
+namespace {
+
+int64_t element_size(int32_t dtype) {
+  static const int32_t eight[] = {aoti_torch_dtype_float64(), aoti_torch_dtype_int64()};
+  static const int32_t two[] = {aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16(), aoti_torch_dtype_int16()};
+  if (std::find(std::begin(eight), std::end(eight), dtype) != std::end(eight)) return 8;
+  if (std::find(std::begin(two), std::end(two), dtype) != std::end(two)) return 2;
+  return dtype == aoti_torch_dtype_float32() ? 4 : 1;  // others are refused by their dtype
+}
+
+}  // namespace
+
 TensorRef::TensorRef(AtenTensorHandle handle) : exists(true) {
   int32_t device, layout;
   int64_t *its_sizes, *its_strides;
@@ -73,6 +85,12 @@ TensorRef::TensorRef(AtenTensorHandle handle) : exists(true) {
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(handle, &its_data));
   strides = its_strides;
   data = static_cast<char*>(its_data);
+  // Offloading tools free a tensor's storage under it.
+  int64_t bytes, offset, last = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(handle, &offset));
+  for (int64_t d = 0; d < dim; ++d) last += (sizes[d] - 1) * strides[d];
+  if (numel > 0) on_cpu = (offset + last + 1) * element_size(dtype) <= bytes;
 }
 
 bool TensorRef::same_sizes(const TensorRef& other) const {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,6 @@ from fused_adamp.projected import ProjectedOptimizer, Range, number
 from fused_adamp.reference import Decision, adamp_ref
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
 
@@ -65,8 +64,8 @@ class AdamP(ProjectedOptimizer):
         state_dtype: dtype of the moments; None takes the weight's (float32 with a remainder) or a loaded state's.
         rounding: how bfloat16 is written: "nearest"; "stochastic", up or down by chance but right on average; or
             "remainder", which keeps the other 16 bits of the float32 weight in the state and so loses nothing.
-        amp_scaling: GradScaler hands over its scale, and the step unscales as it reads. False for frameworks that
-            refuse to clip with such an optimizer: GradScaler then unscales by itself.
+        amp_scaling: True lets the step unscale gradients as it reads them, when GradScaler is used. With False,
+            GradScaler unscales them before the step. None follows torch.optim: True where ``fused=True``, else False.
         backend: force one by name; see ``python -m fused_adamp doctor``.
 
     Raises:
@@ -103,7 +102,7 @@ class AdamP(ProjectedOptimizer):
         channel_dim: int | tuple[int, ...] = 0,
         state_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
-        amp_scaling: bool = True,
+        amp_scaling: bool | None = None,
         backend: str | None = None,
     ) -> None:
         defaults = {
@@ -173,7 +172,7 @@ class AdamP(ProjectedOptimizer):
     def _check_hyperparameters(self, group: dict[str, Any]) -> None:
         super()._check_hyperparameters(group)
         betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        if not isinstance(betas, Sequence) or isinstance(betas, (str, bytes)) or len(betas) != 2:
             raise ValueError(f"betas={betas!r} is not a pair: pass two decay rates, such as (0.9, 0.999)")
         for i, beta in enumerate(betas):
             _BETA.check(f"betas[{i}]", beta)

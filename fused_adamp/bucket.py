@@ -43,8 +43,10 @@ __all__ = [
     "Scalars",
     "Shared",
     "first_stale",
+    "has_storage",
     "overlaps",
     "rows_cols",
+    "span_of",
 ]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -191,7 +193,7 @@ class Bucket:
             starts[p] = end
             end += (local(p).numel() + line - 1) // line * line
         offsets = [starts[p] + (layout.piece.begin if layout.piece else 0) for p, layout in members]
-        self.offsets = torch.tensor(offsets, dtype=torch.int64)
+        self.offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu")
         self.storage = {name: key.backend.zeros(end, dtype, key.device) for name, dtype in key.storage.items()}
         device = key.backend.counters_device(key.device)
         self.counters = {n: torch.zeros(len(self.params), dtype=d, device=device) for n, d in key.counters.items()}
@@ -204,7 +206,7 @@ class Bucket:
             rows.append((0, *row, first_tile, layout.sharing, first_row, *numbers))
             first_tile += tiles
             first_row += rows_cols(part)[0] if layout.sharing is Sharing.SPLIT else 0
-        self.table = torch.tensor(rows, dtype=torch.int64).reshape(-1, len(COLUMNS))
+        self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, len(COLUMNS))
         self.tiles = first_tile
         self.shared = self._shared(first_row) if any(layout.sharing for layout in self.layouts) else None
         self.addresses = self._addresses()
@@ -220,7 +222,7 @@ class Bucket:
     def set_groups(self, groups: Sequence[int]) -> None:
         """Say which parameter group each member belongs to, by index."""
         self.groups = list(groups)
-        self.table[:, COLUMNS.index("group")] = torch.tensor(self.groups, dtype=torch.int64)
+        self.table[:, COLUMNS.index("group")] = torch.tensor(self.groups, dtype=torch.int64, device="cpu")
 
     def _shared(self, rows: int) -> Shared:
         count, device, double = len(self.params), self.key.device, torch.float64
@@ -358,7 +360,6 @@ class Batch(NamedTuple):
         scale: what gradients are multiplied with before anything else (AMP's unscaling, clipping), as a float64 tensor
             of one element on the bucket's device; None is 1.
         found_inf: a tensor of one element on the bucket's device: where it is not 0, nothing moves. None is 0.
-        measured: nothing in the batch has changed since :meth:`Backend.square_norm` saw it.
         final: the scale is the step's, and nothing can keep it from being taken.
     """
 
@@ -373,7 +374,6 @@ class Batch(NamedTuple):
     rule: Rule
     scale: Tensor | None = None
     found_inf: Tensor | None = None
-    measured: bool = False
     final: bool = False
 
     @property
@@ -382,13 +382,27 @@ class Batch(NamedTuple):
         kinds = [*self.moments, self.remainders, self.steps, self.seeds]
         return sum(map(bool, kinds)) == len(self.bucket.key.storage) + len(self.bucket.key.counters)
 
+    def only(self, members: Container[int]) -> Batch:
+        """The batch of some members alone, by index: the others have no gradient."""
+
+        def keep(tensors: list[Tensor]) -> list[Tensor]:
+            return [t if i in members else ABSENT for i, t in enumerate(tensors)]
+
+        return self._replace(
+            grads=keep(self.grads),
+            moments=list(map(keep, self.moments)),
+            steps=keep(self.steps),
+            seeds=keep(self.seeds),
+            remainders=keep(self.remainders),
+        )
+
     @property
     def stored(self) -> list[list[Tensor]]:
         """Per kind of tensor that has the parameters' shape, gradients included, the members' tensors."""
         return [self.params, self.grads, *self.moments, *([self.remainders] if self.remainders else [])]
 
 
-ABSENT = torch.empty(0, dtype=torch.bool)
+ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
 """Stands for the gradient and the state of a parameter that has no gradient in this step. No gradient is bool."""
 
 
@@ -403,7 +417,9 @@ def first_stale(batch: Batch) -> int:
         known = g.dtype in FLOATING and all(moment[i].dtype in FLOATING for moment in batch.moments)
         known &= all(remainders[i].dtype == torch.int16 for remainders in [batch.remainders] if remainders)
         fits = p.device == bucket.key.device and p.dtype == bucket.key.dtype and [*rows_cols(p)] == shapes[i]
-        if not (same and known and fits) or any(overlaps(t) for t in (p, *state)):
+        if not (same and known and fits and all(map(has_storage, (p, g, *state)))) or any(
+            overlaps(t) for t in (p, *state)
+        ):
             return i
         for name, counts in (("step", batch.steps), ("rounding_seed", batch.seeds)):
             own = bucket.counters.get(name)
@@ -414,6 +430,23 @@ def first_stale(batch: Batch) -> int:
             ):
                 return i
     return -1
+
+
+def has_storage(t: Tensor) -> bool:
+    """Whether all elements lie inside the tensor's storage. Offloading tools free a storage under its tensors."""
+    if not t.numel():
+        return True
+    last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.itemsize <= t.untyped_storage().nbytes()
+
+
+def span_of(t: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of the byte after its last."""
+    begin = t.data_ptr()
+    if not t.numel():
+        return begin, begin
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return begin, begin + (last + 1) * t.itemsize
 
 
 def overlaps(t: Tensor) -> bool:

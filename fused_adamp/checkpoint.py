@@ -34,12 +34,93 @@ __all__ = ["check", "export", "to_ours"]
 
 _ADAM = {"lr", "betas", "eps", "weight_decay"}
 _SGD = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
-_PROJECTED = _ADAM | _SGD | {"delta", "wd_ratio"}
+_PROJECTION = {"delta", "wd_ratio"}
+_PROJECTED = _ADAM | _SGD | _PROJECTION
 _SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
 _OURS = _PROJECTED | _SWITCHES | {"maximize", "projection", "channel_dim", "project_buffer"}
 _OURS |= {"state_dtype", "rounding", "amp_scaling", "backend"}
 _MACHINES = {"backend", "amp_scaling"}
 """Our hyperparameters. Other group keys, such as a scheduler's initial_lr, are somebody else's and are passed on."""
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_OTHER_RULES = {
+    "amsgrad": (False, "divides by the largest exp_avg_sq so far"),
+    "caution": (False, "masks updates that disagree with the gradient"),
+    "cautious": (False, "masks updates that disagree with the gradient"),
+    "adanorm": (False, "rescales gradients before they enter exp_avg"),
+    "adam_debias": (False, "leaves the bias of exp_avg uncorrected"),
+    "bias_correction": (True, "leaves the bias of both moments uncorrected"),
+    "use_gc": (False, "centralises gradients"),
+    "decoupled_weight_decay": (True, "adds weight decay to the gradient, and so to both moments"),
+    "weight_decouple": (True, "adds weight decay to the gradient"),
+    "fixed_decay": (False, "does not multiply weight decay by lr"),
+    "corrected_weight_decay": (False, "multiplies weight decay by lr / max_lr once more"),
+}
+"""Others' options that change the rule: the value that makes it ours, and what the optimizer does at the other."""
+
+_DECAY_RULES = {"decoupled_weight_decay", "weight_decouple", "fixed_decay", "corrected_weight_decay"}
+_KOZISTR_UNUSED = {"step", "adanorm_r", "r", "ams_bound"}
+_UNUSED = _OTHER_RULES.keys() | _SWITCHES | _KOZISTR_UNUSED
+_UNUSED_STATE = {"max_exp_avg_sq", "exp_grad_adanorm", "exp_grad_norm"}
+
+_OTHER_HYPERPARAMETERS = _words(
+    """
+    adam adaptive adjust_lr_fn adjusted_momentum algo alpha alpha_c always_adapt amplifier ams_bound
+    apply_escape balance_param beta beta1 beta1_warmup beta2 beta2_cap beta2_decay beta3 betas_1d bf16_sr
+    block_size buffer centered centralize clip clip_exp clip_grad_norm clip_grad_value clip_threshold
+    clip_unmagnified_grad clipping_threshold compute_dtype constant constraint constraints conv_mode
+    correct_bias curr_grad_norm curr_param_norm d d0 d_coef d_de_nom d_hat d_max d_numerator decay_offset
+    decay_rate decouple_lr decoupled decoupled_decay decoupled_learning_rate decoupling_c degenerated_to_sgd
+    derivative ema_rate eps1 eps2 eps_2 eps_root eps_scale etas extra_l2 fallback_lr_scale final_lr flatten
+    flatten_end_dim flatten_start_dim g0_norm g_norm_min gamma grad_averaging grafting_beta grokfast
+    grokfast_after_step grokfast_alpha grokfast_lamb growth_rate gsq_weighted hessian_power history_size init_lr
+    initial_accumulator initial_accumulator_value integral inverse_root_method inverse_steps k kahan_sum kappa
+    keep_num lambd lambda_1 lambda_2 lambda_abs lambda_rank lambda_rel leading_basis line_search_fn lips
+    lora_l_dim lora_r_dim lr_1d lr_1d_factor lr_decay lr_in_momentum lr_max lr_power mars_type master_byte_width
+    matrix_eps matrix_scaling max_dim max_eval max_grad_norm max_iter max_precondition_dim max_size_triangular
+    memory_length memory_save_mode merge_dims min_beta1 min_dim_size_to_factor min_ndim_triangular
+    momentum_decay momentum_dtype momentum_into_precond_update momentum_into_precondition_update
+    moving_average_for_momentum mu_dtype newton_steps no_prox nonstandard_constant norm_kwargs norm_type
+    normalize_gradient normalize_spatial ns_coefficients ns_coeffs ns_method ns_reset_steps ns_steps nu
+    numerator_weighted nus optimize_1d p pa2 partial pbg2 pbhg2 phase power_iteration_steps
+    power_iteration_vectors pre_conditioner_update_probability precond_dtype precond_init_scale precond_lr
+    precondition_1d precondition_dtype precondition_frequency precondition_init_scale precondition_lr
+    preconditioner_update_probability prev_grad_norm prev_param_norm progressive_iter projection_type
+    qk_clip_alpha qk_clip_threshold quantize r rank ratio_min rebound rectify relative_epsilon relative_step rho
+    safeguard_warmup safety_factor scale scale_eps scale_parameter scale_type schedule_decay shadow_weight
+    shampoo_beta silent_sgd_phase sk_l1 sk_sq_weighted stabilize stable_weight_decay start_preconditioning_step
+    step_sizes stochastic_weight_decay subset_size switch_rate t0 t_alpha_beta3 tau tau1 tau2 theta threshold
+    tolerance_change tolerance_grad train_mode trust_clip trust_coeff trust_coefficient unscaled_wd
+    update_capping update_counter update_interval update_proj_gap update_scale update_skipping use_adjusted_lr
+    use_muon use_palm use_shadow v warmup_init warmup_steps wd_schedule weight_decay_1d weight_decay_type
+    weight_lr_power weight_sum xi
+    """
+)
+"""Group keys of the optimizers of torch.optim, pytorch_optimizer and timm that none of the formats here has.
+
+Keys that schedulers and wrappers write too, such as max_lr, are left out: a rule is never known by these alone.
+"""
+
+_OTHER_STATE = _words(
+    """
+    acc_delta accumulator_0 accumulator_1 alpha_k approx_hessian avg_grad basis_l basis_r beta1_prod
+    beta1_weight beta2_weight col_var d_buffer den_sum exp_avg exp_avg2 exp_avg_c exp_avg_diff exp_avg_grad
+    exp_avg_lr exp_avg_lr_1 exp_avg_lr_2 exp_avg_r exp_avg_res_col exp_avg_res_row exp_avg_slow exp_avg_sq
+    exp_avg_sq_col exp_avg_sq_row exp_avg_var exp_hessian_diag_sq exp_inf grad_avg grad_buffer grad_ma
+    grad_queue grad_sum_sq grads_ema grok_exp_avg hessian hessian_moment i_buffer kahan_comp last_grad m_avg
+    max_variance_ma momentum momentum_buffer mov_avg_grad mov_avg_param mu_product neg_exp_avg neg_grad_ma
+    neg_momentum num_sum pos_momentum pre_conditioner precond previous_grad row_var second_momentum_buffer
+    square_avg step_size trust_ratio v_avg variance_ma
+    """
+)
+"""State keys of these optimizers that no format here has. Names that a wrapper may well choose are left out."""
+
+_CHECKED = _OTHER_RULES.keys() | _SWITCHES | {"maximize", "step"}
+"""Group keys of which the value decides, or which make no rule."""
 
 
 class _Format(NamedTuple):
@@ -48,6 +129,8 @@ class _Format(NamedTuple):
     package: str
     name: str
     marks: set[str]  # group keys that tell it from the formats after it
+    required: set[str]  # group keys that all its versions have
+    keys: set[str]  # all group keys that it has in any version
     step: type  # how it counts: a Tensor or an int per parameter, or in the group, a dict
     buffer: str  # what it calls momentum_buffer
     shares: set[str]  # our hyperparameters that it has too
@@ -64,9 +147,11 @@ def _pair(package: str, module: str, mark: str, step: type, own: dict[str, Any])
     # Without nesterov clovaai's update is the buffer: what projects the one projects the other.
     lacks = {"maximize": False, "projection": "auto", "channel_dim": 0, "project_buffer": package == "clovaai"}
     rest = (step, "momentum", _PROJECTED, own, lacks)
+    adam, sgd = _ADAM | _PROJECTION | {"nesterov"}, _SGD | _PROJECTION | {"eps"}
+    keys = _PROJECTED | _CHECKED | own.keys() | (_KOZISTR_UNUSED if package == "pytorch_optimizer" else set())
     return [
-        _Format(package, f"{module}.AdamP", {"betas", "delta", mark}, *rest),
-        _Format(package, f"{module}.SGDP", {"dampening", "delta", mark}, *rest),
+        _Format(package, f"{module}.AdamP", {"betas", "delta", mark}, adam | {mark}, keys, *rest),
+        _Format(package, f"{module}.SGDP", {"dampening", "delta", mark}, sgd | {mark}, keys, *rest),
     ]
 
 
@@ -75,32 +160,38 @@ _TORCH = {"foreach": None, "fused": None, "differentiable": False}
 _ADAMW = {**_TORCH, "amsgrad": False, "decoupled_weight_decay": True, "capturable": False}
 _BUFFER, _MAX, _NO_NESTEROV = "momentum_buffer", {"maximize"}, {"nesterov": False}
 _FORMATS = [
-    _Format("fused_adamp", "fused_adamp.AdamP", {"betas", "backend"}, Tensor, _BUFFER, _OURS, {}, {}),
-    _Format("fused_adamp", "fused_adamp.SGDP", {"dampening", "backend"}, Tensor, _BUFFER, _OURS, {}, {}),
+    _Format("fused_adamp", "fused_adamp.AdamP", {"betas", "backend"}, set(), _OURS, Tensor, _BUFFER, _OURS, {}, {}),
+    _Format("fused_adamp", "fused_adamp.SGDP", {"dampening", "backend"}, set(), _OURS, Tensor, _BUFFER, _OURS, {}, {}),
     *_pair("pytorch_optimizer", "pytorch_optimizer", "fixed_decay", dict, _KOZISTR),
     *_pair("timm", "timm.optim", "caution", int, {"caution": False}),
     *_pair("clovaai", "adamp", "delta", int, {}),
-    _Format("torch", "torch.optim.Adam(W)", {"betas", "amsgrad"}, Tensor, _BUFFER, _ADAM | _MAX, _ADAMW, _NO_NESTEROV),
-    _Format("torch", "torch.optim.SGD", {"dampening"}, Tensor, _BUFFER, _SGD | _MAX, _TORCH, {}),
+    _Format(
+        package="torch",
+        name="torch.optim.Adam(W)",
+        marks={"betas", "amsgrad"},
+        required=_ADAM | {"amsgrad"},
+        keys=_ADAM | _CHECKED,
+        step=Tensor,
+        buffer=_BUFFER,
+        shares=_ADAM | _MAX,
+        own=_ADAMW,
+        lacks=_NO_NESTEROV,
+    ),
+    _Format(
+        package="torch",
+        name="torch.optim.SGD",
+        marks={"dampening"},
+        required=_SGD,
+        keys=_SGD | _SWITCHES | _MAX,  # no other rule's option, even at its default: SGDW is known by these alone
+        step=Tensor,
+        buffer=_BUFFER,
+        shares=_SGD | _MAX,
+        own=_TORCH,
+        lacks={},
+    ),
 ]
 
-_OTHER_RULES = {
-    "amsgrad": (False, "divides by the largest exp_avg_sq so far"),
-    "caution": (False, "masks updates that disagree with the gradient"),
-    "cautious": (False, "masks updates that disagree with the gradient"),
-    "adanorm": (False, "rescales gradients before they enter exp_avg"),
-    "adam_debias": (False, "leaves the bias of exp_avg uncorrected"),
-    "use_gc": (False, "centralises gradients"),
-    "decoupled_weight_decay": (True, "adds weight decay to the gradient, and so to both moments"),
-    "weight_decouple": (True, "adds weight decay to the gradient"),
-    "fixed_decay": (False, "does not multiply weight decay by lr"),
-}
-"""Others' options that change the rule: the value that makes it ours, and what the optimizer does at the other."""
-
-_DECAY_RULES = {"decoupled_weight_decay", "weight_decouple", "fixed_decay"}
-_UNUSED = _OTHER_RULES.keys() | _SWITCHES | {"step", "adanorm_r", "r", "ams_bound"}
-_UNUSED_STATE = {"max_exp_avg_sq", "exp_grad_adanorm", "exp_grad_norm"}
-
+_OUR_STATE = {"step", "exp_avg", "exp_avg_sq", "momentum_buffer", "remainder", "rounding_seed"}
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DTYPES = {"step": (torch.float32,), "remainder": (torch.int16,), "rounding_seed": (torch.int64,)}
 
@@ -112,7 +203,8 @@ def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dic
     torch's, ``project_buffer`` for all others'. What is a machine's choice stays as in ``options``: ``backend`` and
     ``amp_scaling``, and of other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. What
     theirs have and ours do not, such as ``amsgrad``, is dropped where it is off, and refused where it makes another
-    rule.
+    rule. A group key that only optimizers of other rules have is refused at any value. Group keys of schedulers and
+    users, and state that a wrapper such as Lookahead keeps beside theirs, are passed on as they are.
 
     Accepted, although the other optimizer would have gone on in another way:
 
@@ -139,6 +231,7 @@ def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dic
             f"load the state_dict of {allowed}"
         )
     foreign, groups = fmt.package != "fused_adamp", state_dict["param_groups"]
+    _check_keys(fmt, groups, foreign=foreign)
     _check_count("the state_dict has", groups, "parameter groups", options)
     new_groups, state = [], dict(state_dict["state"])
     for number, (group, own) in enumerate(zip(groups, options, strict=True)):
@@ -147,7 +240,9 @@ def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dic
         kept = {k: v for k, v in group.items() if k not in _MACHINES and not (foreign and k in _UNUSED)}
         new_groups.append({**own, **kept, "params": list(group["params"])})
         for i in group["params"]:
-            if entry := _state_to_ours(fmt, group, state.pop(i, {})):
+            given = state.pop(i, {})
+            _check_entry(fmt, given, i, foreign=foreign)
+            if entry := _state_to_ours(fmt, group, given):
                 state[i] = entry
     return {**state_dict, "state": state, "param_groups": new_groups}
 
@@ -155,7 +250,7 @@ def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dic
 def check(state_dict: dict[str, Any], params: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> None:
     """Raises ValueError unless a state_dict in our format fits the parameters. Reads no values: waits for no device.
 
-    A parameter without state fits: it has not been stepped yet.
+    A parameter without state fits: it has not been stepped yet. State under other names than ours fits, tensor or not.
 
     Args:
         state_dict: in our format, as :func:`to_ours` returns it.
@@ -178,8 +273,9 @@ def export(state_dict: dict[str, Any], target: str) -> dict[str, Any]:
     AdamP becomes the target's AdamP, or torch.optim.AdamW; SGDP its SGDP, or torch.optim.SGD, where weight decay turns
     into the L2 penalty that comes to as much over the steps. Torch's do not project, and nothing of that is kept for
     them. Lost for all is what only ours has: ``remainder``, and with it the low bits of bfloat16 weights,
-    ``rounding_seed``, and options that make no rule, such as ``state_dtype``. pytorch_optimizer's AdamP differs in two
-    things: its bias correction divides eps too, and a parameter without state starts with its group's step count.
+    ``rounding_seed``, and options that make no rule, such as ``state_dtype``. State that a wrapper has added stays
+    beside the moments. pytorch_optimizer's AdamP differs in two things: its bias correction divides eps too, and a
+    parameter without state starts with its group's step count.
 
     Args:
         state_dict: from AdamP or SGDP of this package. Stays as it is; the result shares its moments.
@@ -209,9 +305,11 @@ def export(state_dict: dict[str, Any], target: str) -> dict[str, Any]:
             keys = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum_buffer": fmt.buffer}
             new = {theirs: entry[key] for key, theirs in keys.items() if key in entry}
             if i in steps and fmt.step is not dict:
-                new["step"] = torch.tensor(steps[i], dtype=torch.float32) if fmt.step is Tensor else steps[i]
+                new["step"] = (
+                    torch.tensor(steps[i], dtype=torch.float32, device="cpu") if fmt.step is Tensor else steps[i]
+                )
             if new:
-                state[i] = new
+                state[i] = {k: v for k, v in entry.items() if k not in _OUR_STATE} | new
     return {**state_dict, "state": state, "param_groups": new_groups}
 
 
@@ -221,14 +319,67 @@ def _recognise(state_dict: dict[str, Any]) -> _Format:
             f"the state_dict has {sorted(map(str, state_dict))} and lacks {missing}: pass what an optimizer's "
             "state_dict() returned, not the checkpoint around it"
         )
-    keys = set().union(*state_dict["param_groups"][:1])
+    state, groups = state_dict["state"], state_dict["param_groups"]
+    if not isinstance(state, dict) or not isinstance(groups, (list, tuple)):
+        raise ValueError(
+            f"the state_dict's state is a {type(state).__name__} and its param_groups are a {type(groups).__name__}, "
+            "allowed are a dict and a list: pass what an optimizer's state_dict() returned"
+        )
+    for number, group in enumerate(groups):
+        if not isinstance(group, dict) or "params" not in group:
+            found = sorted(map(str, group)) if isinstance(group, dict) else f"a {type(group).__name__}"
+            raise ValueError(
+                f"group {number} of the state_dict is {found}, allowed is a dict with 'params': pass what an "
+                "optimizer's state_dict() returned"
+            )
+    keys = set().union(*groups[:1])
     for fmt in _FORMATS:
         if fmt.marks <= keys:
             return fmt
     raise ValueError(
-        f"the state_dict's groups have the keys {sorted(keys - {'params'})}, which are not those of "
+        f"the state_dict's groups have the keys {sorted(map(str, keys - {'params'}))}, which are not those of "
         f"{', '.join(fmt.name for fmt in _FORMATS)}: load the state_dict of one of these, or start without state"
     )
+
+
+def _check_keys(fmt: _Format, groups: Sequence[dict[str, Any]], *, foreign: bool) -> None:
+    """Raises ValueError unless each group has all keys of the format, and none that only another rule has."""
+    # Ours never read a key that it does not have: its groups may hold any.
+    others = (_OTHER_HYPERPARAMETERS | _PROJECTED | _OTHER_RULES.keys()) - fmt.keys if foreign else set()
+    for number, group in enumerate(groups):
+        if alien := sorted(others & group.keys()):
+            listed = ", ".join(f"{key!r} (at {_in_words(group[key])})" for key in alien)
+            raise ValueError(
+                f"group key{'s' * (len(alien) > 1)} {listed} in group {number} of the state_dict: {fmt.name} has no "
+                f"such hyperparameter, another rule has; allowed are {sorted(fmt.keys)} and keys of no optimizer. Load "
+                "the state_dict of another optimizer, or delete what you have added to the group yourself"
+            )
+        if missing := sorted(fmt.required - group.keys()):
+            raise ValueError(
+                f"group {number} of the state_dict has the keys {sorted(map(str, group.keys() - {'params'}))} and "
+                f"lacks {missing}, which {fmt.name} has in every group: load a whole state_dict of it, or start "
+                "without state"
+            )
+
+
+def _check_entry(fmt: _Format, entry: Any, i: Any, *, foreign: bool) -> None:
+    """Raises ValueError unless an entry is a parameter's state, and none that another rule keeps."""
+    moments = {"exp_avg", "exp_avg_sq"} if fmt.adaptive else {fmt.buffer}
+    if not isinstance(entry, dict):
+        raise ValueError(
+            f"the state of parameter {i} is a {type(entry).__name__}, allowed is a dict with {sorted(moments)}: load a "
+            f"state_dict of {fmt.name}, or delete this entry from it to start the parameter afresh"
+        )
+    if foreign and (alien := sorted((_OTHER_STATE - moments) & entry.keys())):
+        raise ValueError(
+            f"the state of parameter {i} has {alien}, which {fmt.name} does not keep, but another rule; allowed are "
+            f"{sorted(moments)} and keys of no optimizer: load a state_dict of {fmt.name}, or delete what you have "
+            "added to the state yourself"
+        )
+
+
+def _in_words(value: Any) -> str:
+    return repr(value) if isinstance(value, (bool, int, float, str, tuple, type(None))) else f"a {type(value).__name__}"
 
 
 def _refuse_other_rules(fmt: _Format, group: dict[str, Any], number: int, loading: str) -> None:
@@ -279,7 +430,8 @@ def _state_to_ours(fmt: _Format, group: dict[str, Any], state: dict[str, Any]) -
 def _step(count: Any) -> Any:
     """A number or a 1-element tensor as a 0-dim float32 tensor of its own; anything else is left for check."""
     if isinstance(count, (int, float)) or (isinstance(count, Tensor) and count.numel() == 1):
-        return torch.as_tensor(count, dtype=torch.float32).reshape(()).clone()
+        device = count.device if isinstance(count, Tensor) else "cpu"
+        return torch.as_tensor(count, dtype=torch.float32, device=device).reshape(()).clone()
     return count
 
 
@@ -305,12 +457,13 @@ def _check_count(what: str, found: Sequence[Any], of: str, expected: Sequence[An
 def _check_state(state: dict[str, Any], p: Tensor, label: str, group: dict[str, Any]) -> None:
     remedy = "load a whole state_dict of this model, or delete this entry from it to start the parameter afresh"
     needed = ["step", "exp_avg", "exp_avg_sq"] if "betas" in group else []
-    allowed = [*(needed or ["momentum_buffer"]), "remainder", "rounding_seed"]
-    if alien := [key for key in state if key not in allowed]:
-        raise ValueError(f"the state of {label} has {alien}, allowed are {allowed}: {remedy}")
+    ours = [*(needed or ["momentum_buffer"]), "remainder", "rounding_seed"]
     if missing := [key for key in needed if key not in state]:
         raise ValueError(f"the state of {label} has {list(state)} but lacks {missing}: {remedy}")
-    for key, value in state.items():
+    for key in ours:
+        if key not in state:
+            continue
+        value = state[key]
         if not isinstance(value, Tensor):
             raise ValueError(f"state {key!r} of {label} is a {type(value).__name__}, not a tensor: {remedy}")
         shape = () if key in ("step", "rounding_seed") else tuple(p.shape)

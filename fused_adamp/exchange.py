@@ -125,7 +125,7 @@ def shake_hands(layouts: Iterable[Layout], header: Header) -> Header:
     Groups come as often as there are groups, so that word gets around; those of replicas among them.
     """
     groups = _in_order(layouts, replicas=True)
-    numbers = torch.tensor(header.numbers(), dtype=torch.float64)
+    numbers = torch.tensor(header.numbers(), dtype=torch.float64, device="cpu")
     for group in groups * len(groups):
         on = numbers.to(group.bound_device_id or ("cuda" if dist.get_backend(group) == "nccl" else "cpu"))
         dist.all_reduce(on, group=group)
@@ -224,8 +224,8 @@ class Exchange:
         self.groups = sorted(set(self._groups))
         self._is_matrix = self._flags(first.is_matrix for first in firsts)
         numbers = [[layout.cols, layout.rows * layout.cols] for layout in self.layouts]
-        self._dims = torch.tensor(numbers, dtype=torch.float64).to(self.device).reshape(-1, 2)
-        self._holders = torch.tensor([x.holders for x in self.layouts], dtype=torch.float64).to(self.device)
+        self._dims = torch.tensor(numbers, dtype=torch.float64, device=self.device).reshape(-1, 2)
+        self._holders = torch.tensor([x.holders for x in self.layouts], dtype=torch.float64, device=self.device)
         self._find_pieces(pieces, [len(here[p]) for p in self.members])
         self._find_rows([here[p] for p in self.members])
         self._collectives = self._plan()
@@ -236,10 +236,10 @@ class Exchange:
     # Once.
 
     def _indices(self, numbers: Iterable[int]) -> Tensor:
-        return torch.tensor([*numbers], dtype=torch.int64).to(self.device)
+        return torch.tensor([*numbers], dtype=torch.int64, device=self.device)
 
     def _flags(self, flags: Iterable[bool]) -> Tensor:
-        return torch.tensor([*flags], dtype=torch.bool).to(self.device)
+        return torch.tensor([*flags], dtype=torch.bool, device=self.device)
 
     def _find_pieces(self, pieces: Sequence[_Piece], counts: Sequence[int]) -> None:
         """``counts``: how many each member has."""
@@ -321,7 +321,7 @@ class Exchange:
         if options == self._options:
             return
         self._options = options
-        rows = torch.tensor([options[group] for group in self._groups], dtype=torch.float64).to(self.device)
+        rows = torch.tensor([options[group] for group in self._groups], dtype=torch.float64, device=self.device)
         self._eps, self._delta, projection = rows.unbind(dim=1)
         self._forced = projection.remainder(len(Decision)) * self._is_matrix  # "auto" and "none" are 0, no decision
         self._tested = (projection == PROJECTIONS.index("auto")) & (self._delta > 0) & self._is_matrix
@@ -376,7 +376,7 @@ class Exchange:
 
     def _upload(self, numbers: Sequence[float]) -> Tensor:
         """Numbers as float64 on the device, which is not waited for."""
-        here = torch.tensor(numbers, dtype=torch.float64)
+        here = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return here.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else here
 
     def reduce(self, header: Header, found_inf: Tensor | None, present: Sequence[bool], scale: Any) -> Outcome:

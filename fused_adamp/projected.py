@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
+from contextlib import suppress
 from copy import deepcopy
 from itertools import chain, repeat
 from numbers import Real
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
@@ -27,7 +29,9 @@ from fused_adamp.bucket import (
     BucketKey,
     Need,
     Scalars,
+    has_storage,
     overlaps,
+    span_of,
 )
 from fused_adamp.checkpoint import check, to_ours
 from fused_adamp.compiled import register
@@ -44,7 +48,6 @@ from fused_adamp.sharding import (
     local_gradient,
     marks,
     odd_placement,
-    shape_of,
     slice_of,
 )
 
@@ -74,7 +77,10 @@ class Range(NamedTuple):
         """Raises TypeError for what is no number, ValueError for what is outside."""
         if isinstance(value, Tensor):
             if value.numel() != 1:
-                raise ValueError(f"{name} is a tensor of {value.numel()} elements; pass a number or a 1-element tensor")
+                raise ValueError(
+                    f"Tensor {name} must be 1-element, but it has {value.numel()} elements: pass a number or a "
+                    "1-element tensor"
+                )
             if value.device.type != "cpu":
                 if not self.on_device:
                     raise TypeError(f"{name} is a tensor on {value.device}; pass a number or a tensor on the CPU")
@@ -96,17 +102,102 @@ _FLAT_REMEDY = (
 _MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may have", on_device=True)
 
 
+class _Seen(NamedTuple):
+    """A gradient and its weight, as they were: which gradient, both versions, both addresses. No version is None."""
+
+    gradient: TensorWeakRef
+    marks: tuple[int | None, int | None, int, int]
+
+    @classmethod
+    def of(cls, p: Tensor, g: Tensor) -> _Seen:
+        return cls(TensorWeakRef(g), cls.marks_of(p, g))
+
+    @staticmethod
+    def marks_of(p: Tensor, g: Tensor) -> tuple[int | None, int | None, int, int]:
+        return _version(g), _version(p), g.data_ptr(), p.data_ptr()
+
+    def still_holds(self, p: Tensor, g: Tensor) -> bool:
+        return self.gradient() is g and None not in self.marks and self.marks == self.marks_of(p, g)
+
+
 class _Clipping(NamedTuple):
-    """What :meth:`ProjectedOptimizer.clip_grad_norm_` leaves for the next step."""
+    """What :meth:`ProjectedOptimizer.clip_grad_norm_` leaves for the next step, and what that was computed from.
+
+    It is the one thing that a step believes from an earlier call. :meth:`still_holds` says whether it may go by the
+    coefficient, :meth:`test_of` whether it may go by the sums of the test too.
+    """
 
     max_norm: Any
     norm_type: float
     coefficient: Tensor
     """0-dim float64."""
-    seen: list[tuple[TensorWeakRef, int | None, int | None]]
-    """The gradients it was computed from, their versions and the weights'; None: no version is kept."""
+    unscaled: bool
+    """Whether the norm is that of the gradients over GradScaler's scale, which was known."""
+    seen: list[_Seen]
+    """The gradients that the norm was computed from, and their weights."""
     outcome: Outcome | None
-    """What the ranks that share parameters found out on the way."""
+    """The sums of the cosine test that the ranks exchanged on the way."""
+    test_options: list[tuple[float, float, float]]
+    """The options of the test that the outcome was computed for."""
+
+    def still_holds(self, now: list[tuple[Tensor, Tensor]]) -> bool:
+        """Whether the norm, and so the coefficient, is that of these weights' gradients."""
+        return len(self.seen) == len(now) and all(
+            seen.still_holds(*pair) for seen, pair in zip(self.seen, now, strict=True)
+        )
+
+    def test_of(self, options: list[tuple[float, float, float]]) -> Outcome | None:
+        """The outcome, if the test is made with the same options now."""
+        return self.outcome if self.test_options == options else None
+
+
+class _Label(NamedTuple):
+    """What messages call a parameter. The parameter groups are searched when the message is written, not before."""
+
+    optimizer: ProjectedOptimizer
+    p: Tensor
+
+    def __str__(self) -> str:
+        return self.optimizer._labels().get(self.p, "a parameter that is in no group")
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
+
+
+class _Memory:
+    """What an optimizer remembers from one call to the next.
+
+    It is created once and then only mutated. Frameworks wrap an optimizer in an object that subclasses its class and
+    copies its ``__dict__``: both share this object, so that a call through either is seen by both.
+
+    Attributes:
+        buckets: the parameters as the backends see them.
+        unbucketed: parameters that are in no bucket, as they neither train nor have state.
+        seen_params, seen_groups, seen_marks: what the buckets were made from.
+        addresses, rounds: the weights' addresses, bucket by bucket, and the order that follows from them:
+            :meth:`ProjectedOptimizer._in_rounds`.
+        clipping: what :meth:`ProjectedOptimizer.clip_grad_norm_` has left for the next step.
+        exchange: the collectives of parameters that lie on several ranks; None if none does.
+        agreed: the exchange that all ranks have agreed on last.
+        filled: stand-ins for gradients that other ranks have and this one does not, during a step.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Back to what a new optimizer remembers."""
+        self.buckets: list[Bucket] = []
+        self.unbucketed: list[Tensor] = []
+        self.seen_params: list[Tensor] = []
+        self.seen_groups: list[tuple[Any, ...]] = []
+        self.seen_marks = 0
+        self.addresses: list[list[int]] = []
+        self.rounds: list[list[set[int]]] | None = None
+        self.clipping: _Clipping | None = None
+        self.exchange: Exchange | None = None
+        self.agreed: Exchange | None = None
+        self.filled: dict[Tensor, Tensor] = {}
 
 
 class ProjectedOptimizer(Optimizer):
@@ -124,29 +215,18 @@ class ProjectedOptimizer(Optimizer):
     }
 
     _handle: str
-    _buckets: list[Bucket]
-    _unbucketed: list[Tensor]
-    _seen_params: list[Tensor]
-    _seen_groups: list[tuple[Any, ...]]
-    _seen_marks: int
-    _clipping: _Clipping | None
-    _had_matrices: tuple[bool, ...] = ()
-    """Of every parameter group, whether it was added with a parameter of two or more dimensions."""
-    exchange: Exchange | None
-    """Of parameters that lie on several ranks."""
-    _agreed: Exchange | None
-    _filled: dict[Tensor, Tensor]
+    _memory: _Memory
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Not in __init__, which copied and unpickled optimizers skip.
         self = super().__new__(cls)
         self._handle = register(self)
+        self._memory = _Memory()
         return self
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._forget_buckets()
         self._check_hyperparameters(defaults)
-        self._step_supports_amp_scaling = defaults["amp_scaling"]
+        self._step_supports_amp_scaling = _supports_amp_scaling(defaults)
         super().__init__(params, defaults)
 
     # What AdamP and SGDP supply.
@@ -231,20 +311,44 @@ class ProjectedOptimizer(Optimizer):
 
     def _step(self) -> None:
         batches = self._gathered()
-        if self.exchange is None:
+        if self._memory.exchange is None:
             batches = self._scaled(batches)
             # A step checks its own batch before it moves anything; several are checked before the first moves.
-            moved = len(batches) == 1 and batches[0].bucket.key.backend.step(batches[0]) < 0
+            alone = len(batches) == 1 and not self._rounds(batches)
+            moved = alone and batches[0].bucket.key.backend.step(batches[0]) < 0
             batches = batches if moved else self._scaled(self._refit(batches))
         else:
-            batches, moved = self._judged(self.exchange, batches), False
-        for batch in () if moved else batches:
+            batches, moved = self._judged(self._memory.exchange, batches), False
+        for batch in () if moved else self._in_order(batches):
             stale = batch.bucket.key.backend.step(batch)
             assert stale < 0, "a bucket that was checked a moment ago does not fit its tensors"
-        self._clipping = None
+        self._memory.clipping = None
         for batch in batches:
             stepped = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
             torch.autograd.graph.increment_version(stepped)
+
+    def _in_order(self, batches: list[Batch]) -> list[Batch]:
+        """The batches to step one after the other: parameters that share memory are never in one batch."""
+        rounds = self._rounds(batches)
+        if not rounds:
+            return batches
+        parts = [batch.only(members) for of in rounds for batch, members in zip(batches, of, strict=True)]
+        return [part for part in parts if any(g is not ABSENT for g in part.grads)]
+
+    def _rounds(self, batches: list[Batch]) -> list[list[set[int]]]:
+        """Rounds of members, batch by batch, in which nobody shares memory; empty if nobody does at all.
+
+        Parameters that share memory take the order of the parameter groups, as in torch.optim. A step whose addresses
+        have not changed searches for nothing.
+        """
+        memory = self._memory
+        addresses = [list(map(Tensor.data_ptr, batch.params)) for batch in batches]
+        if memory.rounds is None or addresses != memory.addresses:
+            place = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in self.param_groups))}
+            places = [[place[p] for p in batch.bucket.params] for batch in batches]
+            memory.rounds = _rounds_of([batch.params for batch in batches], places)
+            memory.addresses = addresses
+        return memory.rounds
 
     @torch.no_grad()
     def clip_grad_norm_(
@@ -277,13 +381,13 @@ class ProjectedOptimizer(Optimizer):
         _MAX_NORM.check("max_norm", max_norm)
         max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
         batches = self._gathered(make_state=False, check=True)
-        norm, outcome = self._total_norm(batches, float(norm_type))
+        clipping, norm = self._clipped(batches, max_norm, float(norm_type), self._unscale())
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
                 f"the total norm of order {float(norm_type)} of the gradients is {norm.item()}, so they cannot be "
                 "clipped: look for the gradient that is not finite, or pass error_if_nonfinite=False to go on"
             )
-        self._clipping = self._clipping_of(batches, max_norm, float(norm_type), norm, outcome)
+        self._memory.clipping = clipping
         dtypes = [g.dtype for batch in batches for g in batch.grads if g is not ABSENT]
         return norm.to(_promoted(dtypes))
 
@@ -291,7 +395,7 @@ class ProjectedOptimizer(Optimizer):
         """The last step's decision for every parameter that has been stepped. Waits for the device."""
         return {
             p: Decision(d)
-            for bucket in self._buckets
+            for bucket in self._memory.buckets
             for p, d in zip(bucket.params, bucket.decisions.tolist(), strict=True)
             if d != UNDECIDED
         }
@@ -305,14 +409,19 @@ class ProjectedOptimizer(Optimizer):
         Returns:
             A list of :class:`~fused_adamp.report.ProjectionRecord`, which prints as a table.
         """
-        names = {p: self._label(p) for bucket in self._buckets for p in bucket.params}
+        names = self._labels()
         names |= {p: name for name, p in model.named_parameters()} if model is not None else {}
         return projection_report(self, names)
 
     @property
     def buckets(self) -> list[Bucket]:
         """The parameters as the backends see them: those that have been in a step, bucket by bucket."""
-        return self._buckets
+        return self._memory.buckets
+
+    @property
+    def exchange(self) -> Exchange | None:
+        """The collectives of parameters that lie on several ranks."""
+        return self._memory.exchange
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group as in torch.optim, after checking its values and parameters.
@@ -325,24 +434,20 @@ class ProjectedOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_hyperparameters(group)
-            for p in group["params"]:
-                _check_parameter(p, self._label(p))
+            for p in filter(self._takes_part, group["params"]):
+                _check_parameter(p, self._label(p), fused=group["fused"])
                 _check_channel_dim(p, group["channel_dim"], self._label(p))
         except Exception:
             del self.param_groups[before:]
             raise
-        self._had_matrices = (*self._had_matrices, any(len(shape_of(p)) >= 2 for p in group["params"]))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_had_matrices": self._had_matrices}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
-        self._step_supports_amp_scaling = self.defaults.get("amp_scaling", True)
-        self._forget_buckets()
+        self._step_supports_amp_scaling = _supports_amp_scaling(self.defaults)
+        self._memory.forget()
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -363,14 +468,16 @@ class ProjectedOptimizer(Optimizer):
         params = list(chain.from_iterable(members))
         options = [{name: group[name] for name in group if name != "params"} for group in self.param_groups]
         state_dict = to_ours(state_dict, adaptive=self.adaptive, options=options)
-        check(state_dict, members, [self._label(p) for p in params])
+        check(state_dict, members, list(self._labels().values()))
         groups = deepcopy(state_dict["param_groups"])
         owners = dict(zip(chain.from_iterable(group["params"] for group in groups), params, strict=True))
         state: dict[Any, Any] = defaultdict(dict)
         for key, entries in state_dict["state"].items():
             if key in owners:
                 device = owners[key].device
-                state[owners[key]] = {name: t.to(device) if t.ndim else t for name, t in entries.items()}
+                state[owners[key]] = {
+                    name: t.to(device) if isinstance(t, Tensor) and t.ndim else t for name, t in entries.items()
+                }
             else:
                 state[key] = entries
         for group, own in zip(groups, self.param_groups, strict=True):
@@ -379,9 +486,9 @@ class ProjectedOptimizer(Optimizer):
                 group.setdefault("param_names", own["param_names"])
             group["state_dtype"] = group["state_dtype"] or self._dtype_of(group, state)
             self._check_hyperparameters(self.defaults | group)
-        clipping, agreed = self._clipping, self._agreed
+        clipping, agreed = self._memory.clipping, self._memory.agreed
         self.__setstate__({"state": state, "param_groups": groups})
-        self._clipping, self._agreed = clipping, agreed
+        self._memory.clipping, self._memory.agreed = clipping, agreed
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -391,9 +498,11 @@ class ProjectedOptimizer(Optimizer):
         """As :meth:`_gather`, and of sharded parameters checked: an error that one rank has is told to the others."""
         try:
             batches = self._gather(make_state=make_state)
-            return self._refit(batches) if check or self.exchange is not None else batches
+            return self._refit(batches) if check or self._memory.exchange is not None else batches
         except Exception:
-            self._withdraw()
+            # What another rank or the network does now must not hide this rank's own error.
+            with suppress(Exception):
+                self._withdraw()
             raise
 
     def _gather(self, *, make_state: bool = True) -> list[Batch]:
@@ -404,17 +513,17 @@ class ProjectedOptimizer(Optimizer):
         params = list(chain.from_iterable(group["params"] for group in self.param_groups))
         groups = [(len(group["params"]), *self._storage(group)) for group in self.param_groups]
         if not (
-            groups == self._seen_groups
-            and marks() == self._seen_marks
-            and all(map(is_, params, self._seen_params))
-            and all(p.grad is None for p in self._unbucketed)
+            groups == self._memory.seen_groups
+            and marks() == self._memory.seen_marks
+            and all(map(is_, params, self._memory.seen_params))
+            and all(p.grad is None for p in self._memory.unbucketed)
         ):
             self._fill_buckets()
-            self._seen_params, self._seen_groups, self._seen_marks = params, groups, marks()
+            self._memory.seen_params, self._memory.seen_groups, self._memory.seen_marks = params, groups, marks()
         try:
-            batches = [self._batch(bucket, make_state) for bucket in self._buckets]
+            batches = [self._batch(bucket, make_state) for bucket in self._memory.buckets]
         except (RuntimeError, IndexError):  # a tensor that has no such rows: say which
-            for bucket in self._buckets:
+            for bucket in self._memory.buckets:
                 self._check_tensors(bucket)
             raise
         return [batch for batch in batches if batch is not None]
@@ -423,7 +532,7 @@ class ProjectedOptimizer(Optimizer):
         params, key, state = bucket.params, bucket.key, self.state
         grads: list[Any] = [p.grad for p in params]
         if bucket.distributed or bucket.shared is not None:
-            grads = [self._filled[p] if p in self._filled else local_gradient(p) for p in params]
+            grads = [self._memory.filled[p] if p in self._memory.filled else local_gradient(p) for p in params]
         names, none = [*key.storage, *key.counters], dict[str, Tensor]()
         if all(map(is_not, grads, repeat(None))):
             in_order = len(state) == len(params) and all(map(is_, state, params))  # no key is hashed
@@ -446,7 +555,8 @@ class ProjectedOptimizer(Optimizer):
         for name in key.counters.keys() & tensors:
             if not all(map(isinstance, tensors[name], repeat(Tensor))):  # a number, as in old checkpoints
                 for of in states:
-                    of[name] = torch.as_tensor(of[name], dtype=key.counters[name])
+                    if not isinstance(of[name], Tensor):
+                        of[name] = torch.tensor(of[name], dtype=key.counters[name], device="cpu")
                 return self._batch(bucket, make_state)
         if bucket.distributed:
             params = list(map(local, params))
@@ -456,7 +566,7 @@ class ProjectedOptimizer(Optimizer):
             tensors |= {name: bucket.all_rows(tensors[name]) for name in key.storage.keys() & tensors}
         if bucket.sliced:
             # Where a step is told that gradients are missing, it may have counted for the others already.
-            uncounted = self._filled or bucket.index
+            uncounted = self._memory.filled or bucket.index
             tensors |= {name: bucket.counts(name, tensors[name], uncounted) for name in key.counters.keys() & tensors}
         return Batch(
             bucket,
@@ -472,7 +582,7 @@ class ProjectedOptimizer(Optimizer):
 
     def _make_state(self, bucket: Bucket) -> None:
         """Gives every member with a gradient the state that it lacks."""
-        stepped = [p for p in bucket.index if p.grad is not None or p in self._filled]
+        stepped = [p for p in bucket.index if p.grad is not None or p in self._memory.filled]
         for p in stepped:
             self._check_state(p, bucket.key)
         for p in stepped:
@@ -490,10 +600,9 @@ class ProjectedOptimizer(Optimizer):
 
     def _factor(self) -> Tensor | None:
         """What the step multiplies gradients with: 0-dim float64; None is 1."""
-        grad_scale = getattr(self, "grad_scale", None)
-        factor = None if self._clipping is None else self._clipping.coefficient
-        if grad_scale is not None:
-            unscale: Tensor = grad_scale.double().reciprocal()
+        unscale = self._unscale()
+        factor = None if self._memory.clipping is None else self._memory.clipping.coefficient
+        if unscale is not None:
             factor = unscale if factor is None else factor.to(unscale.device, non_blocking=True) * unscale
         return factor
 
@@ -505,7 +614,6 @@ class ProjectedOptimizer(Optimizer):
             batch._replace(
                 scale=_on(batch.bucket.key.device, factor),
                 found_inf=_on(batch.bucket.key.device, found_inf),
-                measured=self._clipping is not None,
                 final=final,
             )
             for batch in batches
@@ -513,12 +621,19 @@ class ProjectedOptimizer(Optimizer):
 
     def _clipping_holds(self, batches: list[Batch]) -> bool:
         """Whether what it was computed from is as it was."""
-        return self._clipping is None or _same(self._clipping.seen, _versions(batches))
+        clipping = self._memory.clipping
+        return clipping is None or clipping.still_holds(_gradients(batches))
 
     def _renew_clipping(self, batches: list[Batch]) -> None:
-        assert self._clipping is not None, "nothing was clipped"
-        max_norm, norm_type, *_ = self._clipping
-        self._clipping = self._clipping_of(batches, max_norm, norm_type, *self._total_norm(batches, norm_type))
+        old = self._memory.clipping
+        assert old is not None, "nothing was clipped"
+        unscale = self._unscale() if old.unscaled else None
+        self._memory.clipping, _ = self._clipped(batches, old.max_norm, old.norm_type, unscale)
+
+    def _unscale(self) -> Tensor | None:
+        """What GradScaler leaves to the step to multiply gradients with: 0-dim float64. None is 1."""
+        grad_scale = getattr(self, "grad_scale", None)
+        return None if grad_scale is None else grad_scale.double().reciprocal().reshape(())
 
     def _total_norm(self, batches: list[Batch], norm_type: float) -> tuple[Tensor, Outcome | None]:
         """The norm of all gradients taken together, 0-dim float64 on the first one's device.
@@ -528,26 +643,32 @@ class ProjectedOptimizer(Optimizer):
         if norm_type != 2.0:
             found = [(p, local_gradient(p)) for batch in batches for p in batch.bucket.index]
             grads = {p: g for p, g in found if g is not None}
-            if self.exchange is None:
+            if self._memory.exchange is None:
                 return torch.nn.utils.get_total_norm(grads.values(), norm_type).double(), None
-            self._agree(self.exchange)
-            return torch.linalg.vector_norm(torch.stack(self.exchange.norms(grads, norm_type)), norm_type), None
+            self._agree(self._memory.exchange)
+            return torch.linalg.vector_norm(torch.stack(self._memory.exchange.norms(grads, norm_type)), norm_type), None
         squares = [batch.bucket.key.backend.square_norm(batch) for batch in batches if batch.bucket.shared is None]
         outcome = None
-        if self.exchange is not None:
-            outcome = self._measured(self.exchange, batches)
-            squares.append(self.exchange.square_norm(outcome))
+        if self._memory.exchange is not None:
+            outcome = self._measured(self._memory.exchange, batches)
+            squares.append(self._memory.exchange.square_norm(outcome))
         if not squares:
-            return torch.zeros((), dtype=torch.float64), None
+            return torch.zeros((), dtype=torch.float64, device="cpu"), None
         square = torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum()
         return square.sqrt(), outcome
 
-    def _clipping_of(
-        self, batches: list[Batch], max_norm: Any, norm_type: float, norm: Tensor, outcome: Outcome | None
-    ) -> _Clipping:
+    def _clipped(
+        self, batches: list[Batch], max_norm: Any, norm_type: float, unscale: Tensor | None
+    ) -> tuple[_Clipping, Tensor]:
+        """What a clipping leaves for the next step, and the norm of the gradients, times ``unscale`` if it is given."""
+        norm, outcome = self._total_norm(batches, norm_type)
+        if unscale is not None and norm_type != 0:  # the order 0 counts
+            norm = norm * unscale.to(norm.device, non_blocking=True)
         limit = max_norm.double().to(norm.device, non_blocking=True) if isinstance(max_norm, Tensor) else max_norm
         coefficient = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
-        return _Clipping(max_norm, norm_type, coefficient, _versions(batches), outcome)
+        seen = [_Seen.of(p, g) for p, g in _gradients(batches)]
+        options = [] if outcome is None else self._test_options()
+        return _Clipping(max_norm, norm_type, coefficient, unscale is not None, seen, outcome, options), norm
 
     # Parameters on several ranks: fused_adamp/exchange.py.
 
@@ -564,21 +685,21 @@ class ProjectedOptimizer(Optimizer):
                 "tell each other is new in every step. Capture forward and backward, and step outside"
             )
         exchange.set_options(self._test_options())
-        if exchange is self._agreed:
+        if exchange is self._memory.agreed:
             return
         lines = self._options_in_words(exchange)
-        if self._agreed is not None and self._agreed.lines != exchange.lines:
-            header = self._agreed.tell(exchange.header(lines, moved=True))
+        if self._memory.agreed is not None and self._memory.agreed.lines != exchange.lines:
+            header = self._memory.agreed.tell(exchange.header(lines, moved=True))
             header.check_failure()
             if header.moved < header.ranks:
-                raise ValueError(self._agreed.disagreement([*exchange.lines, *lines]))
-            self._agreed = None
-        if self._agreed is None:
+                raise ValueError(self._memory.agreed.disagreement([*exchange.lines, *lines]))
+            self._memory.agreed = None
+        if self._memory.agreed is None:
             header = shake_hands(exchange.layouts, exchange.header(lines))
             header.check_failure()
             if not header.agreed:
                 raise ValueError(exchange.disagreement([*exchange.lines, *lines], replicas=True))
-        self._agreed = exchange
+        self._memory.agreed = exchange
 
     def _measured(self, exchange: Exchange, batches: list[Batch]) -> Outcome:
         """What the ranks find out for clipping: squares, and sums of the cosine test, of gradients as they are."""
@@ -591,16 +712,17 @@ class ProjectedOptimizer(Optimizer):
         self._agree(exchange)
         found_inf = getattr(self, "found_inf", None)
         while True:
-            clipping, factor = self._clipping, self._factor()
+            clipping, factor = self._memory.clipping, self._factor()
             clipped_to = None if clipping is None else _in_words(clipping.max_norm)
             lines = [*self._options_in_words(exchange), f"a step clipped to {clipped_to}"]
-            if clipping is None or clipping.outcome is None:
+            known = None if clipping is None else clipping.test_of(self._test_options())
+            if known is None:
                 exchange.ask_afresh(Need.TEST | Need.DOT)
                 scale: Any = 1.0
             else:  # the test has been made, of gradients as they are
-                assert factor is not None, "clipping gives a factor"
+                assert factor is not None, "a clipping gives a factor"
                 scale = factor.to(exchange.device)
-                exchange.ask(Need.DOT, only=exchange.undecided(clipping.outcome, scale))
+                exchange.ask(Need.DOT, only=exchange.undecided(known, scale))
             outcome = self._told(
                 exchange,
                 self._with_scale(batches, factor, final=clipping is None and found_inf is None),
@@ -615,14 +737,16 @@ class ProjectedOptimizer(Optimizer):
         if missing := exchange.missing(outcome):  # on some ranks: there it counts as zero
             own = [p for p in missing if p.grad is None]
             try:
-                self._filled = {p: torch.zeros((), dtype=p.dtype, device=p.device).expand(local(p).shape) for p in own}
+                self._memory.filled = {
+                    p: torch.zeros((), dtype=p.dtype, device=p.device).expand(local(p).shape) for p in own
+                }
                 batches = self._gathered() if own else batches
                 exchange.ask(Need.TEST | Need.DOT, only=exchange.mask(own))
                 outcome = self._told(
                     exchange, self._with_scale(batches, factor), lines, scale=scale, found_inf=found_inf
                 )
             finally:
-                self._filled = {}
+                self._memory.filled = {}
         exchange.judge(outcome)
         if found_inf is not None or exchange.asynchronous:
             found_inf = exchange.found_inf(outcome)
@@ -658,7 +782,7 @@ class ProjectedOptimizer(Optimizer):
             if batch.bucket.shared is not None:
                 batch.bucket.key.backend.measure(batch)
         present = [
-            layout.holds and (p.grad is not None or p in self._filled)
+            layout.holds and (p.grad is not None or p in self._memory.filled)
             for p, layout in zip(exchange.members, exchange.layouts, strict=True)
         ]
         try:
@@ -673,8 +797,8 @@ class ProjectedOptimizer(Optimizer):
     def _withdraw(self) -> None:
         """Tells the ranks that wait for this one, if any, that it cannot take the step."""
         failed = Header.of((), failed=True)
-        if self._agreed is not None:
-            self._agreed.tell(failed)
+        if self._memory.agreed is not None:
+            self._memory.agreed.tell(failed)
         else:
             owners = [(p, group["channel_dim"]) for group in self.param_groups for p in group["params"]]
             shared = [(p, channel_dim) for p, channel_dim in owners if is_shared(p) and self._takes_part(p)]
@@ -686,7 +810,7 @@ class ProjectedOptimizer(Optimizer):
             f"group {number}: {name}={_in_words(value)}"
             for number in exchange.groups
             for name, value in self.param_groups[number].items()
-            if name not in {"params", "param_names"}
+            if name in self.defaults
         ]
 
     def _refit(self, batches: list[Batch]) -> list[Batch]:
@@ -714,7 +838,7 @@ class ProjectedOptimizer(Optimizer):
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
         kept = [
             bucket
-            for bucket in self._buckets
+            for bucket in self._memory.buckets
             if bucket not in without and all(keys.get(p) == bucket.key for p in bucket.params) and bucket.fits_marks
         ]
         bucketed = {p for bucket in kept for p in bucket.params}
@@ -738,37 +862,34 @@ class ProjectedOptimizer(Optimizer):
             if self.state.get(p)
         }
         self.state.update(moved)
-        self._buckets = kept + made
-        self._unbucketed = [p for p in group_of if p not in keys]
-        for bucket in self._buckets:
+        self._memory.buckets = kept + made
+        self._memory.rounds = None
+        self._memory.unbucketed = [p for p in group_of if p not in keys]
+        for bucket in self._memory.buckets:
             bucket.set_groups([group_of[p] for p in bucket.params])
-        shared = any(bucket.shared is not None for bucket in self._buckets)
-        self.exchange = Exchange(self._buckets, {p: self._label(p) for p in group_of}) if shared else None
+        shared = any(bucket.shared is not None for bucket in self._memory.buckets)
+        self._memory.exchange = Exchange(self._memory.buckets, self._labels()) if shared else None
 
     def _bucket_keys(self) -> dict[Tensor, BucketKey]:
         """The bucket key of every parameter that trains or has state."""
-        keys = {}
-        for group, had_matrices in zip(self.param_groups, chain(self._had_matrices, repeat(False)), strict=False):
+        keys: dict[Tensor, BucketKey] = {}
+        for group in self.param_groups:
             self._check_hyperparameters(group)
-            unmarked = [p.ndim == 1 and slice_of(p) is None for p in group["params"]]
-            if had_matrices and unmarked and all(unmarked):
-                raise TypeError(
-                    f"{self._label(group['params'][0])} has taken the place of matrices: optimizers that shard flat "
-                    f"buffers put in slices of one dimension, which would never be projected. {_FLAT_REMEDY}"
-                )
+            members = [p for p in group["params"] if self._takes_part(p)]
+            for p in members:
+                _check_parameter(p, self._label(p))
+                _check_channel_dim(p, group["channel_dim"], self._label(p))
             backends = {
                 device: choose(device, backend=group["backend"], fused=group["fused"], foreach=group["foreach"])
-                for device in {p.device for p in group["params"]}
+                for device in {p.device for p in members}
             }
-            for p in group["params"]:
-                if self._takes_part(p):
-                    _check_parameter(p, self._label(p))
-                    _check_channel_dim(p, group["channel_dim"], self._label(p))
-                    keys[p] = self._bucket_key(p, group, backends[p.device])
+            keys |= {p: self._bucket_key(p, group, backends[p.device]) for p in members}
+        _refuse_flat_buffers(keys, self._memory.buckets, self._label)
         return keys
 
     def _takes_part(self, p: Tensor) -> bool:
-        return p.requires_grad or p.grad is not None or bool(self.state.get(p))
+        """Whether a step may concern the parameter. A frozen one, or a lazy one without its shape, is left alone."""
+        return (p.requires_grad or p.grad is not None or bool(self.state.get(p))) and not is_lazy(p)
 
     def _bucket_key(self, p: Tensor, group: dict[str, Any], backend: Backend) -> BucketKey:
         moments, channel_dim, state_dtype, rounding, _ = self._storage(group)
@@ -796,31 +917,24 @@ class ProjectedOptimizer(Optimizer):
     def _move_state(self, old: dict[str, Any], new: dict[str, Tensor], p: Tensor) -> dict[str, Any]:
         for name, tensor in new.items():
             if name in old:
-                copy(torch.as_tensor(old[name]), tensor)
+                value = old[name]
+                copy(value if isinstance(value, Tensor) else torch.tensor(value, device="cpu"), tensor)
         kept = {name: value for name, value in old.items() if name != "remainder"}  # of weights that have moved since
         return kept | self._seeded(new, old, p)
 
     def _seeded(self, new: dict[str, Tensor], old: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
         """The new state, with a seed where it needs one and the old state has none.
 
-        It is drawn from torch's default generator; but of a parameter that ranks share it comes from its name.
+        The seed is drawn from torch's default generator. If ranks share the parameter, it comes from its name instead.
         """
         if "rounding_seed" in new and "rounding_seed" not in old:
-            named = int.from_bytes(hashlib.blake2b(self._label(p).encode(), digest_size=8).digest(), "little") >> 2
-            drawn = named if is_shared(p) else int(torch.randint(1 << 62, (), device="cpu"))
-            new["rounding_seed"].fill_(drawn)
+            if is_shared(p):
+                name = str(self._label(p)).encode()
+                seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 2
+            else:
+                seed = int(torch.randint(1 << 62, (), device="cpu"))
+            new["rounding_seed"].fill_(seed)
         return new
-
-    def _forget_buckets(self) -> None:
-        self._buckets = []
-        self._unbucketed = []
-        self._seen_params = []
-        self._seen_groups = []
-        self._seen_marks = 0
-        self._clipping = None
-        self.exchange = None
-        self._agreed = None
-        self._filled = {}
 
     # Checks. Every message names what was received and what would do.
 
@@ -874,18 +988,50 @@ class ProjectedOptimizer(Optimizer):
                 _check_parameter(p, self._label(p))
                 _check_channel_dim(p, bucket.key.channel_dim, self._label(p))
                 _check_gradient(p, p.grad, self._label(p))
+                for name, t in self.state.get(p, {}).items():
+                    if name in bucket.given and isinstance(t, Tensor):
+                        _check_storage(local(t), f"state {name!r} of ", self._label(p))
 
-    def _label(self, p: Tensor) -> str:
+    def _label(self, p: Tensor) -> _Label:
+        return _Label(self, p)
+
+    def _labels(self) -> dict[Tensor, str]:
+        """What messages and reports call every parameter, in the order of the parameter groups."""
+        labels = {}
         for number, group in enumerate(self.param_groups):
-            for index, member in enumerate(group["params"]):
-                if member is p:
-                    names = group.get("param_names")
-                    return f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
-        raise KeyError(p)
+            names = group.get("param_names")
+            for index, p in enumerate(group["params"]):
+                labels[p] = f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
+        return labels
 
 
-def _check_parameter(p: Tensor, label: str) -> None:
-    if getattr(p, "_fsdp_flattened", False):  # FSDP1 marks flat parameters, and originals that are parts of one
+def _crosses_rows(p: Tensor, matrix: Tensor) -> bool:
+    """Whether a contiguous vector is a run of a contiguous matrix's elements that crosses from one row to the next."""
+    if matrix.ndim < 2 or not matrix.is_contiguous() or not p.is_contiguous() or not 0 < p.numel() < matrix.numel():
+        return False
+    cols = matrix.numel() // matrix.size(0)
+    first = p.storage_offset() - matrix.storage_offset()
+    return first // cols != (first + p.numel() - 1) // cols
+
+
+def _refuse_flat_buffers(
+    params: Collection[Tensor], buckets: Sequence[Bucket], label: Callable[[Tensor], _Label]
+) -> None:
+    """Raises TypeError if a new vector holds the memory of matrices that were stepped before and are gone now."""
+    before = {p for bucket in buckets for p in bucket.index}
+    gone = [span_of(local(p)) for p in before if p.ndim >= 2 and p not in params]
+    for p in params if gone else ():
+        if p.ndim == 1 and p not in before and slice_of(p) is None:
+            begin, end = span_of(p)
+            if any(begin <= first and last <= end and first < last for first, last in gone):
+                raise TypeError(
+                    f"{label(p)} has taken the place of matrices, whose memory it holds: a vector is never projected. "
+                    f"{_FLAT_REMEDY}"
+                )
+
+
+def _check_parameter(p: Tensor, label: _Label, *, fused: bool | None = None) -> None:
+    if getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):  # FSDP1's marks
         raise TypeError(
             f"{label} is part of a flat parameter of FSDP1, of which no rows are left: stepped, it would never be "
             "projected. Shard with FSDP2 (torch.distributed.fsdp.fully_shard), or keep the parameters whole, e.g. with "
@@ -897,7 +1043,7 @@ def _check_parameter(p: Tensor, label: str) -> None:
             f"{label} has {p.numel()} elements, but was marked as elements {flat.begin} to {flat.end} of a tensor of "
             f"shape {flat.shape}: call fused_adamp.mark_slice again, on all ranks"
         )
-    if flat is None and p.ndim == 1 and p._base is not None and p._base.ndim >= 2 and p.numel() < p._base.numel():
+    if flat is None and p.ndim == 1 and p._base is not None and _crosses_rows(p, p._base):
         raise TypeError(
             f"{label} is a one-dimensional slice of a tensor of shape {tuple(p._base.shape)}: stepped as a vector, it "
             f"would never be projected. {_FLAT_REMEDY}"
@@ -908,6 +1054,11 @@ def _check_parameter(p: Tensor, label: str) -> None:
             "p.redistribute(placements=[Replicate()])"
         )
     p = local(p)
+    if p.is_meta and fused:
+        raise RuntimeError(
+            "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
+            f"{label} is on the meta device and holds no data: materialise it first, e.g. model.to_empty()"
+        )
     if p.is_meta:
         raise TypeError(f"{label} is on the meta device and holds no data: materialise it first, e.g. model.to_empty()")
     if p.layout is not torch.strided:
@@ -915,13 +1066,14 @@ def _check_parameter(p: Tensor, label: str) -> None:
     if p.dtype not in FLOATING:
         remedy = "train torch.view_as_real(p)" if p.is_complex() else "pass a floating-point parameter"
         raise TypeError(f"{label} has dtype {p.dtype}, allowed are {_listed(FLOATING)}: {remedy}")
+    _check_storage(p, "", label)
     if overlaps(p):
         raise ValueError(
             f"elements of {label} share memory (shape {tuple(p.shape)}, strides {p.stride()}): pass p.contiguous()"
         )
 
 
-def _check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: str) -> None:
+def _check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: _Label) -> None:
     flat = slice_of(p)
     if flat is not None and len(flat.shape) >= 2 and channel_dim not in (0, (0,)):
         raise ValueError(
@@ -945,12 +1097,21 @@ def _check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: str
         ) from error
 
 
+def _check_storage(t: Tensor, role: str, label: _Label) -> None:
+    """Raises ValueError if elements lie outside the tensor's storage. ``role`` says whose it is."""
+    if not has_storage(t):
+        raise ValueError(
+            f"the storage of {role}{label} holds {t.untyped_storage().nbytes()} bytes, too few for shape "
+            f"{tuple(t.shape)}: an offloading hook may have freed it; bring it back before the step"
+        )
+
+
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
 
 
-def _check_gradient(p: Tensor, g: Tensor, label: str) -> None:
+def _check_gradient(p: Tensor, g: Tensor, label: _Label) -> None:
     if is_distributed(p) != is_distributed(g):
         kinds = ("a plain tensor", "a DTensor")
         raise TypeError(
@@ -965,10 +1126,17 @@ def _check_gradient(p: Tensor, g: Tensor, label: str) -> None:
         )
     if g.shape != p.shape:
         raise ValueError(f"the gradient of {label} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
+    _check_storage(g, "the gradient of ", label)
     if g.device != p.device:
         raise ValueError(f"the gradient of {label} is on {g.device}, the parameter on {p.device}: move one of them")
     if g.dtype not in FLOATING:
         raise TypeError(f"the gradient of {label} has dtype {g.dtype}, allowed are {_listed(FLOATING)}")
+
+
+def _supports_amp_scaling(defaults: dict[str, Any]) -> bool:
+    """Whether GradScaler may leave unscaling to the step: as in torch.optim where ``fused=True``, or as asked for."""
+    wish = defaults.get("amp_scaling")
+    return bool(defaults.get("fused") if wish is None else wish)
 
 
 def number(value: Any) -> Any:
@@ -982,14 +1150,43 @@ def _default_state_dtype(p: Tensor, rounding: str) -> torch.dtype:
     return torch.float32 if rounding == "remainder" and p.dtype == torch.bfloat16 else p.dtype
 
 
-def _versions(batches: list[Batch]) -> list[tuple[TensorWeakRef, int | None, int | None]]:
-    """The batches' gradients with their versions and their weights'."""
-    return [
-        (TensorWeakRef(local(g)), _version(local(g)), _version(local(p)))
-        for batch in batches
-        for p in batch.bucket.params
-        if (g := p.grad) is not None
-    ]
+def _rounds_of(params: list[list[Tensor]], places: list[list[int]]) -> list[list[set[int]]]:
+    """See :meth:`ProjectedOptimizer._rounds`; ``places`` are the parameters' places in their order.
+
+    Address ranges that meet form a cluster. The parameters of a cluster take a round each.
+    """
+    spans = sorted(
+        (*span_of(p), place, batch, i)
+        for batch, (of, where) in enumerate(zip(params, places, strict=True))
+        for i, (p, place) in enumerate(zip(of, where, strict=True))
+        if p.numel()
+    )
+    clusters: list[list[tuple[int, int, int]]] = []
+    reach = -1
+    for begin, end, place, batch, i in spans:
+        if begin >= reach:
+            clusters.append([])
+        clusters[-1].append((place, batch, i))
+        reach = max(reach, end)
+    if len({place for cluster in clusters for place, *_ in cluster}) == len(clusters):
+        return []
+    first = [set(range(len(of))) for of in params]
+    rounds = [first]
+    for cluster in clusters:
+        order = sorted({place for place, *_ in cluster})
+        for place, batch, i in cluster:
+            turn = order.index(place)
+            while len(rounds) <= turn:
+                rounds.append([set() for _ in params])
+            if turn:
+                first[batch].remove(i)
+                rounds[turn][batch].add(i)
+    return rounds
+
+
+def _gradients(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
+    """The weights that have a gradient, with their gradients; parts of DTensors as they lie here."""
+    return [(local(p), local(g)) for batch in batches for p in batch.bucket.params if (g := p.grad) is not None]
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
@@ -1005,13 +1202,6 @@ def _in_words(value: Any) -> str:
 
 def _version(t: Tensor) -> int | None:
     return None if t.is_inference() else t._version
-
-
-def _same(seen: list[tuple[Any, ...]], now: list[tuple[Any, ...]]) -> bool:
-    """Whether gradients and weights are as they were. Nobody counts the versions of inference tensors."""
-    return len(seen) == len(now) and all(
-        old[0]() is new[0]() and None not in old and old[1:] == new[1:] for old, new in zip(seen, now, strict=True)
-    )
 
 
 def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:

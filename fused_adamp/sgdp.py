@@ -61,8 +61,8 @@ class SGDP(ProjectedOptimizer):
         state_dtype: dtype of the moments; None takes the weight's (float32 with a remainder) or a loaded state's.
         rounding: how bfloat16 is written: "nearest"; "stochastic", up or down by chance but right on average; or
             "remainder", which keeps the other 16 bits of the float32 weight in the state and so loses nothing.
-        amp_scaling: GradScaler hands over its scale, and the step unscales as it reads. False for frameworks that
-            refuse to clip with such an optimizer: GradScaler then unscales by itself.
+        amp_scaling: True lets the step unscale gradients as it reads them, when GradScaler is used. With False,
+            GradScaler unscales them before the step. None follows torch.optim: True where ``fused=True``, else False.
         project_buffer: project the stored momentum too wherever the update is projected (no effect with nesterov). The
             paper's algorithm does not; clovaai/AdamP 0.3.0 does. For reproducing results of that code.
         backend: force one by name; see ``python -m fused_adamp doctor``.
@@ -106,7 +106,7 @@ class SGDP(ProjectedOptimizer):
         channel_dim: int | tuple[int, ...] = 0,
         state_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
-        amp_scaling: bool = True,
+        amp_scaling: bool | None = None,
         project_buffer: bool = False,
         backend: str | None = None,
     ) -> None:

@@ -30,12 +30,11 @@ PREPARE = tl.constexpr(0)
 MEASURE = tl.constexpr(1)
 DOT = tl.constexpr(2)
 UPDATE = tl.constexpr(3)
-# For the norm of the gradients: squares of all, and in the split plan whatever measure finds out about tested ones.
+# For the norm of the gradients.
 SQUARE = tl.constexpr(4)
-SQUARE_AND_MEASURE = tl.constexpr(5)
 # Before a step of parameters that lie on several ranks. A job of the latter has a parameter in place of a tile.
-SHARE = tl.constexpr(6)
-SHARE_NOTHING = tl.constexpr(7)
+SHARE = tl.constexpr(5)
+SHARE_NOTHING = tl.constexpr(6)
 
 # What a launch counts.
 TICKET = tl.constexpr(0)
@@ -59,10 +58,10 @@ def measure_kernel(
         n = tl.load(job + 2)
         if stage == PREPARE:
             prepare(memory, work, active, n_active, first, S, False)
-        elif (stage != SQUARE) & is_tested(memory, work, tl.load(owners + first).to(tl.int64), S):
-            measure(memory, work, epoch + tl.load(replays), first, n, S)
-        elif stage != MEASURE:
+        elif stage == SQUARE:
             square(memory, work, first, n, S, False)
+        elif is_tested(memory, work, tl.load(owners + first).to(tl.int64), S):
+            measure(memory, work, epoch + tl.load(replays), first, n, S)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])

@@ -22,7 +22,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from rich import box
@@ -30,6 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 from fused_adamp.backends import triton as backend
+
+if TYPE_CHECKING:
+    from triton.backends.compiler import GPUTarget
 
 KERNELS = ("measure", "dot", "update", "one_pass")
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -42,31 +45,28 @@ RULES = {"AdamP": (True, True), "SGDP": (False, True), "SGDP without buffer": (F
 """Of each: whether it is adaptive, and whether it keeps a momentum buffer."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-_ARGUMENTS = {
-    "table": "*i64",
-    "addresses": "*i64",
-    "strides": "*i64",
-    "owners": "*i32",
-    "scalars": "*fp64",
-    "scale": "*fp64",
-    "found_inf": "*fp64",
-    "coefficients": "*fp64",
-    "sums": "*fp64",
-    "findings": "*fp64",
-    "counters": "*i64",
-    "decisions": "*u8",
-    "results": "*fp64",
-    "parts": "*i64",
-    "tickets": "*i64",
-    "replays": "*i64",
-    "active": "*i32",
-    "jobs": "*i32",
-    "epoch": "i32",
-    "n_active": "i32",
-    "n_jobs": "i32",
-    "n_blocks": "i32",
-    "S": "constexpr",
+_TENSORS = {
+    "table": torch.int64,
+    "addresses": torch.int64,
+    "strides": torch.int64,
+    "owners": torch.int32,
+    "scalars": torch.float64,
+    "scale": torch.float64,
+    "found_inf": torch.float64,
+    "coefficients": torch.float64,
+    "sums": torch.float64,
+    "findings": torch.float64,
+    "counters": torch.int64,
+    "decisions": torch.uint8,
+    "results": torch.float64,
+    "parts": torch.int64,
+    "tickets": torch.int64,
+    "replays": torch.int64,
+    "active": torch.int32,
+    "jobs": torch.int32,
 }
+_NUMBERS = {"epoch": 1, "n_active": 16, "n_jobs": 16, "n_blocks": 1}
+"""Those that Triton would compile a kernel of their own for, if the kernels let it."""
 _PROCESSES = 2
 WIDEST = 16
 """Bytes: the widest load of one thread on all targets but sm_100, where there are twice as wide ones."""
@@ -132,6 +132,7 @@ class Row(NamedTuple):
         spill_bytes: of a thread, moved to memory for want of registers: stored or loaded, whichever is more.
         scalar_spills: on AMD GPUs, scalar registers moved to lanes of vector registers: no memory, and so no harm.
         shared_bytes: of a program.
+        assumptions: arguments of which the code takes more than the type for granted.
     """
 
     kernel: str
@@ -146,53 +147,83 @@ class Row(NamedTuple):
     spill_bytes: int
     scalar_spills: int
     shared_bytes: int
+    assumptions: list[str]
     loads: Accesses
     stores: Accesses
     seconds: float
 
 
-def compile_variant(variant: Variant) -> Row:
-    from fused_adamp.kernels import plans, tiles
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.compiler import compile as triton_compile
+class Driver:
+    """Has Triton take it that there is a GPU. No kernel can be loaded on it."""
 
-    began = perf_counter()
-    kernel = getattr(plans, f"{variant.kernel}_kernel")
-    target = GPUTarget(*TARGETS[variant.target])
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS[self.target])
+
+    def get_current_device(self) -> str:
+        """Triton keeps what it has compiled by device."""
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+def arguments(kernel: Any) -> list[Any]:
+    """What a kernel takes besides the spec. The tensors lie at multiples of 16 bytes."""
+    names = [name for name in kernel.arg_names if name != "S"]
+    return [_NUMBERS[name] if name in _NUMBERS else torch.empty(16, dtype=_TENSORS[name]) for name in names]
+
+
+def make_spec(variant: Variant) -> Any:
+    from fused_adamp.kernels import tiles
+
     adaptive, buffer = RULES[variant.rule]
     p, g, state = (DTYPES[dtype] for dtype in variant.dtypes)
     layout = getattr(tiles, variant.layout).value
-    spec = backend.make_spec(
+    return backend.make_spec(
         p, g, state, layout, adaptive=adaptive, buffer=buffer, rounding=variant.rounding, shared=variant.shared
     )
-    names = kernel.arg_names
-    # As at a launch: the bookkeeping's tensors start at multiples of 16 bytes (D) and are smaller than 2 GB (S).
-    attributes = make_backend(target).parse_attr("DS")
-    source = ASTSource(
-        fn=kernel,
-        signature={name: _ARGUMENTS[name] for name in names},
-        constexprs={(names.index("S"),): spec},
-        attrs={(i,): attributes for i, name in enumerate(names) if _ARGUMENTS[name].startswith("*")},
-    )
+
+
+def compile_variant(variant: Variant) -> Row:
+    """As a launch does, up to where the kernel would be loaded."""
+    from fused_adamp.kernels import plans
+    from triton.runtime import driver
+
+    began = perf_counter()
+    kernel = getattr(plans, f"{variant.kernel}_kernel")
+    driver.set_active(Driver(variant.target))
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        compiled = triton_compile(source, target=target, options=backend.compile_options(kernel, spec))
-    nvidia = target.backend == "cuda"
+        compiled = backend.compile_kernel(kernel, arguments(kernel), make_spec(variant))
+    kind, _, warp_size = TARGETS[variant.target]
+    nvidia = kind == "cuda"
     assembly = compiled.asm["ptx" if nvidia else "amdgcn"]
     registers, spill_bytes, scalar_spills = _ptxas_usage(log.getvalue()) if nvidia else _amd_usage(assembly)
     loads, stores = _accesses(assembly)
     return Row(
         *variant,
-        threads=backend._WARPS * target.warp_size,
+        threads=backend._WARPS * warp_size,
         registers=registers,
         spill_bytes=spill_bytes,
         scalar_spills=scalar_spills,
         shared_bytes=compiled.metadata.shared,
+        assumptions=assumptions(compiled),
         loads=loads,
         stores=stores,
         seconds=perf_counter() - began,
     )
+
+
+def assumptions(compiled: Any) -> list[str]:
+    """Arguments, besides the spec, whose values or divisors Triton has compiled in."""
+    found = {*compiled.src.constants, *(place for place, attributes in compiled.src.attrs.items() if attributes)}
+    names = [compiled.src.fn.arg_names[index] for index, *_ in sorted(found)]
+    return [name for name in names if name != "S"]
 
 
 def _ptxas_usage(log: str) -> tuple[int, int, int]:

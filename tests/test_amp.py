@@ -61,7 +61,7 @@ class Loop:
             torch.manual_seed(1)
             weights = [torch.randn(shape, dtype=F64) for shape in shapes]
         self.params = [nn.Parameter(w.to(device, dtypes[i % len(dtypes)])) for i, w in enumerate(weights)]
-        self.optimizer = cls(self.params, **{**defaults, **options}, backend=backend)
+        self.optimizer = cls(self.params, **{"amp_scaling": True, **defaults, **options}, backend=backend)
         self.seen: set[Decision] = set()
 
     @contextmanager
@@ -537,10 +537,14 @@ def test_a_copy_made_between_steps_goes_on(rule: str, native: bool, backend: str
 
 
 @EVERY_RULE
-def test_on_by_default(rule: str) -> None:
+@pytest.mark.parametrize("amp_scaling", [None, True, False])
+@pytest.mark.parametrize("fused", [None, True, False])
+def test_the_flag_is_set_where_torch_sets_it_or_on_request(
+    rule: str, fused: bool | None, amp_scaling: bool | None
+) -> None:
     cls, _ = RULES[rule]
-    assert cls(parameters((2, 3)))._step_supports_amp_scaling is True
-    assert cls(parameters((2, 3)), amp_scaling=False)._step_supports_amp_scaling is False
+    supports = cls(parameters((2, 3)), fused=fused, amp_scaling=amp_scaling)._step_supports_amp_scaling
+    assert supports is (amp_scaling if amp_scaling is not None else fused is True)
 
 
 # What else a scaler meets.

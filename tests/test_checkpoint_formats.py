@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import importlib.util
 import io
 import sys
 import types
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import adamp
@@ -402,6 +404,206 @@ def test_state_of_nobody_passes_through() -> None:
     assert convert(saved)["state"]["global"] == 0
 
 
+# What schedulers and wrappers add.
+
+WRAPPED: StateDict = {
+    "lookahead_slow_buff": torch.ones(3, 4),
+    "exp_inf": torch.ones(3),
+    "swa_count": 3,
+    "history": [0.5, 0.25],
+    "note": None,
+}
+"""State that wrappers keep: copies, other shapes, and values that are no tensors."""
+
+
+@pytest.mark.parametrize("cls", [AdamP, SGDP])
+def test_state_of_wrappers_passes_through(cls: Any) -> None:
+    added = WRAPPED | {"note": "x"} | ({"step": torch.tensor(3.0)} if cls is SGDP else {"momentum_buffer": 0.5})
+    optimizer, saved = one(cls, **({"momentum": 0.9} if cls is SGDP else {}))
+    own = set(saved["state"][0])
+    saved["state"][0] |= added
+    fresh = cls(twin(optimizer), backend="reference")
+    fresh.load_state_dict(copy.deepcopy(saved))
+    assert_entries_equal(fresh.state[members(fresh)[0]], saved["state"][0])
+    for each in (optimizer, fresh):
+        members(each)[0].grad = torch.ones(3, 4, dtype=torch.float64)
+        each.step()
+    assert_identical(members(fresh)[0], members(optimizer)[0], "the weight")
+    kept = fresh.state_dict()["state"][0]
+    assert_entries_equal({k: v for k, v in kept.items() if k not in own}, added)
+
+
+@pytest.mark.parametrize(("target", "theirs", "ours"), [(c.values[0], *c.values[1:3]) for c in CASES])
+def test_state_of_wrappers_passes_both_ways(target: str, theirs: Any, ours: Any) -> None:
+    options = {"momentum": 0.9} if ours is SGDP else {}
+    added = {k: v for k, v in WRAPPED.items() if k != "exp_inf"}
+    _, saved = one(theirs, **options)
+    saved["state"][0] |= added
+    loaded = convert(saved, ours)
+    assert_entries_equal({k: loaded["state"][0][k] for k in added}, added)
+    _, mine = one(ours, **options, **({"project_buffer": target == "clovaai"} if ours is SGDP else {}))
+    mine["state"][0] |= added
+    made = export(mine, target)
+    assert made["state"][0].keys() == saved["state"][0].keys()
+    assert_entries_equal({k: made["state"][0][k] for k in added}, added)
+
+
+def assert_entries_equal(actual: StateDict, expected: StateDict) -> None:
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert type(actual[key]) is type(value), key
+        assert torch.equal(actual[key], value) if isinstance(value, Tensor) else actual[key] == value, key
+
+
+SCHEDULERS: list[Callable[[Any], Any]] = [
+    lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.1, total_steps=9),
+    lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.01, 0.1),
+    lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 9),
+    lambda o: torch.optim.swa_utils.SWALR(o, 0.05),
+]
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=["OneCycleLR", "CyclicLR", "CosineAnnealingLR", "SWALR"])
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (torch.optim.AdamW, AdamP),
+        (torch.optim.SGD, SGDP),
+        (adamp.AdamP, AdamP),
+        (pytorch_optimizer.SGDP, SGDP),
+        (AdamP, AdamP),
+    ],
+)
+def test_group_keys_of_schedulers_and_users_pass(theirs: Any, ours: Any, scheduler: Callable[[Any], Any]) -> None:
+    other = theirs(parameters((3, 4)), lr=0.1, **({"momentum": 0.9} if ours is SGDP else {}))
+    before = set(other.param_groups[0])
+    scheduler(other)
+    users = {"param_names": ["w"], "name": "head", "lr_scale": 0.5, "lookahead_k": 6, "n_avg": 2, "step_counter": 3}
+    other.param_groups[0] |= users
+    added = other.param_groups[0].keys() - before
+    assert added > users.keys()
+    group = convert(other.state_dict(), ours)["param_groups"][0]
+    assert {key: group[key] for key in added} == {key: other.param_groups[0][key] for key in added}
+
+
+# Optimizers of other rules, all that are installed.
+
+
+UNBUILT = {"demo", "distributedmuon"}
+"""These need einops and a process group."""
+
+
+def every_optimizer() -> dict[str, Any]:
+    names = [name for name in pytorch_optimizer.get_supported_optimizers() if name not in UNBUILT]
+    found = {f"pytorch_optimizer.{name}": pytorch_optimizer.load_optimizer(name) for name in names}
+    for name, cls in vars(torch.optim).items():
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer:
+            found[f"torch.{name}"] = cls
+    return found
+
+
+def built(cls: Any, model: nn.Module, **options: Any) -> Any:
+    """An optimizer from whichever arguments it takes; None where it takes none of these."""
+    params = list(model.parameters())
+    attempts: list[Callable[[], Any]] = [
+        lambda: cls(params, lr=0.01, **options),
+        lambda: cls(params, **options),
+        lambda: cls(model, lr=0.01, **options),
+        lambda: cls(params, num_data=3, **options),
+        lambda: cls(params, num_iterations=3, **options),
+        lambda: cls([{"params": params, "use_muon": True}], **options),
+    ]
+    for attempt in attempts:
+        try:
+            return attempt()
+        except Exception:
+            continue
+    return None
+
+
+EVERYBODY = every_optimizer()
+SAME_RULE = {
+    "pytorch_optimizer.adam": AdamP,  # torch's own
+    "pytorch_optimizer.adamw": AdamP,  # torch's own
+    "pytorch_optimizer.adamp": AdamP,
+    "pytorch_optimizer.sgd": SGDP,  # torch's own
+    "pytorch_optimizer.sgdp": SGDP,
+    "torch.Adam": AdamP,
+    "torch.AdamW": AdamP,
+    "torch.SGD": SGDP,
+}
+"""Which of ours continues which optimizer. Nobody else's state_dict may be taken."""
+
+
+def saved_by(name: str, **options: Any) -> tuple[Any, nn.Module, StateDict]:
+    """The state_dict of an optimizer after two steps, or after none where it needs a closure or a second order."""
+    model = nn.Linear(4, 4, bias=False)
+    optimizer = built(EVERYBODY[name], model, **options)
+    assert optimizer is not None, f"{name} takes none of the known arguments: add what it takes to built"
+    with warnings.catch_warnings(), contextlib.suppress(Exception):
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(torch.randn(3, 4)).square().sum().backward()
+            optimizer.step()
+    return optimizer, model, optimizer.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_no_other_rule_is_taken_for_ours(name: str) -> None:
+    """By default, and with momentum and weight decay where the optimizer has them. Nothing but ValueError escapes."""
+    for options in ({}, {"momentum": 0.9}, {"weight_decay": 0.1}):
+        if options and built(EVERYBODY[name], nn.Linear(4, 4, bias=False), **options) is None:
+            continue
+        _, _, saved = saved_by(name, **options)
+        l2 = name.endswith((".adam", ".Adam")) and "weight_decay" in options
+        for cls in (AdamP, SGDP):
+            fresh = cls(nn.Linear(4, 4, bias=False).parameters(), backend="reference")
+            before = copy.deepcopy(fresh.state_dict())
+            try:
+                fresh.load_state_dict(copy.deepcopy(saved))
+            except ValueError:
+                assert_same(fresh.state_dict(), before)
+                assert SAME_RULE.get(name) is not cls or l2, f"{cls.__name__} refuses {name} with {options}"
+            else:
+                assert (SAME_RULE.get(name), l2) == (cls, False), f"{cls.__name__} takes {name} with {options}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_group_keys_of_every_optimizer_are_known(name: str) -> None:
+    """Each is a key of our formats, or refused by name in them. The exceptions are keys of schedulers and wrappers."""
+    _, _, saved = saved_by(name)
+    known = checkpoint._OTHER_HYPERPARAMETERS.union(*(fmt.keys for fmt in checkpoint._FORMATS))
+    known |= {"params", "initial_lr", "max_lr", "name", "step_counter"}
+    for group in saved.get("param_groups", []):
+        assert not group.keys() - known, f"enter these keys of {name} in checkpoint.py"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", SAME_RULE)
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_who_is_taken_goes_on_with_the_same_numbers(name: str, momentum: float) -> None:
+    ours = SAME_RULE[name]
+    options: StateDict = {"weight_decay": 0.0} | (
+        {"momentum": momentum, "nesterov": momentum > 0} if ours is SGDP else {}
+    )
+    if name.endswith("p"):
+        options["eps"] = 0.0 if ours is AdamP else 1e-8
+    other, model, saved = saved_by(name, **options)
+    weight = next(model.parameters())
+    mine = nn.Parameter(weight.detach().clone())
+    optimizer = ours([mine], backend="reference", **({} if name.endswith("p") else PLAIN))
+    optimizer.load_state_dict(copy.deepcopy(saved))
+    for t in range(4):
+        g = gradient(weight, KINDS[t % 3])
+        weight.grad, mine.grad = g.clone(), g.clone()
+        other.step()
+        optimizer.step()
+    assert_close(mine, weight, name)
+
+
 # Refused, in words.
 
 
@@ -416,6 +618,18 @@ def with_group(cls: Any, change: StateDict, **options: Any) -> Callable[[], Any]
 
 KOZ = pytorch_optimizer
 LOADS = {
+    "bias_correction": (with_group(torch.optim.AdamW, {"bias_correction": False}),
+                        r"bias_correction=False in group 0 .*Adam\(W\) then leaves .* set bias_correction=True there"),
+    "corrected_weight_decay": (with_group(torch.optim.AdamW, {"corrected_weight_decay": True}, weight_decay=0.1),
+                               "corrected_weight_decay=True .* set corrected_weight_decay=False or weight_decay=0"),
+    "trust_coefficient": (with_group(torch.optim.SGD, {"trust_coefficient": 0.001}),
+                          r"group key 'trust_coefficient' \(at 0\.001\) in group 0 of the state_dict: torch\.optim\."
+                          r"SGD has no such .* allowed are \['capturable', .* Load .* or delete"),
+    "integral": (with_group(KOZ.SGDP, {"integral": 5.0}), r"group key 'integral' \(at 5\.0\) .* pytorch_optimizer"),
+    "lambd": (with_group(adamp.AdamP, {"lambd": torch.ones(9)}), r"group key 'lambd' \(at a Tensor\) .* adamp\.AdamP"),
+    "two": (with_group(torch.optim.AdamW, {"rectify": True, "dampening": 0}),
+            r"group keys 'dampening' \(at 0\), 'rectify' \(at True\) in group 0"),
+    "timm SGDW": (with_group(torch.optim.SGD, {"caution": False}), r"group key 'caution' \(at False\)"),
     "amsgrad": (with_group(torch.optim.AdamW, {}, amsgrad=True), r"amsgrad=True in group 0 .*Adam\(W\) then divides .* "
                 r"set amsgrad=False there to continue by AdamP's rule"),
     "L2": (with_group(torch.optim.Adam, {}, weight_decay=0.1), "decoupled_weight_decay=False in group 0 .* adds weight "
@@ -458,6 +672,58 @@ def test_another_optimizer_is_named(theirs: Any, ours: Any, message: str) -> Non
         convert(saved, ours)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [(torch.optim.AdamW, AdamP), (torch.optim.SGD, SGDP), (adamp.AdamP, AdamP)]
+)
+def test_every_group_is_checked(theirs: Any, ours: Any) -> None:
+    saved = trained(theirs).state_dict()
+    other = make(ours, parameters(*SHAPES))
+    for change, message in (
+        ({"lambd": 1}, "'lambd' .* in group 1"),
+        ({"weight_decay": None}, r"group 1 .* lacks \['wei"),
+    ):
+        broken = copy.deepcopy(saved)
+        broken["param_groups"][1] |= change
+        if "lambd" not in change:
+            del broken["param_groups"][1]["weight_decay"]
+        with pytest.raises(ValueError, match=message):
+            to_ours(broken, other)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "alien"),
+    [
+        (torch.optim.AdamW, AdamP, "exp_inf"),
+        (torch.optim.AdamW, AdamP, "momentum_buffer"),
+        (adamp.AdamP, AdamP, "exp_avg_var"),
+        (torch.optim.SGD, SGDP, "momentum"),
+        (torch.optim.SGD, SGDP, "exp_avg_sq"),
+        (adamp.SGDP, SGDP, "i_buffer"),
+    ],
+)
+def test_state_of_another_rule_is_refused(theirs: Any, ours: Any, alien: str) -> None:
+    _, saved = one(theirs)
+    saved["state"].setdefault(0, {})[alien] = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match=rf"state of parameter 0 has \['{alien}'\], .* allowed are .* or delete"):
+        convert(saved, ours)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"state": []}, "state is a list and its param_groups are a list, allowed are"),
+        ({"param_groups": {}}, "param_groups are a dict, allowed are a dict and a list"),
+        ({"param_groups": [[]]}, "group 0 of the state_dict is a list, allowed is a dict with 'params'"),
+        ({"param_groups": [{"lr": 1}]}, r"group 0 of the state_dict is \['lr'\], allowed is"),
+        ({"state": {0: 5}}, r"state of parameter 0 is a int, allowed is a dict with \['exp_avg', 'exp_avg_sq'\]"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(change: StateDict, message: str) -> None:
+    _, saved = one(torch.optim.AdamW)
+    with pytest.raises(ValueError, match=message):
+        convert(saved | change)
+
+
 def test_a_checkpoint_around_the_state_dict() -> None:
     with pytest.raises(ValueError, match=r"has \['model', 'optimizer'\] and lacks \['param_groups', 'state'\]: pass"):
         checkpoint.to_ours({"model": {}, "optimizer": {}}, adaptive=True, options=[{}])
@@ -473,9 +739,6 @@ MISFITS: dict[str, tuple[Any, Callable[[StateDict], Any], str]] = {
     "step shape": (AdamP, changed("step", torch.zeros(2)), r"'step' of parameter 'w' has shape \(2,\), allowed is"),
     "missing moment": (AdamP, lambda s: s.pop("exp_avg_sq"), r"parameter 'w' .* lacks \['exp_avg_sq'\]: .* or delete"),
     "missing step": (AdamP, lambda s: s.pop("step"), r"the state of parameter 'w' .* lacks \['step'\]"),
-    "alien": (AdamP, changed("exp_inf", torch.zeros(3, 4)),
-              r"parameter 'w' has \['exp_inf'\], allowed are \['step', 'exp_avg', 'exp_avg_sq', 'remainder', 'roun"),
-    "alien SGDP": (SGDP, changed("step", torch.zeros(())), r"has \['step'\], allowed are \['momentum_buffer', 'rema"),
     "number": (SGDP, changed("momentum_buffer", 0.5), r"'momentum_buffer' of parameter 'w' is a float, not a tensor"),
     "text": (AdamP, changed("step", "five"), r"'step' of parameter 'w' is a str, not a tensor"),
     "integers": (SGDP, changed("momentum_buffer", torch.zeros(3, 4, dtype=torch.int32)),

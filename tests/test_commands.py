@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import fused_adamp.__main__ as commands
-from fused_adamp.backends import BACKENDS
+from fused_adamp.backends import BACKENDS, triton
 from fused_adamp.verify import Outcome, cases
 
 ROOT = Path(__file__).parent.parent
@@ -27,6 +28,39 @@ def test_doctor_names_versions_devices_and_every_backend() -> None:
     for piece in (torch.__version__, "threads", "\ncpu (", *(f"\n  {backend.name} " for backend in BACKENDS)):
         assert piece in run.stdout
     assert run.stdout.count("runs by default") == 1 + torch.cuda.device_count()
+
+
+@pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        (("3.6.0", "2.3.5"), None),
+        (("3.6.0", "2.4.6"), "the interpreter of Triton 3.6.0 fails with numpy 2.4.6; pip install 'numpy<2.4'"),
+        (("3.7.0", "2.4.6"), None),
+    ],
+)
+def test_doctor_names_a_numpy_that_the_interpreter_fails_with(
+    versions: tuple[str, str],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for module, version in zip(("triton", "numpy"), versions, strict=True):
+        monkeypatch.setattr(importlib.import_module(module), "__version__", version)
+    assert commands.doctor() == 0
+    verdict = reason or "runs with backend='triton'"
+    assert f"  {'triton':<10} {verdict}\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
+def test_doctor_says_that_the_interpreter_needs_numpy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setitem(sys.modules, "numpy", None)
+    assert commands.doctor() == 0
+    assert "needs numpy, which is missing" in capsys.readouterr().out
 
 
 def test_verify_passes_on_a_few_cases(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

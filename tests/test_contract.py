@@ -402,7 +402,7 @@ def no_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def chosen(optimizer: Any) -> set[str]:
     """The backends behind the optimizer's buckets."""
-    return {bucket.key.backend.name for bucket in optimizer._buckets}
+    return {bucket.key.backend.name for bucket in optimizer.buckets}
 
 
 @EVERY_RULE

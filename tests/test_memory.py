@@ -20,7 +20,7 @@ def test_beyond_the_moments_less_than_one_percent_of_the_parameters(workload: st
     options = {"momentum": 0.9} if optimizer is fused_adamp.SGDP else {}
     opt = optimizer(params, **options, backend="cpu")
     opt._fill_buckets()
-    (bucket,) = opt._buckets
+    (bucket,) = opt.buckets
     size = sum(p.nbytes for p in params)
     moments = sum(storage.nbytes for storage in bucket.storage.values())
     padding = moments - size * len(bucket.storage)

@@ -193,7 +193,7 @@ def test_bytes_per_parameter(rule: str, mode: str, backend: str) -> None:
     p.grad = torch.randn_like(p)
     optimizer = build(rule, [p], backend, **options)
     optimizer.step()
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer.buckets
     allocated = sum(t.nbytes for t in (*bucket.storage.values(), *bucket.counters.values()))
     held = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in optimizer.state[p].values())}
     assert sum(held.values()) == allocated

@@ -139,7 +139,7 @@ def tables(optimizer: Any) -> int:
                 walk(part)
 
     exchange = optimizer.exchange
-    own = {id(t) for t in (*exchange.members, *(bucket.results for bucket in optimizer._buckets))}
+    own = {id(t) for t in (*exchange.members, *(bucket.results for bucket in optimizer.buckets))}
     walk([value for name, value in vars(exchange).items() if name != "buckets"])
     return sum(t.nbytes for i, t in found.items() if i not in own)
 

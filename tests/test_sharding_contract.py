@@ -419,11 +419,17 @@ def mark_again() -> None:
         optimizers[1].state[whole] = {k: t.reshape(shape) if t.ndim else t for k, t in state.items()}
         advance(1)
         assert optimizers[0].decisions()[p] is optimizers[1].decisions()[whole]
-    for unmarked in (cls([p], **defaults), copy.deepcopy(cls([p], **defaults))):
-        unmarked.param_groups[0]["params"] = [nn.Parameter(p.detach().clone())]
-        unmarked.param_groups[0]["params"][0].grad = p.grad
-        with pytest.raises(TypeError, match="has taken the place of matrices"):
-            unmarked.step()
+    # Matrices that were stepped are gone, and a vector holds their memory: a framework's flat buffer.
+    buffer = torch.randn(12)
+    matrices = [nn.Parameter(buffer[:6].view(2, 3)), nn.Parameter(buffer[6:].view(2, 3))]
+    flattened = cls(matrices, **defaults, **BACKEND)
+    for matrix in matrices:
+        matrix.grad = torch.ones_like(matrix)
+    flattened.step()
+    flattened.param_groups[0]["params"] = [nn.Parameter(buffer)]
+    flattened.param_groups[0]["params"][0].grad = torch.ones(12)
+    with pytest.raises(TypeError, match="has taken the place of matrices, whose memory it holds"):
+        flattened.step()
     for tensors in ([p], [optimizers[0].state[p]["exp_avg"]]):
         for t in tensors:
             t.data = torch.cat([t.data, t.data])

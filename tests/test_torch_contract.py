@@ -70,12 +70,8 @@ SGDP_INPUTS = COMMON | {
 
 
 def error_inputs(device: Any, dtype: Any) -> list[ErrorOptimizerInput]:
-    """Those that torch has for every optimizer, one of them in our words, and one that its optimizers refuse too."""
+    """Torch's own for every optimizer, in its words, and one more that its optimizers refuse too."""
     errors = get_error_inputs_for_all_optims(device, dtype)
-    for error in errors:
-        if error.optimizer_error_input.desc == "Tensor lr must be 1-element":
-            error.optimizer_error_input.params = [torch.zeros(2)]
-            error.error_regex = "lr is a tensor of 2 elements; pass a number or a 1-element tensor"
     overridden = OptimizerInput([{"params": [torch.zeros(2)], "lr": 0.1}], {"lr": -1.0}, "a default no group uses")
     return [*errors, ErrorOptimizerInput(overridden, error_type=ValueError, error_regex=r"lr=-1\.0 is outside")]
 

@@ -26,17 +26,18 @@ MOST_REGISTERS = 255
 """That a thread of 256 can have: one program on a multiprocessor."""
 
 
+def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """In a process of its own: this one may run the kernels in Triton's interpreter, which compiles nothing."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *arguments], env=inherited | environment, capture_output=True, text=True, check=False
+    )
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    """In a process of its own: this one may run the kernels in Triton's interpreter, which compiles nothing."""
     path = tmp_path_factory.mktemp("compile") / "rows.jsonl"
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("compile_table.py")), "--json", str(path)],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = _python(str(Path(__file__).with_name("compile_table.py")), "--json", str(path))
     assert run.returncode == 0, run.stderr
     print(run.stdout)
     found = [Row(**json.loads(line, object_hook=_with_numbers)) for line in path.read_text().splitlines()]
@@ -65,6 +66,34 @@ def _stored(variant: Variant) -> set[str]:
     return set() if variant.kernel in ("measure", "dot", "share") else _tensors(variant, *_weight(variant))
 
 
+_MISALIGNED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from compile_table import Driver, Variant, arguments, assumptions, make_spec
+from fused_adamp.backends import triton as backend
+from fused_adamp.kernels import plans
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+driver.set_active(Driver(sys.argv[2]))
+torch.cuda.current_device = lambda: 0
+CompiledKernel._init_handles = lambda self: None
+kernel, spec = plans.dot_kernel, make_spec(Variant("dot", sys.argv[2], rule="SGDP without buffer"))
+first = backend._run(kernel, 1, tuple(arguments(kernel)), spec)
+shifted = tuple(a.view(-1)[1:] if isinstance(a, torch.Tensor) else a + 1 for a in arguments(kernel))
+second = backend._run(kernel, 1, shifted, spec)
+print(first.kernel is second.kernel, assumptions(second.kernel))
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_kernel_compiled_for_aligned_arguments_runs_others(target: str, tmp_path: Path) -> None:
+    """The host compiles once. It must not let Triton compile in what only the first arguments fulfil."""
+    run = _python("-c", _MISALIGNED, str(Path(__file__).parent), target, TRITON_CACHE_DIR=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "True []"
+
+
 every_variant = pytest.mark.parametrize("variant", variants(), ids=str)
 aligned = pytest.mark.parametrize("variant", [v for v in variants() if v.layout == "ALIGNED"], ids=str)
 unaligned = pytest.mark.parametrize("variant", [v for v in variants() if v.layout != "ALIGNED"], ids=str)
@@ -86,6 +115,11 @@ def test_as_many_programs_fit_as_are_counted_on(variant: Variant, rows: Rows) ->
         available = AMD_REGISTERS if TARGETS[variant.target][0] == "hip" else NVIDIA_REGISTERS
         most = available // (row.threads * backend._PROGRAMS_PER_MULTIPROCESSOR)
     assert row.registers <= most, f"{variant}: {row.registers} registers a thread, {most} would do"
+
+
+@every_variant
+def test_the_code_takes_only_types_of_arguments_for_granted(variant: Variant, rows: Rows) -> None:
+    assert rows[variant].assumptions == []
 
 
 @every_variant

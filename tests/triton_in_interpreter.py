@@ -98,7 +98,7 @@ def tensors(optimizer: ProjectedOptimizer) -> list[Tensor]:
 
 
 def results(optimizer: ProjectedOptimizer) -> dict[str, list[float]]:
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer.buckets
     return dict(zip(RESULTS, bucket.results.T.tolist(), strict=True))
 
 
@@ -113,61 +113,48 @@ def assert_same(ours: ProjectedOptimizer, theirs: ProjectedOptimizer) -> None:
         torch.testing.assert_close(torch.tensor(values), expected, rtol=2e-5, atol=1e-4, equal_nan=True)
 
 
-@pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Names and grids of the kernels that are launched."""
-    seen: list[tuple[str, int]] = []
-    start = triton._Run.start
-
-    def record(run: Any) -> None:
-        seen.append((run.kernel.__name__, run.grid))
-        start(run)
-
-    monkeypatch.setattr(triton._Run, "start", record)
-    return seen
-
-
 # Scaling and clipping.
 
 
 @pytest.mark.parametrize(("make", "options"), [(AdamP, ADAMP), (SGDP, SGDP_)])
-def test_a_clipped_step_equals_the_reference(make: Any, options: Any, launched: list[tuple[str, int]]) -> None:
+def test_a_clipped_step_equals_the_reference(make: Any, options: Any) -> None:
     ours, theirs = pair(make, model((*MODEL, ((2, 17 * TILE), Decision.CHANNEL))), **options)
-    ours.found_inf = torch.ones(1)  # makes state and moves nothing: only then can measuring serve the next step
+    ours.found_inf = torch.ones(1)  # makes state and moves nothing: only then do kernels take the norm
     ours.step()
     del ours.found_inf
     for number in range(1 + (make is SGDP)):
         expected = torch.nn.utils.get_total_norm([p.grad for p in params_of(ours)])
         norms = [optimizer.clip_grad_norm_(0.5) for optimizer in (ours, theirs)]
         torch.testing.assert_close(norms[0], expected, rtol=1e-5, atol=0)
-        launched.clear()
         for optimizer in (ours, theirs):
             optimizer.step()
         assert_same(ours, theirs)
         assert ours.decisions()[params_of(ours)[3]] is Decision.CHANNEL or number > 0
-        if PLAN == "split":  # nothing is measured again: one program prepares
-            assert [name for name, _ in launched] == ["measure_kernel", "dot_kernel", "update_kernel"] * (
-                len(launched) // 3
-            )
-            assert all(grid == 1 for name, grid in launched if name == "measure_kernel")
 
 
-@pytest.mark.parametrize("change", ["gradient", "delta", "a gradient missing", "weight", "nothing"])
-def test_what_was_measured_is_not_used_after_a_change(change: str) -> None:
+@pytest.mark.parametrize("norms", [(2.0,), (2.0, 1.0), (2.0, float("inf"))])
+@pytest.mark.parametrize(
+    "change", ["gradient", "weight", "weight through .data", "delta", "a gradient missing", "nothing"]
+)
+def test_a_step_decides_by_what_it_finds(change: str, norms: tuple[float, ...]) -> None:
     shapes = MODEL[3:6]
     ours, theirs = pair(AdamP, model(shapes), **ADAMP)
     for optimizer in (ours, theirs):
         optimizer.step()
-        optimizer.clip_grad_norm_(0.5)
+        optimizer.clip_grad_norm_(0.5, norms[0])
         p = params_of(optimizer)[0]
         if change == "gradient":
             p.grad.copy_(p.detach())
         elif change == "weight":
             p.detach().copy_(p.grad)
+        elif change == "weight through .data":
+            p.data.copy_(p.grad)
         elif change == "delta":
             optimizer.param_groups[0]["delta"] = 1e3
         elif change == "a gradient missing":
             p.grad = None
+        for norm_type in norms[1:]:
+            optimizer.clip_grad_norm_(0.5, norm_type)
         optimizer.step()
     assert_same(ours, theirs)
 
@@ -186,7 +173,7 @@ def test_a_step_on_infinite_gradients_moves_nothing(rounding: str, clip: bool) -
     params = model((MODEL[1], ((17, 65), Decision.CHANNEL), MODEL[5]), torch.bfloat16)
     optimizer = AdamP(params, **ADAMP, rounding=rounding, backend="triton")
     optimizer.step()
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer.buckets
     before = [t.clone() for t in (*tensors(optimizer), bucket.decisions, bucket.results)]
     for found_inf, moves in ((1.0, False), (math.nan, False), (0.0, True)):
         for p in params:
@@ -242,7 +229,7 @@ def test_the_results_are_those_of_tested_parameters() -> None:
     groups += [{"params": params[5:6], "projection": "none"}, {"params": params[6:7], "delta": 0.0}]
     optimizer = AdamP(groups, **ADAMP, backend="triton")
     optimizer.step()
-    (bucket,) = optimizer._buckets
+    (bucket,) = optimizer.buckets
     found = {id(p): row.tolist() for p, row in zip(bucket.params, bucket.results, strict=True)}
     for i, p in enumerate(params):
         cosine, norm = found[id(p)]
@@ -626,7 +613,7 @@ def test_replays_of_a_graph_step_like_eager_steps(clip: bool, rounding: str, mon
             train(captured)
         train(eager)
         assert all(map(torch.equal, tensors(captured), tensors(eager))), number
-        assert captured._buckets[0].decisions.equal(eager._buckets[0].decisions)
+        assert captured.buckets[0].decisions.equal(eager.buckets[0].decisions)
 
 
 def test_a_capture_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

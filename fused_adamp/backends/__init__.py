@@ -52,7 +52,7 @@ class Backend(Protocol):
     def square_norm(self, batch: Batch) -> Tensor:
         """The sum of the squares of the batch's gradients as they are: 0-dim float64 on the bucket's device.
 
-        The batch fits the bucket's table. What the backend learns on the way may serve the next step's test.
+        The batch fits the bucket's table. The backend remembers nothing of it.
         """
 
     def measure(self, batch: Batch) -> None:

@@ -48,7 +48,7 @@ class Scratch:
 
     sums: Tensor
     rows: list[Any] = field(default_factory=list)
-    scalars: Tensor = field(default_factory=lambda: torch.empty(0))
+    scalars: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     """The rows as a tensor."""
     kept: list[Tensor] = field(default_factory=list)
     """What `measure` leaves for the step that follows it, if members lie on several ranks: :func:`_kept`."""
@@ -76,14 +76,15 @@ class CpuBackend:
         return device
 
     def scratch(self, bucket: Bucket) -> Scratch:
-        sums = torch.empty(bucket.tiles, _SUMS, dtype=torch.float64)
+        sums = torch.empty(bucket.tiles, _SUMS, dtype=torch.float64, device="cpu")
         return Scratch(sums, kept=_kept(bucket) if bucket.shared else [])
 
     def first_stale(self, batch: Batch) -> int:
         return int(torch.ops.fused_adamp.first_stale.default(*_arguments(batch)))
 
     def square_norm(self, batch: Batch) -> Tensor:
-        return torch.tensor(torch.ops.fused_adamp.square_norm.default(*_arguments(batch)), dtype=torch.float64)
+        square = torch.ops.fused_adamp.square_norm.default(*_arguments(batch))
+        return torch.tensor(square, dtype=torch.float64, device="cpu")
 
     def measure(self, batch: Batch) -> None:
         torch.ops.fused_adamp.measure.default(*_arguments(batch))
@@ -103,7 +104,10 @@ def _kept(bucket: Bucket) -> list[Tensor]:
     sharing, rows, cols = (bucket.table[:, COLUMNS.index(name)] for name in ("sharing", "rows", "cols"))
     whole = int(rows[(sharing == Sharing.SHARED) & (cols >= _SHORTEST_ROW)].sum())
     computed = torch.promote_types(bucket.key.dtype, torch.float32)
-    return [torch.zeros(len(bucket.params), dtype=torch.uint8), torch.empty(whole, dtype=computed)]
+    return [
+        torch.zeros(len(bucket.params), dtype=torch.uint8, device="cpu"),
+        torch.empty(whole, dtype=computed, device="cpu"),
+    ]
 
 
 def _arguments(batch: Batch) -> tuple[Any, ...]:
@@ -136,7 +140,7 @@ def _scalars(batch: Batch) -> Tensor:
     """The hyperparameters as a table, made anew where one has changed."""
     scratch, rows = batch.bucket.scratch, [batch.rule.scalars(group) for group in batch.groups]
     if rows != scratch.rows:
-        scratch.rows, scratch.scalars = rows, torch.tensor(rows, dtype=torch.float64)
+        scratch.rows, scratch.scalars = rows, torch.tensor(rows, dtype=torch.float64, device="cpu")
     table: Tensor = scratch.scalars
     return table
 

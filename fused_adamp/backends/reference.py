@@ -154,7 +154,7 @@ def _step(batch: Batch, i: int) -> None:
             x, y = (t.to(torch.promote_types(p.dtype, torch.float32)) for t in (g, p))
             results = [cosine_ratio(x, y, float(group["delta"]), float(group["eps"])), p.double().norm()]
         bucket.decisions[i] = batch.rule.reference_step(p, g, moments, step, group)
-        bucket.results[i] = torch.tensor(results, dtype=torch.float64)
+        bucket.results[i] = torch.tensor(results, dtype=torch.float64, device=bucket.key.device)
     if batch.remainders:
         high, low = split(p)
         stored[0].copy_(high)

@@ -41,6 +41,9 @@ PLAN = "FUSED_ADAMP_PLAN"
 """Environment variable that forces a plan: ``one_pass`` or ``split``."""
 
 _OLDEST = (3, 3)
+_UNINTERPRETED_NUMPY = (2, 4)
+"""This numpy and later refuse int(array([1])), which the interpreters of older versions of Triton need."""
+_INTERPRETS_ANY_NUMPY = (3, 7)
 _LOG_TILE = 11
 """A tile of 2048 elements, 8 in each of 256 threads: two programs fit on a multiprocessor (128 registers a thread)."""
 _WIDEST_ROW = 1 << 15
@@ -64,16 +67,36 @@ def load() -> str | None:
         import triton
     except ImportError as error:
         return f"Triton is missing ({error}); pip install triton"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < _OLDEST:
-        wanted = ".".join(map(str, _OLDEST))
-        return f"Triton {triton.__version__} is too old; pip install 'triton>={wanted}'"
+    if _version(triton) < _OLDEST:
+        return f"Triton {triton.__version__} is too old; pip install 'triton>={_dotted(_OLDEST)}'"
     return None
+
+
+def _version(module: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in module.__version__.split(".")[:2])
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
 
 
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "") not in ("", "0")
+
+
+def _not_interpretable() -> str | None:
+    """Why Triton's interpreter cannot run the kernels, None if it can."""
+    import triton
+
+    remedy = f"pip install 'numpy<{_dotted(_UNINTERPRETED_NUMPY)}'"
+    try:
+        import numpy
+    except ImportError as error:
+        return f"TRITON_INTERPRET=1 needs numpy, which is missing ({error}); {remedy}"
+    if _version(triton) < _INTERPRETS_ANY_NUMPY and _version(numpy) >= _UNINTERPRETED_NUMPY:
+        return f"the interpreter of Triton {triton.__version__} fails with numpy {numpy.__version__}; {remedy}"
+    return None
 
 
 @cache
@@ -109,8 +132,6 @@ class Tables:
         self.seen_groups: list[int] = []
         self.seen_members: dict[Any, list[int]] = {}
         self.launches: list[Launch] = []
-        self.plans = 0
-        """How often what is launched, or on what, has changed."""
         self._kept: list[Tensor] | None = [] if captured else None
 
     def upload(self, target: Tensor, source: Tensor) -> None:
@@ -136,7 +157,7 @@ class Tables:
         if (numbers, [*tensors]) != self.seen_scalars:
             if len(numbers) != len(self.scalars):
                 self.scalars = self.scalars.new_empty(len(numbers), self.scalars.size(1))
-            self.upload(self.scalars, torch.tensor(numbers, dtype=torch.float64))
+            self.upload(self.scalars, torch.tensor(numbers, dtype=torch.float64, device="cpu"))
             self.cells = [self.scalars[i, j] for i, j in tensors]
             self.seen_scalars = numbers, [*tensors]
         if tensors:
@@ -151,7 +172,7 @@ class Workspace:
 
         device, count = bucket.key.device, len(bucket.params)
         _refuse_capture(device)
-        owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32), _tiles(bucket.table))
+        owners = torch.repeat_interleave(torch.arange(count, dtype=torch.int32, device="cpu"), _tiles(bucket.table))
         self.owners = owners.to(device)
         self.coefficients = torch.zeros(count, stages.COEFFICIENTS.value, dtype=torch.float64, device=device)
         self.sums = torch.zeros(max(bucket.tiles, 1), stages.SUMS.value, dtype=torch.float64, device=device)
@@ -165,14 +186,11 @@ class Workspace:
         self.counts_on_device = False
         self.eager = Tables(bucket, captured=False)
         self.captured: list[Tables] = []
-        self.measured: Measured | None = None
 
     def tables(self, batch: Batch, *, capturing: bool) -> Tables:
-        """Those of eager steps; of a captured norm or step new ones; of a captured step after its norm, the norm's."""
+        """The tables of eager steps. A captured norm or step gets new ones."""
         if not capturing:
             return self.eager
-        if batch.measured and self.measured is not None and self.measured.tables is not self.eager:
-            return self.measured.tables
         self.captured.append(Tables(batch.bucket, captured=True))
         return self.captured[-1]
 
@@ -183,15 +201,6 @@ class Workspace:
             self.replays.add_(1)
         else:
             self.epoch += 1
-
-
-class Measured(NamedTuple):
-    """What findings depend on, besides the values of tensors."""
-
-    tables: Tables
-    plans: int
-    tests: list[tuple[Any, ...]]
-    """Of every parameter group, what the test compares with."""
 
 
 class Launch(NamedTuple):
@@ -222,6 +231,8 @@ class TritonBackend:
             reason = _too_old(device.index)
         elif reason is None and device.type != "cpu":
             reason = f"it knows CUDA and ROCm devices, not {device.type!r}"
+        if reason is None and interpreted():
+            reason = _not_interpretable()
         return reason
 
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
@@ -267,7 +278,6 @@ class TritonBackend:
             squares.zero_()  # of the members that are absent
             for run in runs:
                 run.start()
-            work.measured = _measured(tables)
             return squares.sum()
 
     def measure(self, batch: Batch) -> None:
@@ -284,11 +294,9 @@ class TritonBackend:
             stale = self._refresh(batch, tables)
             if stale >= 0:
                 return stale
-            measured = batch.measured and work.measured == _measured(tables)
-            work.measured = None
             work.advance(batch)
             # Everything that can fail comes before the first launch.
-            runs = [run for launch in tables.launches for run in _step_runs(batch, tables, launch, measured)]
+            runs = [run for launch in tables.launches for run in _step_runs(batch, tables, launch)]
             for run in runs:
                 run.start()
         return -1
@@ -296,7 +304,7 @@ class TritonBackend:
     def _lined_up(self, batch: Batch) -> Tables:
         """The tables of an epoch that measures and does not step."""
         work: Workspace = batch.bucket.scratch
-        tables = work.tables(batch._replace(measured=False), capturing=_captured(batch))
+        tables = work.tables(batch, capturing=_captured(batch))
         stale = self._refresh(batch, tables)
         assert stale < 0, "the front end has checked that the batch fits"
         work.advance(batch)
@@ -312,11 +320,9 @@ class TritonBackend:
                 return stale
             _plan(batch, tables)
             tables.seen_tensors = seen
-            tables.plans += 1
         if bucket.groups != tables.seen_groups:
             tables.upload(tables.table, _table(bucket))
             tables.seen_groups = list(bucket.groups)
-            tables.plans += 1
         tables.set_scalars([batch.rule.scalars(group) for group in batch.groups])
         return -1
 
@@ -367,12 +373,6 @@ def _stepped_groups(batch: Batch) -> list[dict[str, Any]]:
     return [batch.groups[n] for n in sorted(members)]
 
 
-def _measured(tables: Tables) -> Measured:
-    eps, delta, projection = map(Scalars._fields.index, ("eps", "delta", "projection"))
-    numbers, _ = tables.seen_scalars
-    return Measured(tables, tables.plans, [(row[eps], row[delta], row[projection]) for row in numbers])
-
-
 # From tensors to launches.
 
 
@@ -409,9 +409,11 @@ def _parts(bucket: Bucket) -> Tensor:
     from fused_adamp.kernels import stages
 
     shared, table = bucket.shared, bucket.table
-    parts = torch.empty(0 if shared is None else len(table), stages.PLACES_OF_PARTS.value, dtype=torch.int64)
+    parts = torch.empty(
+        0 if shared is None else len(table), stages.PLACES_OF_PARTS.value, dtype=torch.int64, device="cpu"
+    )
     if shared is not None:
-        index = torch.arange(len(table))
+        index = torch.arange(len(table), device="cpu")
         first_row, sharing = (table[:, COLUMNS.index(name)] for name in ("first_row", "sharing"))
         roles = (
             (stages.NEED, shared.needs, index),
@@ -461,9 +463,9 @@ def _plan(batch: Batch, tables: Tables) -> None:
                 strides[i][first : first + 3] = [outer, *([0] * (_INNER - len(steps))), *steps]
         state = (moments[0].dtype if moments else p.dtype) if batch.has_state else None
         members.setdefault((p.dtype, g.dtype, state, layout), []).append(i)
-    tables.upload(tables.addresses, torch.tensor(addresses))
+    tables.upload(tables.addresses, torch.tensor(addresses, device="cpu"))
     if any(map(any, strides)):
-        tables.upload(tables.strides, torch.tensor(strides))
+        tables.upload(tables.strides, torch.tensor(strides, device="cpu"))
     if members != tables.seen_members:  # gradients may lie elsewhere in every step; what there is to do stays the same
         tables.launches = [_launch(batch, tables, spec, indices) for spec, indices in members.items()]
         tables.seen_members = members
@@ -527,7 +529,9 @@ def _launch(
     # Of what ranks share, nothing is measured in the step that one pass would find in cache.
     fits = not shared and int(elements[indices].max()) <= 4 * _WINDOW
     plan = _forced_plan() or ("one_pass" if fits else "split")
-    prepare = torch.tensor([(plans.PREPARE.value, block, 1) for block in range(blocks)], dtype=torch.int32)
+    prepare = torch.tensor(
+        [(plans.PREPARE.value, block, 1) for block in range(blocks)], dtype=torch.int32, device="cpu"
+    )
     if plan == "split":
         parts = [prepare, *map(order.measure, indices)], [*map(order.dot, indices)], [*map(order.update, indices)]
         jobs = tuple(tables.uploaded(torch.cat(part)) for part in parts)
@@ -544,16 +548,13 @@ def _launch(
         for ahead, now in zip([*windows, []], [[], *windows], strict=True):
             pieces += [*map(order.measure, ahead), *map(order.dot, now), *map(order.update, reversed(now))]
         jobs = (tables.uploaded(torch.cat(pieces)),)
-    active = tables.uploaded(torch.tensor(indices, dtype=torch.int32))
+    active = tables.uploaded(torch.tensor(indices, dtype=torch.int32, device="cpu"))
     tickets = torch.zeros(plans.TICKETS.value, dtype=torch.int64, device=tables.device)
     return Launch(spec, plan, indices, active, tickets, jobs, blocks, [])
 
 
 def _jobs_ahead(batch: Batch, tables: Tables, launch: Launch) -> Tensor:
-    """The jobs of the norm, or of a bucket that ranks share, of what they tell each other.
-
-    For the norm one pass only squares: it finds what it measures in cache when it updates.
-    """
+    """The jobs of the norm, or of a bucket that ranks share, of what they tell each other."""
     from fused_adamp.kernels import plans
 
     if not launch.ahead:
@@ -561,8 +562,7 @@ def _jobs_ahead(batch: Batch, tables: Tables, launch: Launch) -> Tensor:
         if batch.bucket.shared is not None:
             parts = [*map(order.share, launch.indices)]
         else:
-            stage = plans.SQUARE if launch.plan == "one_pass" else plans.SQUARE_AND_MEASURE
-            parts = [order.jobs(stage.value, i, _RUN) for i in launch.indices]
+            parts = [order.jobs(plans.SQUARE.value, i, _RUN) for i in launch.indices]
         launch.ahead.append(tables.uploaded(torch.cat(parts)))
     return launch.ahead[0]
 
@@ -598,15 +598,15 @@ class _Order(NamedTuple):
 
     def share(self, i: int) -> Tensor:
         if self.counts[i] == 0:
-            return torch.tensor([[self.stages[4], i, 1]], dtype=torch.int32)
+            return torch.tensor([[self.stages[4], i, 1]], dtype=torch.int32, device="cpu")
         return self.jobs(self.stages[3], i, _RUN)
 
     def jobs(self, stage: int, i: int, run: int | None) -> Tensor:
         if run is None:
-            return torch.empty(0, 3, dtype=torch.int32)
+            return torch.empty(0, 3, dtype=torch.int32, device="cpu")
         width = max(run // self.sizes[i], 1)
         begin, end = self.first[i], self.first[i] + self.counts[i]
-        tile = torch.arange(begin, end, width, dtype=torch.int32)
+        tile = torch.arange(begin, end, width, dtype=torch.int32, device="cpu")
         return torch.stack([torch.full_like(tile, stage), tile, (end - tile).clamp(max=width)], dim=1)
 
 
@@ -653,12 +653,18 @@ def make_spec(
     return Spec(types[p], types[g], types[state], number, *map(tl.constexpr, flags))
 
 
-def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
-    """How a kernel of plans.py is compiled, besides what the spec says."""
+def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
+    """How a kernel of plans.py is compiled, besides what the spec says; for ``"cuda"`` or ``"hip"``.
+
+    A launch refuses options that the target does not know.
+    """
     from fused_adamp.kernels.precision import REMAINDER, STOCHASTIC
     from fused_adamp.kernels.tiles import FLAT, STRIDED
 
-    options = {"num_warps": _WARPS}
+    # Triton 3.9 no longer fuses multiplications with additions unless told to.
+    options = {"num_warps": _WARPS, "enable_fp_fusion": True}
+    if target != "cuda":  # LLVM counts on two programs by itself
+        return options
     # Registers. Left to itself, ptxas tries for one program more on a multiprocessor, and spills.
     name, layout, shared, rounding = kernel.__name__, spec.layout.value, spec.shared.value, spec.rounding.value
     flat = layout == FLAT.value
@@ -668,6 +674,29 @@ def compile_options(kernel: Any, spec: Any) -> dict[str, int]:
     measure = 96 if flat and rounding == REMAINDER.value else 80
     options["maxnreg"] = 255 if crowded else measure if name == "measure_kernel" else 128
     return options
+
+
+class _AnyAddress:
+    """Stands in for a tensor where a kernel is compiled, and says nothing about where it lies or how large it is.
+
+    Triton would take it for granted, in every later launch, that an address is a multiple of 16 if this tensor's is.
+    The kernels gain nothing from that: the tiles' addresses come from a table, and the layout says how they lie.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def data_ptr(self) -> int:
+        return 1
+
+
+def compile_kernel(kernel: Any, arguments: Sequence[Any], spec: Any) -> Any:
+    """A kernel for the GPU that Triton's driver names, not loaded; for all arguments of the types of these."""
+    from triton.runtime import driver
+
+    stand_ins = [_AnyAddress(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
+    options = compile_options(kernel, spec, driver.active.get_current_target().backend)
+    return kernel.warmup(*stand_ins, S=spec, grid=(1,), **options)
 
 
 # From launches to kernels.
@@ -702,7 +731,7 @@ def _share_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
     ]
 
 
-def _step_runs(batch: Batch, tables: Tables, launch: Launch, measured: bool) -> list[_Run]:
+def _step_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
     from fused_adamp.kernels import plans
 
     if launch.plan == "one_pass":
@@ -710,11 +739,10 @@ def _step_runs(batch: Batch, tables: Tables, launch: Launch, measured: bool) -> 
         arguments = (*_arguments(batch, tables, launch, jobs), len(jobs), launch.blocks)
         return [_run(plans.one_pass_kernel, min(len(jobs), _programs(tables.device)), arguments, launch.spec)]
     kernels = plans.measure_kernel, plans.dot_kernel, plans.update_kernel
-    grids = [launch.blocks if measured else len(launch.jobs[0]), *map(len, launch.jobs[1:])]
     return [
-        _run(kernel, grid, _arguments(batch, tables, launch, jobs), launch.spec)
-        for kernel, grid, jobs in zip(kernels, grids, launch.jobs, strict=True)
-        if grid
+        _run(kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
+        for kernel, jobs in zip(kernels, launch.jobs, strict=True)
+        if len(jobs)
     ]
 
 
@@ -750,7 +778,7 @@ def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> _Run:
         return _Run(kernel, grid, (*arguments, spec))
     key = (kernel, spec, torch.cuda.current_device())
     if key not in _compiled:
-        compiled = kernel.warmup(*arguments, S=spec, grid=(1,), **compile_options(kernel, spec))
+        compiled = compile_kernel(kernel, arguments, spec)
         compiled._init_handles()  # loads it on the device: what does not fit there fails here
         _compiled[key] = compiled
     return _Run(_compiled[key], grid, (*arguments, spec))
