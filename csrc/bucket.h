@@ -47,7 +47,7 @@ class TensorList {
 };
 
 // Counted up whenever TableRow, TileSums, Scalars, Shared or the operators change: fused_adamp/backends/cpu.py compares it.
-constexpr int64_t layout_version = 5;
+constexpr int64_t layout_version = 6;
 
 // How a parameter's rows lie on the ranks: fused_adamp/sharding.py.
 enum class Sharing : int64_t { local = 0, shared = 1, split = 2 };

@@ -716,9 +716,9 @@ struct Arguments {
   explicit Arguments(StableIValue* stack);
 
   const TensorList params, grads, moments[2], remainders, steps, seeds;
-  const torch::stable::Tensor decisions, results, sums, table, offsets, scalars;
+  const torch::stable::Tensor decisions, results, sums, table, scalars;
   const double scale;
-  const StorageType dtype;
+  const StorageType dtype, state_dtype;
   const bool adaptive;
   const TensorList shared;
   const bool final;
@@ -749,7 +749,7 @@ class Step {
   std::unique_ptr<char[]> memory_;
   char* scratch_ = nullptr;
   std::vector<Segment> segments_;
-  std::deque<std::vector<int64_t>> strides_;  // of parts of flat storage
+  std::deque<std::vector<int64_t>> strides_;  // of contiguous state whose weight is not
   double scale_ = 1;
   bool adaptive_ = false;
   int64_t count_ = 0, elements_ = 0, tile_bytes_ = 0, stage_bytes_ = 0;
@@ -771,12 +771,18 @@ int64_t Step::bind(const Arguments& a) {
   int64_t shrinks = 0;
   const InstructionSet& set = instructions();
   const int32_t no_gradient = aoti_torch_dtype_bool(), int16 = aoti_torch_dtype_int16();
-  const auto* offsets = static_cast<const int64_t*>(a.offsets.const_data_ptr());
-  // State of the members, or the bucket's flat storage, of which they are contiguous parts.
-  const auto state = [&](const TensorList& list, int64_t i, const TensorRef& p) {
-    if (list.size() != 1 || size == 1) return list[i];
+  static const int32_t dtypes[storage_count] = {aoti_torch_dtype_float32(), aoti_torch_dtype_float64(),
+                                                aoti_torch_dtype_bfloat16(), aoti_torch_dtype_float16()};
+  // The members' state, or the table of where it lies: contiguous, of one dtype. A step has checked it there.
+  const auto listed = [&](const TensorList& list) { return list.size() == 1 && size != 1; };
+  const auto address = [&](const TensorList& list, int64_t i) {
+    return reinterpret_cast<char*>(reinterpret_cast<const int64_t*>(list[0].data)[i]);
+  };
+  const auto state = [&](const TensorList& list, int64_t i, const TensorRef& p, int32_t dtype) {
+    if (!listed(list)) return list[i];
     TensorRef part = list[0];
-    part.data += offsets[i] * (part.dtype == int16 ? 2 : itemsize(storage_type(part.dtype)));
+    part.data = address(list, i);
+    part.dtype = dtype;
     part.dim = p.dim;
     part.numel = p.numel;
     part.sizes = p.sizes;
@@ -795,10 +801,10 @@ int64_t Step::bind(const Arguments& a) {
     const int64_t first_shrink = shrinks;
     if (row.sharing == Sharing::shared && keeps_shrink(row)) shrinks += row.rows;
     if (g.dtype == no_gradient && g.numel == 0) continue;
-    const TensorRef tensor[role_count] = {p, g, state(a.moments[0], i, p), state(a.moments[1], i, p),
-                                          state(a.remainders, i, p)};
-    const TensorRef step = a.steps.size() == 1 ? a.steps[0] : a.steps[i], seed = a.seeds[i];
-    const int64_t count = a.steps.size() == 1 ? size : 1;  // one tensor may hold the counts of all members
+    const int32_t moment = dtypes[a.state_dtype];
+    const TensorRef tensor[role_count] = {p, g, state(a.moments[0], i, p, moment), state(a.moments[1], i, p, moment),
+                                          state(a.remainders, i, p, int16)};
+    const TensorRef step = listed(a.steps) ? TensorRef() : a.steps[i], seed = a.seeds[i];
 
     const int64_t rows = p.dim < 2 ? 1 : p.sizes[0];
     bool fits = storage_type(p.dtype) == a.dtype && row.projected == (p.dim >= 2) && row.rows == rows &&
@@ -808,7 +814,7 @@ int64_t Step::bind(const Arguments& a) {
       fits = tensor[r].on_cpu && tensor[r].same_sizes(p) &&
              (r == role_remainder ? tensor[r].dtype == int16 : storage_type(tensor[r].dtype) < storage_count);
     }
-    fits = fits && (!step.exists || (step.on_cpu && step.numel == count && step.dtype == aoti_torch_dtype_float32()));
+    fits = fits && (!step.exists || (step.on_cpu && step.numel == 1 && step.dtype == aoti_torch_dtype_float32()));
     fits = fits && (!seed.exists || (seed.on_cpu && seed.numel == 1 && seed.dtype == aoti_torch_dtype_int64()));
     if (!fits) return i;
 
@@ -839,7 +845,8 @@ int64_t Step::bind(const Arguments& a) {
                 : wish == Projection::layer   ? Decision::layer
                                               : Decision::none;
     x.rule = rule_index(a.adaptive, *x.scalars, !a.moments[0].empty());
-    x.step = step.exists ? reinterpret_cast<float*>(step.data) + (count > 1 ? i : 0) : nullptr;
+    char* count = listed(a.steps) ? address(a.steps, i) : step.exists ? step.data : nullptr;
+    x.step = reinterpret_cast<float*>(count);
     x.seed = seed.exists ? reinterpret_cast<int64_t*>(seed.data) : nullptr;
     x.is_double = is_double;
     for (int r = 0; r < role_count; ++r) {
@@ -1056,10 +1063,10 @@ Arguments::Arguments(StableIValue* stack)
       results(to<torch::stable::Tensor>(stack[8])),
       sums(to<torch::stable::Tensor>(stack[9])),
       table(to<torch::stable::Tensor>(stack[10])),
-      offsets(to<torch::stable::Tensor>(stack[11])),
-      scalars(to<torch::stable::Tensor>(stack[12])),
-      scale(to<double>(stack[13])),
-      dtype(StorageType(to<int64_t>(stack[14]))),
+      scalars(to<torch::stable::Tensor>(stack[11])),
+      scale(to<double>(stack[12])),
+      dtype(StorageType(to<int64_t>(stack[13]))),
+      state_dtype(StorageType(to<int64_t>(stack[14]))),
       adaptive(to<bool>(stack[15])),
       shared(stack[16]),
       final(to<bool>(stack[17])) {}

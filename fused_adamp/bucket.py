@@ -1,10 +1,9 @@
-"""Parameters to buckets: flat state storage, the row and tile table, and one step's tensors gathered from them.
+"""Parameters to buckets: the row and tile table, new state, and one step's tensors gathered for a backend.
 
-A bucket holds the parameters of one backend, device and dtype, whatever their parameter group. Its state lives in one
-flat tensor per state key, of which ``optimizer.state`` holds views; a backend walks the bucket tile by tile through the
-table below. The storage and the table are built once. The tensors themselves are looked up afresh in every step, so a
-parameter or state that was swapped, loaded or moved is seen as it is, and :func:`first_stale` tells when it no longer
-fits the table.
+A bucket holds the parameters of one backend, device and dtype, whatever their parameter group. A backend walks it tile
+by tile through the table below, which is built once. The tensors themselves are looked up afresh in every step, so a
+parameter or state that was swapped, loaded or moved is used where it lies, and :func:`first_stale` tells when it no
+longer fits the table.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import math
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
-import torch.utils.dlpack
 from torch import Tensor
 
 from fused_adamp.reference import rows_first
@@ -85,9 +83,6 @@ class Need(enum.IntFlag):
     """g.g."""
 
 
-_ALIGN = 64  # bytes: a cache line, and the widest vector register
-
-
 class BucketKey(NamedTuple):
     """What the members of one bucket have in common.
 
@@ -143,14 +138,13 @@ class Shared(NamedTuple):
 
 
 class Bucket:
-    """Parameters with equal :class:`BucketKey`, addressed as one flat range of tiles.
+    """Parameters with equal :class:`BucketKey`, addressed as one flat range of tiles. It holds none of their state.
 
     Attributes:
         params: the members. A slice of a matrix is a member for each of its pieces.
         index: of every parameter the first of its members.
         groups: the members' parameter groups, by index.
-        storage: per key of :attr:`BucketKey.storage`, the flat tensor that the members' state is a view of.
-        counters: per key of :attr:`BucketKey.counters`, ``(P,)``: the members' counts, of which their state is a view.
+        piece_counters: per key of :attr:`BucketKey.counters`, ``(P,)``: counts of a slice's pieces, but for its first.
         layouts: how the members lie on the ranks.
         distributed, sliced: whether any is a DTensor, or a piece of a flat slice.
         shared: None where no member lies on several ranks.
@@ -160,9 +154,6 @@ class Bucket:
             :attr:`Shared.rows`; the number of their first element in the whole tensor, and how many lie from row to
             row. A tile never spans parameters. It holds whole rows, or one piece of a row that is wider than a tile.
         tiles: the number of tiles.
-        given: per key, the state that members were given.
-        offsets: ``(P,)`` int64 on the CPU, where each member's part of the storage starts.
-        addresses: per key, the data pointers of the state that members are given, where all of it is contiguous.
         decisions: ``(P,)`` uint8 on the device, the last :class:`~fused_adamp.reference.Decision` of each member, or
             :data:`UNDECIDED`.
         results: ``(P, len(RESULTS))`` float64 on the device, of the last step of each member that was tested: the
@@ -171,7 +162,7 @@ class Bucket:
     """
 
     def __init__(self, key: BucketKey, params: Sequence[Tensor]) -> None:
-        """Allocate storage and table. Raises what the allocator raises when memory runs out; changes nothing else."""
+        """Build the table. Raises what the allocator raises when memory runs out; changes nothing else."""
         self.key = key
         members = [(p, layout) for p in params for layout in layouts_of(p, key.channel_dim)]
         self.params = [p for p, _ in members]
@@ -183,20 +174,8 @@ class Bucket:
         for i, p in enumerate(self.params):
             self.index.setdefault(p, i)
         self.groups = [0] * len(self.params)
-        self.given: dict[str, list[Tensor | None]] = {
-            name: [None] * len(self.params) for name in (*key.storage, *key.counters)
-        }
-        widest = min((dtype.itemsize for dtype in key.storage.values()), default=1)
-        line = _ALIGN // widest
-        starts, end = {}, 0
-        for p in self.index:
-            starts[p] = end
-            end += (local(p).numel() + line - 1) // line * line
-        offsets = [starts[p] + (layout.piece.begin if layout.piece else 0) for p, layout in members]
-        self.offsets = torch.tensor(offsets, dtype=torch.int64, device="cpu")
-        self.storage = {name: key.backend.zeros(end, dtype, key.device) for name, dtype in key.storage.items()}
-        device = key.backend.counters_device(key.device)
-        self.counters = {n: torch.zeros(len(self.params), dtype=d, device=device) for n, d in key.counters.items()}
+        counts, device = len(self.params) if self.sliced else 0, key.backend.counters_device(key.device)
+        self.piece_counters = {n: torch.zeros(counts, dtype=d, device=device) for n, d in key.counters.items()}
         rows, first_tile, first_row = [], 0, 0
         for i, (p, layout) in enumerate(members):
             part, numbers = self.rows(i, local(p)), layout.numbers or (0, 0)
@@ -209,7 +188,6 @@ class Bucket:
         self.table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, len(COLUMNS))
         self.tiles = first_tile
         self.shared = self._shared(first_row) if any(layout.sharing for layout in self.layouts) else None
-        self.addresses = self._addresses()
         self.decisions = torch.full((len(self.params),), UNDECIDED, dtype=torch.uint8, device=key.device)
         self.results = torch.full((len(self.params), len(RESULTS)), math.nan, dtype=torch.float64, device=key.device)
         self.scratch = key.backend.scratch(self)
@@ -234,25 +212,6 @@ class Bucket:
             row_projections=torch.zeros(rows, dtype=double, device=device),
         )
 
-    def _addresses(self) -> dict[str, list[int]]:
-        """Where the state lies that members are given, of keys under which all of it is contiguous."""
-        if len(self.params) == 1 or self.key.channel_dim != 0 or self.sliced:
-            return {}
-        addresses = {
-            name: [counts.data_ptr() + i * counts.itemsize for i in range(len(counts))]
-            for name, counts in self.counters.items()
-        }
-        parts = [local(p) for p in self.params]
-        if all(p.is_contiguous() for p in parts):
-            starts = [(p.numel() > 0, offset) for p, offset in zip(parts, self.offsets.tolist(), strict=True)]
-            for name, flat in self.storage.items():
-                addresses[name] = [flat.data_ptr() + start * flat.itemsize if some else 0 for some, start in starts]
-        return addresses
-
-    def flat(self, name: str) -> Tensor:
-        """What the members' state under that key is part of."""
-        return self.storage[name] if name in self.storage else self.counters[name]
-
     def rows(self, index: int, t: Tensor, *, copy: bool = False) -> Tensor:
         """Member ``index``'s part of a tensor that lies as its parameter does, with rows first."""
         piece = self.layouts[index].piece
@@ -271,40 +230,35 @@ class Bucket:
         counts, further = list(given), []
         for i, (p, t) in enumerate(zip(self.params, given, strict=True)):
             if t is not ABSENT and self.index[p] < i:
-                counts[i] = self.counters[name][i]
+                counts[i] = self.piece_counters[name][i]
                 further += [i] if p in uncounted else []
         if further:
             torch._foreach_copy_([counts[i] for i in further], [given[i] for i in further])
         return counts
 
-    def state(self, p: Tensor) -> dict[str, Tensor]:
-        """New state for a parameter: zeros with its shape, and its strides where they are dense, and counts.
+    def new_state(self, name: str, p: Tensor) -> Tensor:
+        """State under that key for a parameter that has none: zeros.
 
-        The first time they are its part of the storage. Whoever got that may still hold it, so a parameter whose state
-        was taken away gets tensors of its own. State of a DTensor's shape is a DTensor that lies as it does.
+        A moment has the parameter's shape, and its strides where they are dense. It is a tensor with a storage of its
+        own, which offloading tools may free and restore. State of a DTensor's shape is a DTensor that lies as it does.
         """
-        param, index = p, self.index[p]
-        p, offset = local(p), int(self.offsets[index])
-        if any(given[index] is not None for given in self.given.values()):
-            counters = {name: torch.zeros_like(counter[index]) for name, counter in self.counters.items()}
-            storage = {n: torch.zeros_like(p, dtype=d, requires_grad=False) for n, d in self.key.storage.items()}
-            return counters | {name: like(t, param) for name, t in storage.items()}
-        strides = torch.empty_like(p, device="meta").stride()
-        counters = {name: _own(counter[index]) for name, counter in self.counters.items()}
-        storage = {n: _own(flat.as_strided(p.shape, strides, offset)) for n, flat in self.storage.items()}
-        state = counters | {name: like(t, param) for name, t in storage.items()}
-        for name, tensor in state.items():
-            self.given[name][index] = local(tensor)
-        return state
+        if name in self.key.counters:
+            device = self.key.backend.counters_device(self.key.device)
+            return torch.zeros((), dtype=self.key.counters[name], device=device)
+        return like(self.key.backend.zeros_like(local(p).detach(), self.key.storage[name]), p)
 
-
-def _own(view: Tensor) -> Tensor:
-    """The same memory under a torch storage that ends where the view does, so that pickling it writes no more."""
-    if not view.numel():
-        return torch.empty_like(view)
-    if view.device.type in {"cpu", "cuda"}:
-        return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(view))  # type: ignore[attr-defined]
-    return view
+    def fits(self, name: str, t: Any, p: Tensor) -> bool:
+        """Whether a backend can use what the parameter has under that key where it lies."""
+        if not isinstance(t, Tensor):
+            return False
+        if name in self.key.counters:
+            device = self.key.backend.counters_device(self.key.device)
+            return t.dtype == self.key.counters[name] and t.device == device and t.numel() == 1
+        if is_distributed(t) != is_distributed(p):
+            return False
+        t, p, dtype = local(t), local(p), self.key.storage[name]
+        known = t.dtype in FLOATING if name in self.key.moments and self.key.backend.mixes_moments else t.dtype == dtype
+        return known and t.shape == p.shape and t.device == p.device and t.layout is torch.strided and not overlaps(t)
 
 
 class Rule(Protocol):
@@ -408,27 +362,27 @@ ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
 
 def first_stale(batch: Batch) -> int:
     """Index of the first member whose tensors do not fit the bucket's table, -1 if all do. Moves nothing."""
-    bucket = batch.bucket
+    bucket, key = batch.bucket, batch.bucket.key
     shapes = bucket.table[:, COLUMNS.index("rows") : COLUMNS.index("cols") + 1].tolist()
-    for i, (p, g, *state) in enumerate(zip(*batch.stored, strict=True)):
+    state = {**dict(zip(key.moments, batch.moments, strict=False)), "remainder": batch.remainders}
+    state |= {"step": batch.steps, "rounding_seed": batch.seeds}
+    for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
         if g is ABSENT:
             continue
-        same = all(t.layout is torch.strided and t.shape == p.shape and t.device == p.device for t in (g, *state))
-        known = g.dtype in FLOATING and all(moment[i].dtype in FLOATING for moment in batch.moments)
-        known &= all(remainders[i].dtype == torch.int16 for remainders in [batch.remainders] if remainders)
-        fits = p.device == bucket.key.device and p.dtype == bucket.key.dtype and [*rows_cols(p)] == shapes[i]
-        if not (same and known and fits and all(map(has_storage, (p, g, *state)))) or any(
-            overlaps(t) for t in (p, *state)
+        own = {name: of[i] for name, of in state.items() if of}
+        if not (
+            p.device == key.device
+            and p.dtype == key.dtype
+            and [*rows_cols(p)] == shapes[i]
+            and not overlaps(p)
+            and g.layout is torch.strided
+            and g.shape == p.shape
+            and g.device == p.device
+            and g.dtype in FLOATING
+            and all(bucket.fits(name, t, p) for name, t in own.items())
+            and all(map(has_storage, (p, g, *own.values())))
         ):
             return i
-        for name, counts in (("step", batch.steps), ("rounding_seed", batch.seeds)):
-            own = bucket.counters.get(name)
-            if (
-                counts
-                and own is not None
-                and not (counts[i].dtype == own.dtype and counts[i].device == own.device and counts[i].numel() == 1)
-            ):
-                return i
     return -1
 
 

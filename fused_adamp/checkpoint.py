@@ -192,6 +192,7 @@ _FORMATS = [
 ]
 
 _OUR_STATE = {"step", "exp_avg", "exp_avg_sq", "momentum_buffer", "remainder", "rounding_seed"}
+_COUNTERS = {"step", "rounding_seed"}
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DTYPES = {"step": (torch.float32,), "remainder": (torch.int16,), "rounding_seed": (torch.int64,)}
 
@@ -466,8 +467,8 @@ def _check_state(state: dict[str, Any], p: Tensor, label: str, group: dict[str, 
         value = state[key]
         if not isinstance(value, Tensor):
             raise ValueError(f"state {key!r} of {label} is a {type(value).__name__}, not a tensor: {remedy}")
-        shape = () if key in ("step", "rounding_seed") else tuple(p.shape)
-        if tuple(value.shape) != shape:
+        shape = () if key in _COUNTERS else tuple(p.shape)
+        if tuple(value.shape) != shape and not (key in _COUNTERS and value.shape == (1,)):
             raise ValueError(
                 f"state {key!r} of {label} has shape {tuple(value.shape)}, "
                 f"{'the parameter' if shape else 'allowed is'} {shape}: {remedy}"

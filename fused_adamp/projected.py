@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import TensorWeakRef
 
 from fused_adamp.backends import check_name, choose
+from fused_adamp.backends.cpu import empty_like
 from fused_adamp.bucket import (
     ABSENT,
     FLOATING,
@@ -476,7 +477,8 @@ class ProjectedOptimizer(Optimizer):
             if key in owners:
                 device = owners[key].device
                 state[owners[key]] = {
-                    name: t.to(device) if isinstance(t, Tensor) and t.ndim else t for name, t in entries.items()
+                    name: _copied(t, device if t.ndim else t.device) if isinstance(t, Tensor) else t
+                    for name, t in entries.items()
                 }
             else:
                 state[key] = entries
@@ -586,9 +588,8 @@ class ProjectedOptimizer(Optimizer):
         for p in stepped:
             self._check_state(p, bucket.key)
         for p in stepped:
-            state = self.state[p]
-            if any(name not in state for name in (*bucket.key.storage, *bucket.key.counters)):
-                self.state[p] = self._seeded(bucket.state(p), state, p) | state
+            group = self.param_groups[bucket.groups[bucket.index[p]]]
+            self.state[p].update(self._fitted_state(bucket, p, group))
 
     # Clipping and loss scaling.
 
@@ -832,7 +833,7 @@ class ProjectedOptimizer(Optimizer):
     def _fill_buckets(self, without: Collection[Bucket] = ()) -> None:
         """Puts every parameter that trains into a bucket: its old one if that still fits, else a new one.
 
-        State that exists moves into the new storage. Either all of this happens or, on any error, nothing.
+        State stays where it lies if it fits. Either all of this happens or, on any error, nothing.
         """
         keys = self._bucket_keys()
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
@@ -855,13 +856,16 @@ class ProjectedOptimizer(Optimizer):
                         f'{self._label(p)} is sharded so that rounding="stochastic" cannot number its elements: shard '
                         'it by its first or second dimension, or take rounding="remainder"'
                     )
-        moved = {
-            p: self._move_state(self.state[p], bucket.state(p), p)
+        fitted = [
+            (p, bucket.key, self._fitted_state(bucket, p, self.param_groups[group_of[p]]))
             for bucket in made
             for p in bucket.index
             if self.state.get(p)
-        }
-        self.state.update(moved)
+        ]
+        for p, key, new in fitted:
+            self.state[p].update(new)
+            if key.rounding != "remainder":  # it belongs to a weight that moves without it from now on
+                self.state[p].pop("remainder", None)
         self._memory.buckets = kept + made
         self._memory.rounds = None
         self._memory.unbucketed = [p for p in group_of if p not in keys]
@@ -896,11 +900,16 @@ class ProjectedOptimizer(Optimizer):
         if rounding == "remainder" and p.dtype != torch.bfloat16:
             rounding = "nearest"
         if state_dtype is None:
-            state_dtype = _default_state_dtype(p, rounding)
+            state_dtype = self._dtype_there(p, moments) or _default_state_dtype(p, rounding)
         if rounding == "stochastic" and torch.bfloat16 not in (p.dtype, state_dtype):
             rounding = "nearest"
         channel_dim = 0 if p.ndim < 2 else channel_dim
         return BucketKey(backend, p.device, p.dtype, moments, state_dtype, rounding, channel_dim, self.adaptive)
+
+    def _dtype_there(self, p: Tensor, moments: tuple[str, ...]) -> torch.dtype | None:
+        """The dtype of moments that a parameter has already."""
+        there = (self.state[p].get(name) for name in moments if p in self.state)
+        return next((t.dtype for t in there if isinstance(t, Tensor) and t.dtype in FLOATING), None)
 
     def _dtype_of(self, group: dict[str, Any], state: dict[Any, Any]) -> torch.dtype | None:
         """A dtype for the moments of a group that names none, if they have not those they would take by default."""
@@ -914,27 +923,31 @@ class ProjectedOptimizer(Optimizer):
         """What of a group decides into which bucket a parameter goes; and the projection, to notice its change."""
         return self.moments(group), *(group[n] for n in ("channel_dim", "state_dtype", "rounding", "projection"))
 
-    def _move_state(self, old: dict[str, Any], new: dict[str, Tensor], p: Tensor) -> dict[str, Any]:
-        for name, tensor in new.items():
-            if name in old:
-                value = old[name]
-                copy(value if isinstance(value, Tensor) else torch.tensor(value, device="cpu"), tensor)
-        kept = {name: value for name, value in old.items() if name != "remainder"}  # of weights that have moved since
-        return kept | self._seeded(new, old, p)
+    def _fitted_state(self, bucket: Bucket, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """What the state of a parameter lacks, and copies of what cannot be used where it lies.
 
-    def _seeded(self, new: dict[str, Tensor], old: dict[str, Any], p: Tensor) -> dict[str, Tensor]:
-        """The new state, with a seed where it needs one and the old state has none.
-
-        The seed is drawn from torch's default generator. If ranks share the parameter, it comes from its name instead.
+        That is what no backend takes, and moments of another dtype than the group's ``state_dtype``, if it names one.
         """
-        if "rounding_seed" in new and "rounding_seed" not in old:
-            if is_shared(p):
-                name = str(self._label(p)).encode()
-                seed = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 2
-            else:
-                seed = int(torch.randint(1 << 62, (), device="cpu"))
-            new["rounding_seed"].fill_(seed)
-        return new
+        state, fitted = self.state.get(p, {}), {}
+        for name in (*bucket.key.counters, *bucket.key.storage):
+            wanted = group["state_dtype"] if name in bucket.key.moments else None
+            old = state.get(name)
+            if old is not None and bucket.fits(name, old, p) and wanted in (None, old.dtype):
+                continue
+            new = fitted[name] = bucket.new_state(name, p)
+            if old is not None:
+                old = old if isinstance(old, Tensor) else torch.tensor(old, device="cpu")
+                copy(old.reshape(new.shape), new)
+            elif name == "rounding_seed":
+                new.fill_(self._new_seed(p))
+        return fitted
+
+    def _new_seed(self, p: Tensor) -> int:
+        """From torch's default generator; of a parameter that ranks share, from its name."""
+        if is_shared(p):
+            name = str(self._label(p)).encode()
+            return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 2
+        return int(torch.randint(1 << 62, (), device="cpu"))
 
     # Checks. Every message names what was received and what would do.
 
@@ -989,7 +1002,7 @@ class ProjectedOptimizer(Optimizer):
                 _check_channel_dim(p, bucket.key.channel_dim, self._label(p))
                 _check_gradient(p, p.grad, self._label(p))
                 for name, t in self.state.get(p, {}).items():
-                    if name in bucket.given and isinstance(t, Tensor):
+                    if name in bucket.key.storage and isinstance(t, Tensor):
                         _check_storage(local(t), f"state {name!r} of ", self._label(p))
 
     def _label(self, p: Tensor) -> _Label:
@@ -1182,6 +1195,13 @@ def _rounds_of(params: list[list[Tensor]], places: list[list[int]]) -> list[list
                 first[batch].remove(i)
                 rounds[turn][batch].add(i)
     return rounds
+
+
+def _copied(t: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the optimizer's own: two optimizers that load one state_dict must not share their state."""
+    if device.type != "cpu" or is_distributed(t):
+        return t.to(device, copy=True)
+    return empty_like(t, t.dtype).copy_(t)
 
 
 def _gradients(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:

@@ -84,12 +84,18 @@ def sharded(
     ours = next(b for b in BACKENDS if b.name == backend)
     bucket = Bucket(optimizer._bucket_key(params[0], group, ours), params)
     for p in params:
-        optimizer.state[p] = state = bucket.state(p)
+        names = *bucket.key.counters, *bucket.key.storage
+        optimizer.state[p] = state = {name: bucket.new_state(name, p) for name in names}
         for name in bucket.key.moments:
             state[name].normal_().abs_()
         for name in bucket.key.counters:
             state[name].fill_(STEPS)
     return bucket
+
+
+def state_of(optimizer: Any, bucket: Bucket) -> list[Tensor]:
+    """The members' state of the parameters' shapes."""
+    return [optimizer.state[p][name] for p in bucket.params for name in bucket.key.storage]
 
 
 def batch_of(optimizer: Any, bucket: Bucket, *, scale: float = 1, final: bool = False) -> Batch:
@@ -351,7 +357,7 @@ def test_results_are_bitwise_equal_for_any_number_of_threads(
         bucket.key.backend.measure(batch_of(optimizer, bucket, final=True))
         bucket.key.backend.step(batch_of(optimizer, bucket))
         torch.set_num_threads(1)
-        runs.append([p.detach() for p in params] + [shared.shares, shared.rows, *bucket.storage.values()])
+        runs.append([p.detach() for p in params] + [shared.shares, shared.rows, *state_of(optimizer, bucket)])
     for run in runs[1:]:
         for a, b in zip(runs[0], run, strict=True):
             assert_identical(a, b)

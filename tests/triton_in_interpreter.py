@@ -444,9 +444,10 @@ def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any, monkeypatch: pyt
     ours = make(params, **options, backend="triton")
     bucket = test_shares.sharded(monkeypatch, ours, "triton", [Sharing.SHARED, *[Sharing.SPLIT] * 2], numbers)
     bucket.shared.verdicts.zero_()
-    for tensor in bucket.storage.values():
+    for tensor in test_shares.state_of(ours, bucket):
         tensor.zero_()
-    bucket.counters["rounding_seed"].fill_(seed)
+    for p in params:
+        ours.state[p]["rounding_seed"].fill_(seed)
     assert bucket.key.backend.step(test_shares.batch_of(ours, bucket)) == -1
     for p, part in zip(params, cuts, strict=True):
         assert torch.equal(p.detach(), whole.detach()[part]), part
@@ -555,13 +556,17 @@ class Graph(TorchDispatchMode):
 def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = [shared_model(monkeypatch, options=ADAMP | {"capturable": True})[1] for _ in range(2)]
     for batch in batches:
-        for name in batch.bucket.storage:
-            batch.bucket.storage[name].fill_(0.5)
+        for tensor in test_shares.state_of(batch.rule, batch.bucket):
+            tensor.fill_(0.5)
 
     def train(batch: Batch) -> list[Tensor]:
         batch.bucket.key.backend.measure(batch)
         batch.bucket.key.backend.step(batch)
-        return [*batch.params, *batch.bucket.storage.values(), batch.bucket.decisions, *batch.bucket.shared[1:3]]
+        return results_of(batch)
+
+    def results_of(batch: Batch) -> list[Tensor]:
+        stored = test_shares.state_of(batch.rule, batch.bucket)
+        return [*batch.params, *stored, batch.bucket.decisions, *batch.bucket.shared[1:3]]
 
     captured, eager = batches
     train(captured), train(eager)
@@ -577,9 +582,7 @@ def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(monkeypatch:
             graph.replay()
         else:
             train(captured)
-        stored = captured.bucket
-        results = [*captured.params, *stored.storage.values(), stored.decisions, *stored.shared[1:3]]
-        assert all(map(torch.equal, results, found)), number
+        assert all(map(torch.equal, results_of(captured), found)), number
 
 
 @pytest.mark.parametrize(("clip", "rounding"), [(False, "nearest"), (True, "nearest"), (False, "stochastic")])

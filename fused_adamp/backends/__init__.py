@@ -30,12 +30,14 @@ class Backend(Protocol):
 
     name: str
     fused: bool
+    mixes_moments: bool
+    """Whether a parameter's moments may have different dtypes."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot step parameters on ``device`` here, with the remedy; None if it can."""
 
-    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Flat state storage."""
+    def zeros_like(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        """A new moment, with the strides of ``p`` where they are dense."""
 
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
         """Rows and columns of a tile of a parameter that has so many, of both at least 1."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from dataclasses import dataclass, field
 from functools import lru_cache
-from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,12 @@ from fused_adamp.sharding import Sharing
 if TYPE_CHECKING:
     from fused_adamp.bucket import Batch, Bucket
 
-__all__ = ["CpuBackend", "load"]
+__all__ = ["CpuBackend", "empty_like", "load"]
 
-_LAYOUT = 5  # csrc/bucket.h
+_LAYOUT = 6  # csrc/bucket.h
 _SUMS = 8  # doubles per tile: csrc/cpu_kernels.h, TileSums
 _SHORTEST_ROW = 64  # csrc/cpu.cpp, keeps_shrink
+_HUGE_PAGE = 1 << 21
 
 
 @lru_cache(maxsize=1)
@@ -42,6 +43,29 @@ def load() -> str | None:
     return None
 
 
+class _Listed(NamedTuple):
+    """Where the members' state under one key lies. One tensor to hand over in place of P.
+
+    It is good for a step if the members have the same tensors at the same addresses: :meth:`still_holds`.
+    """
+
+    tensors: list[weakref.ref[Tensor]]
+    """All of the bucket's dtype, contiguous and in their storage."""
+    addresses: list[int]
+    table: Tensor
+    """The addresses: ``(P,)`` int64."""
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> _Listed:
+        addresses = list(map(Tensor.data_ptr, tensors))
+        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        return cls(list(map(weakref.ref, tensors)), addresses, table)
+
+    def still_holds(self, tensors: list[Tensor]) -> bool:
+        same = all(ref() is t for ref, t in zip(self.tensors, tensors, strict=True))
+        return same and list(map(Tensor.data_ptr, tensors)) == self.addresses
+
+
 @dataclass
 class Scratch:
     """What the steps of one bucket share."""
@@ -52,20 +76,28 @@ class Scratch:
     """The rows as a tensor."""
     kept: list[Tensor] = field(default_factory=list)
     """What `measure` leaves for the step that follows it, if members lie on several ranks: :func:`_kept`."""
+    listed: dict[str, _Listed] = field(default_factory=dict)
+    """Per key, the state that was stepped last."""
+
+
+def empty_like(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor on the CPU, backed by huge pages where it is large and the system grants them."""
+    empty = torch.empty_like(t, dtype=dtype, device="cpu")
+    if empty.nbytes > _HUGE_PAGE and load() is None:
+        torch.ops.fused_adamp.advise_huge_pages(empty)
+    return empty
 
 
 class CpuBackend:
     name = "cpu"
     fused = True
+    mixes_moments = True
 
     def unavailable(self, device: torch.device) -> str | None:
         return load() if device.type == "cpu" else "it steps parameters on the CPU only"
 
-    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Flat zeros, backed by huge pages where the system grants them."""
-        storage = torch.empty(numel, dtype=dtype, device=device)
-        torch.ops.fused_adamp.advise_huge_pages(storage)
-        return storage.zero_()
+    def zeros_like(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        return empty_like(p, dtype).zero_()
 
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
         """Tiles of 32768 elements: enough for the memory to stream, few enough to be measured and updated in cache."""
@@ -80,20 +112,24 @@ class CpuBackend:
         return Scratch(sums, kept=_kept(bucket) if bucket.shared else [])
 
     def first_stale(self, batch: Batch) -> int:
-        return int(torch.ops.fused_adamp.first_stale.default(*_arguments(batch)))
+        return int(torch.ops.fused_adamp.first_stale.default(*_arguments(batch, _state(batch))))
 
     def square_norm(self, batch: Batch) -> Tensor:
-        square = torch.ops.fused_adamp.square_norm.default(*_arguments(batch))
+        square = torch.ops.fused_adamp.square_norm.default(*_arguments(batch, _state(batch)))
         return torch.tensor(square, dtype=torch.float64, device="cpu")
 
     def measure(self, batch: Batch) -> None:
-        torch.ops.fused_adamp.measure.default(*_arguments(batch))
+        torch.ops.fused_adamp.measure.default(*_arguments(batch, _state(batch)))
 
     def step(self, batch: Batch) -> int:
         operator = torch.ops.fused_adamp.step
         if batch.found_inf is not None and batch.found_inf.item():
             operator = torch.ops.fused_adamp.first_stale
-        return int(operator.default(*_arguments(batch)))
+        state = _state(batch)
+        stale = int(operator.default(*_arguments(batch, state)))
+        if stale < 0:
+            _list_state(batch.bucket, state)
+        return stale
 
 
 def _kept(bucket: Bucket) -> list[Tensor]:
@@ -110,26 +146,25 @@ def _kept(bucket: Bucket) -> list[Tensor]:
     ]
 
 
-def _arguments(batch: Batch) -> tuple[Any, ...]:
+def _arguments(batch: Batch, state: dict[str, list[Tensor]]) -> tuple[Any, ...]:
     bucket = batch.bucket
-    moments = [_flat(bucket, *named) for named in zip(bucket.key.moments, batch.moments, strict=batch.has_state)]
-    first, second = (*moments, [], [])[:2]
+    first, second = (*(state.get(name, []) for name in bucket.key.moments), [], [])[:2]
     return (
         batch.params,
         batch.grads,
         first,
         second,
-        _flat(bucket, "remainder", batch.remainders),
-        _flat(bucket, "step", batch.steps),
+        state.get("remainder", []),
+        state.get("step", []),
         batch.seeds,
         bucket.decisions,
         bucket.results,
         bucket.scratch.sums,
         bucket.table,
-        bucket.offsets,
         _scalars(batch),
         1.0 if batch.scale is None else batch.scale.item(),
         FLOATING.index(bucket.key.dtype),  # csrc/cpu_kernels.h: StorageType
+        FLOATING.index(bucket.key.state_dtype),
         batch.rule.adaptive,
         [*(bucket.shared or ()), *bucket.scratch.kept],
         batch.final,
@@ -145,8 +180,20 @@ def _scalars(batch: Batch) -> Tensor:
     return table
 
 
-def _flat(bucket: Bucket, name: str, tensors: list[Tensor]) -> list[Tensor]:
-    """The bucket's flat tensor where the members' are the parts of it that they were given: one to hand over, not P."""
-    addresses = bucket.addresses.get(name)
-    same = addresses and all(map(is_, tensors, bucket.given[name]))
-    return [bucket.flat(name)] if same and list(map(Tensor.data_ptr, tensors)) == addresses else tensors
+def _state(batch: Batch) -> dict[str, list[Tensor]]:
+    """The members' state by key, but for seeds: their tensors, or in place of several the table of their addresses."""
+    listed = batch.bucket.scratch.listed
+    moments = dict(zip(batch.bucket.key.moments, batch.moments, strict=False))
+    state = moments | {n: of for n, of in (("remainder", batch.remainders), ("step", batch.steps)) if of}
+    return {n: [listed[n].table] if n in listed and listed[n].still_holds(of) else of for n, of in state.items()}
+
+
+def _list_state(bucket: Bucket, state: dict[str, list[Tensor]]) -> None:
+    """Takes down where state lies that has just passed all checks and will lie there in the next step."""
+    if bucket.sliced or bucket.key.channel_dim != 0:  # these are views, made anew in every step
+        return
+    dtypes = bucket.key.storage | bucket.key.counters
+    for name, tensors in state.items():
+        plain = all(t.dtype == dtypes[name] for t in tensors) and all(map(Tensor.is_contiguous, tensors))
+        if len(tensors) > 1 and plain:  # ABSENT is of no such dtype
+            bucket.scratch.listed[name] = _Listed.of(tensors)

@@ -24,12 +24,13 @@ __all__ = ["ReferenceBackend"]
 class ReferenceBackend:
     name = "reference"
     fused = False
+    mixes_moments = True
 
     def unavailable(self, device: torch.device) -> str | None:
         return "parameters on the meta device hold no data" if device.type == "meta" else None
 
-    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, device=device)
+    def zeros_like(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.zeros_like(p, dtype=dtype)
 
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
         return rows, cols  # one tile per parameter

@@ -222,6 +222,7 @@ class Launch(NamedTuple):
 class TritonBackend:
     name = "triton"
     fused = True
+    mixes_moments = False  # a kernel is compiled for one dtype of state
 
     def unavailable(self, device: torch.device) -> str | None:
         reason = load()
@@ -245,9 +246,9 @@ class TritonBackend:
                 return min(rows, max(tile >> log_width, 1)), cols
         return 1, cols if rows > 1 and cols <= _WIDEST_ROW else tile
 
-    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        _refuse_capture(device)
-        return torch.zeros(numel, dtype=dtype, device=device)
+    def zeros_like(self, p: Tensor, dtype: torch.dtype) -> Tensor:
+        _refuse_capture(p.device)
+        return torch.zeros_like(p, dtype=dtype)
 
     def counters_device(self, device: torch.device) -> torch.device:
         return device
@@ -256,13 +257,7 @@ class TritonBackend:
         return Workspace(bucket)
 
     def first_stale(self, batch: Batch) -> int:
-        stale = first_stale(batch)
-        if stale < 0:
-            # A kernel is compiled for one dtype of state.
-            for i, moments in enumerate(zip(*batch.moments, strict=True)):
-                if len({moment.dtype for moment in moments}) > 1:
-                    return i
-        return stale
+        return first_stale(batch)
 
     def square_norm(self, batch: Batch) -> Tensor:
         from fused_adamp.kernels.stages import GG
