@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 import math
+from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from fused_adamp.sharding import Sharing, is_distributed, layouts_of, like, loca
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
+    from weakref import ref
 
     from fused_adamp.backends import Backend
     from fused_adamp.reference import Decision
@@ -40,6 +42,7 @@ __all__ = [
     "Rule",
     "Scalars",
     "Shared",
+    "are_same",
     "first_stale",
     "has_storage",
     "overlaps",
@@ -392,6 +395,11 @@ def has_storage(t: Tensor) -> bool:
         return True
     last = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
     return (last + 1) * t.itemsize <= t.untyped_storage().nbytes()
+
+
+def are_same(seen: Sequence[ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors are those that were seen. An id or an address may be that of another tensor by now."""
+    return len(seen) == len(tensors) and all(map(is_, [its() for its in seen], tensors))
 
 
 def span_of(t: Tensor) -> tuple[int, int]:

@@ -11,12 +11,12 @@ from itertools import chain, repeat
 from numbers import Real
 from operator import is_, is_not
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
-from torch.utils.weak import TensorWeakRef
 
 from fused_adamp.backends import check_name, choose
 from fused_adamp.backends.cpu import empty_like
@@ -30,6 +30,7 @@ from fused_adamp.bucket import (
     BucketKey,
     Need,
     Scalars,
+    are_same,
     has_storage,
     overlaps,
     span_of,
@@ -104,27 +105,34 @@ _MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may h
 
 
 class _Seen(NamedTuple):
-    """A gradient and its weight, as they were: which gradient, both versions, both addresses. No version is None."""
+    """Gradients and their weights, as they were: which gradients, all versions, all addresses."""
 
-    gradient: TensorWeakRef
-    marks: tuple[int | None, int | None, int, int]
+    gradients: list[ref[Tensor]]
+    marks: tuple[list[int], ...] | None
+    """None where a tensor keeps no version, as those of inference mode."""
 
     @classmethod
-    def of(cls, p: Tensor, g: Tensor) -> _Seen:
-        return cls(TensorWeakRef(g), cls.marks_of(p, g))
+    def of(cls, params: list[Tensor], grads: list[Tensor]) -> _Seen:
+        return cls(list(map(ref, grads)), cls._marks(params, grads))
 
     @staticmethod
-    def marks_of(p: Tensor, g: Tensor) -> tuple[int | None, int | None, int, int]:
-        return _version(g), _version(p), g.data_ptr(), p.data_ptr()
+    def _marks(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], ...] | None:
+        tensors = [*params, *grads]
+        try:
+            return [t._version for t in tensors], list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:
+            return None
 
-    def still_holds(self, p: Tensor, g: Tensor) -> bool:
-        return self.gradient() is g and None not in self.marks and self.marks == self.marks_of(p, g)
+    def still_holds(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Whether these are the same gradients, and none of them and no weight has changed."""
+        same = are_same(self.gradients, grads)
+        return same and self.marks is not None and self.marks == self._marks(params, grads)
 
 
 class _Clipping(NamedTuple):
     """What :meth:`ProjectedOptimizer.clip_grad_norm_` leaves for the next step, and what that was computed from.
 
-    It is the one thing that a step believes from an earlier call. :meth:`still_holds` says whether it may go by the
+    It is the one thing that a step believes from an earlier call. ``seen`` says whether the step may go by the
     coefficient, :meth:`test_of` whether it may go by the sums of the test too.
     """
 
@@ -134,18 +142,12 @@ class _Clipping(NamedTuple):
     """0-dim float64."""
     unscaled: bool
     """Whether the norm is that of the gradients over GradScaler's scale, which was known."""
-    seen: list[_Seen]
+    seen: _Seen
     """The gradients that the norm was computed from, and their weights."""
     outcome: Outcome | None
     """The sums of the cosine test that the ranks exchanged on the way."""
     test_options: list[tuple[float, float, float]]
     """The options of the test that the outcome was computed for."""
-
-    def still_holds(self, now: list[tuple[Tensor, Tensor]]) -> bool:
-        """Whether the norm, and so the coefficient, is that of these weights' gradients."""
-        return len(self.seen) == len(now) and all(
-            seen.still_holds(*pair) for seen, pair in zip(self.seen, now, strict=True)
-        )
 
     def test_of(self, options: list[tuple[float, float, float]]) -> Outcome | None:
         """The outcome, if the test is made with the same options now."""
@@ -389,8 +391,8 @@ class ProjectedOptimizer(Optimizer):
                 "clipped: look for the gradient that is not finite, or pass error_if_nonfinite=False to go on"
             )
         self._memory.clipping = clipping
-        dtypes = [g.dtype for batch in batches for g in batch.grads if g is not ABSENT]
-        return norm.to(_promoted(dtypes))
+        dtypes = dict.fromkeys(g.dtype for batch in batches for g in batch.grads if g is not ABSENT)
+        return norm.to(_promoted([*dtypes]))
 
     def decisions(self) -> dict[Tensor, Decision]:
         """The last step's decision for every parameter that has been stepped. Waits for the device."""
@@ -623,7 +625,7 @@ class ProjectedOptimizer(Optimizer):
     def _clipping_holds(self, batches: list[Batch]) -> bool:
         """Whether what it was computed from is as it was."""
         clipping = self._memory.clipping
-        return clipping is None or clipping.still_holds(_gradients(batches))
+        return clipping is None or clipping.seen.still_holds(*_gradients(batches))
 
     def _renew_clipping(self, batches: list[Batch]) -> None:
         old = self._memory.clipping
@@ -667,7 +669,7 @@ class ProjectedOptimizer(Optimizer):
             norm = norm * unscale.to(norm.device, non_blocking=True)
         limit = max_norm.double().to(norm.device, non_blocking=True) if isinstance(max_norm, Tensor) else max_norm
         coefficient = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
-        seen = [_Seen.of(p, g) for p, g in _gradients(batches)]
+        seen = _Seen.of(*_gradients(batches))
         options = [] if outcome is None else self._test_options()
         return _Clipping(max_norm, norm_type, coefficient, unscale is not None, seen, outcome, options), norm
 
@@ -1204,9 +1206,15 @@ def _copied(t: Tensor, device: torch.device) -> Tensor:
     return empty_like(t, t.dtype).copy_(t)
 
 
-def _gradients(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """The weights that have a gradient, with their gradients; parts of DTensors as they lie here."""
-    return [(local(p), local(g)) for batch in batches for p in batch.bucket.params if (g := p.grad) is not None]
+def _gradients(batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that have a gradient, and their gradients; parts of DTensors as they lie here."""
+    params, grads = [], []
+    for batch in batches:
+        of = [p for p in batch.bucket.params if p.grad is not None]
+        gradients = [p.grad for p in of if p.grad is not None]
+        params += list(map(local, of)) if batch.bucket.distributed else of
+        grads += list(map(local, gradients)) if batch.bucket.distributed else gradients
+    return params, grads
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
@@ -1218,10 +1226,6 @@ def _in_words(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
     return repr(value.tolist()) if value.device.type == "cpu" else f"a tensor on {value.device.type}"
-
-
-def _version(t: Tensor) -> int | None:
-    return None if t.is_inference() else t._version
 
 
 def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:

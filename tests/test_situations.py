@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
+import weakref
 from collections import UserList
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +106,108 @@ def test_freed_storage_is_an_error_and_nothing_moves(rule: Any, call: str, size:
     freed.data.fill_(1.0)
     optimizer.step()
     assert not torch.equal(params[0], before)
+
+
+# State that users make, share, free or replace.
+
+GIVEN: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
+    "in shared memory": (lambda p: torch.zeros(p.shape).share_memory_(), lambda: torch.zeros(())),
+    "bfloat16": (lambda p: torch.zeros_like(p, dtype=torch.bfloat16), lambda: torch.zeros(())),
+    "float64": (lambda p: torch.zeros_like(p, dtype=torch.float64), lambda: torch.zeros(())),
+    "a step of shape (1,)": (torch.zeros_like, lambda: torch.zeros(1)),
+    "in another order": (lambda p: torch.zeros(p.shape[::-1]).t(), lambda: torch.zeros(())),
+    "part of a flat tensor": (
+        lambda p: torch.zeros(2 * p.numel() + 3)[3:].view(2, *p.shape)[1],
+        lambda: torch.zeros(()),
+    ),
+}
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("door", ["new", "unpickled", "after a step"])
+def test_state_that_is_given_is_used_where_it_lies(rule: Any, name: str, door: str, backend: str) -> None:
+    make, step = GIVEN[name]
+    params = [with_gradient(torch.randn(6, 4)) for _ in range(3)]
+    optimizer = rule(params, backend=backend, **OPTIONS[rule])
+    if door == "after a step":
+        optimizer.step()
+    if door == "unpickled":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+        params = optimizer.param_groups[0]["params"]
+        for p in params:
+            p.grad = torch.randn_like(p)
+    keys = ["exp_avg", "exp_avg_sq"] if rule is fused_adamp.AdamP else ["momentum_buffer"]
+    for p in params[:2]:
+        optimizer.state[p] = {key: make(p.detach()) for key in keys}
+        if rule is fused_adamp.AdamP:
+            optimizer.state[p]["step"] = step()
+    given = {(p, key): t for p in params[:2] for key, t in optimizer.state[p].items()}
+    storages = {place: (t.data_ptr(), t.dtype, t.is_shared()) for place, t in given.items()}
+    for _ in range(3):
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+    for (p, key), t in given.items():
+        assert optimizer.state[p][key] is t
+        assert (t.data_ptr(), t.dtype, t.is_shared()) == storages[p, key]
+        assert t.any()
+    other = rule([nn.Parameter(p.detach().clone()) for p in params], backend=backend, **OPTIONS[rule])
+    other.load_state_dict(optimizer.state_dict())
+    for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+        q.grad = p.grad
+    optimizer.step()
+    other.step()
+    for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+        assert torch.equal(p, q)
+
+
+@EVERY_RULE
+def test_moments_may_be_freed_and_restored(rule: Any, backend: str) -> None:
+    """As offloading tools do: by their storages, or by other tensors in their place."""
+    twins = []
+    for offload in (False, True):
+        torch.manual_seed(0)
+        params = [with_gradient(torch.randn(30, 20)) for _ in range(3)]
+        optimizer = rule(params, backend=backend, **OPTIONS[rule])
+        for number in range(6):
+            optimizer.step()
+            for state in optimizer.state.values() if offload else ():
+                for key, t in state.items():
+                    kept, size = t.clone(), t.untyped_storage().size()
+                    if number % 2 and key != "step":
+                        t.untyped_storage().resize_(0)
+                        with pytest.raises(ValueError, match=f"state '{key}' of parameter . of group 0 holds 0 bytes"):
+                            optimizer.step()
+                        t.untyped_storage().resize_(size)
+                        t.copy_(kept)
+                    else:
+                        state[key] = kept
+        twins.append(params)
+    for p, q in zip(*twins, strict=True):
+        assert torch.equal(p, q)
+
+
+@EVERY_RULE
+def test_replaced_moments_are_not_kept_alive(rule: Any, backend: str) -> None:
+    params = [with_gradient(torch.randn(30, 20)) for _ in range(3)]
+    optimizer = rule(params, backend=backend, **OPTIONS[rule])
+    optimizer.step()
+    optimizer.clip_grad_norm_(1.0)
+    seen = [weakref.ref(t) for state in optimizer.state.values() for t in state.values()]
+    optimizer.state.clear()
+    assert not any(there() is not None for there in seen)
+
+
+@EVERY_RULE
+def test_two_optimizers_that_load_one_state_dict_share_no_state(rule: Any, backend: str) -> None:
+    source = rule([with_gradient(torch.ones(3, 4))], backend=backend, **OPTIONS[rule])
+    source.step()
+    loaded = [rule([with_gradient(torch.ones(3, 4))], backend=backend, **OPTIONS[rule]) for _ in range(2)]
+    for optimizer in loaded:
+        optimizer.load_state_dict(source.state_dict())
+    states = [next(iter(optimizer.state.values())) for optimizer in (source, *loaded)]
+    for key in states[0]:
+        assert len({state[key].data_ptr() for state in states}) == len(states)
 
 
 # Frozen and unfinished parameters.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adamp.bucket import COLUMNS, FLOATING
+from fused_adamp.bucket import COLUMNS, FLOATING, are_same
 from fused_adamp.sharding import Sharing
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class _Listed(NamedTuple):
         return cls(list(map(weakref.ref, tensors)), addresses, table)
 
     def still_holds(self, tensors: list[Tensor]) -> bool:
-        same = all(ref() is t for ref, t in zip(self.tensors, tensors, strict=True))
-        return same and list(map(Tensor.data_ptr, tensors)) == self.addresses
+        return are_same(self.tensors, tensors) and list(map(Tensor.data_ptr, tensors)) == self.addresses
 
 
 @dataclass
@@ -115,7 +114,7 @@ class CpuBackend:
         return int(torch.ops.fused_adamp.first_stale.default(*_arguments(batch, _state(batch))))
 
     def square_norm(self, batch: Batch) -> Tensor:
-        square = torch.ops.fused_adamp.square_norm.default(*_arguments(batch, _state(batch)))
+        square = torch.ops.fused_adamp.square_norm.default(*_arguments(batch, {}))
         return torch.tensor(square, dtype=torch.float64, device="cpu")
 
     def measure(self, batch: Batch) -> None:
