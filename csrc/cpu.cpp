@@ -1096,8 +1096,8 @@ void first_stale(StableIValue* stack, uint64_t, uint64_t) {
 void square_norm(StableIValue* stack, uint64_t, uint64_t) {
   const Arguments arguments(stack);
   Step step;
-  if (step.bind(arguments) >= 0) throw std::runtime_error("fused_adamp::square_norm: a parameter does not fit its bucket");
-  stack[0] = torch::stable::detail::from(step.square_norm());
+  const bool fits = step.bind(arguments) < 0;
+  stack[0] = torch::stable::detail::from(fits ? step.square_norm() : -1.0);
 }
 
 void advise_huge_pages(torch::stable::Tensor storage) {

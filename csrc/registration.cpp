@@ -15,7 +15,7 @@
 
 // `step` and `first_stale` return the index of the first member that does not fit the bucket's table, -1 if all do; `step`
 // has moved nothing then. `measure` writes the shares, and with `final` moves what step will only have to put right.
-// `square_norm` returns the sum of the squares of the gradients.
+// `square_norm` returns the sum of the squares of the gradients, or -1 if a member does not fit.
 STABLE_TORCH_LIBRARY(fused_adamp, m) {
   m.def("measure" FUSED_ADAMP_BATCH("(a!)", "(b!)", "(c!)", "(d!)", "(e!)", "", "", "", "(j!)") " -> ()");
   m.def("step" FUSED_ADAMP_BATCH("(a!)", "(b!)", "(c!)", "(d!)", "(e!)", "(f!)", "(g!)", "(h!)", "(j!)") " -> int");

@@ -314,6 +314,7 @@ class Batch(NamedTuple):
         steps, seeds, remainders: the members' other state; empty if they have none of that kind.
         groups: the optimizer's parameter groups.
         rule: the optimizer.
+        notes: what a backend has found out of these tensors, for its next call with the same batch.
         scale: what gradients are multiplied with before anything else (AMP's unscaling, clipping), as a float64 tensor
             of one element on the bucket's device; None is 1.
         found_inf: a tensor of one element on the bucket's device: where it is not 0, nothing moves. None is 0.
@@ -329,6 +330,7 @@ class Batch(NamedTuple):
     remainders: list[Tensor]
     groups: list[dict[str, Any]]
     rule: Rule
+    notes: dict[str, Any]
     scale: Tensor | None = None
     found_inf: Tensor | None = None
     final: bool = False
@@ -351,6 +353,7 @@ class Batch(NamedTuple):
             steps=keep(self.steps),
             seeds=keep(self.seeds),
             remainders=keep(self.remainders),
+            notes={},
         )
 
     @property

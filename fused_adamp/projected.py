@@ -383,7 +383,7 @@ class ProjectedOptimizer(Optimizer):
             return total
         _MAX_NORM.check("max_norm", max_norm)
         max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
-        batches = self._gathered(make_state=False, check=True)
+        batches = self._gathered(make_state=False, check=norm_type != 2.0)
         clipping, norm = self._clipped(batches, max_norm, float(norm_type), self._unscale())
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
@@ -582,6 +582,7 @@ class ProjectedOptimizer(Optimizer):
             tensors.get("remainder", []),
             self.param_groups,
             self,
+            notes={},
         )
 
     def _make_state(self, bucket: Bucket) -> None:
@@ -650,8 +651,13 @@ class ProjectedOptimizer(Optimizer):
                 return torch.nn.utils.get_total_norm(grads.values(), norm_type).double(), None
             self._agree(self._memory.exchange)
             return torch.linalg.vector_norm(torch.stack(self._memory.exchange.norms(grads, norm_type)), norm_type), None
-        squares = [batch.bucket.key.backend.square_norm(batch) for batch in batches if batch.bucket.shared is None]
-        outcome = None
+        squares, outcome = [], None
+        for batch in batches:
+            if batch.bucket.shared is None:
+                square = batch.bucket.key.backend.square_norm(batch)
+                if square is None:
+                    return self._total_norm(self._refit(batches), norm_type)
+                squares.append(square)
         if self._memory.exchange is not None:
             outcome = self._measured(self._memory.exchange, batches)
             squares.append(self._memory.exchange.square_norm(outcome))

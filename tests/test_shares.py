@@ -112,6 +112,7 @@ def batch_of(optimizer: Any, bucket: Bucket, *, scale: float = 1, final: bool = 
         remainders=kind("remainder") if "remainder" in bucket.key.storage else [],
         groups=optimizer.param_groups,
         rule=optimizer,
+        notes={},
         scale=None if scale == 1 else torch.tensor([scale], dtype=torch.float64),
         final=final,
     )

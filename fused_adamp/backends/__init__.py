@@ -51,10 +51,10 @@ class Backend(Protocol):
     def first_stale(self, batch: Batch) -> int:
         """Index of the first member that does not fit the bucket's table, -1 if all do. Moves nothing."""
 
-    def square_norm(self, batch: Batch) -> Tensor:
+    def square_norm(self, batch: Batch) -> Tensor | None:
         """The sum of the squares of the batch's gradients as they are: 0-dim float64 on the bucket's device.
 
-        The batch fits the bucket's table. The backend remembers nothing of it.
+        None unless weights and gradients fit the bucket's table. The backend remembers nothing of it.
         """
 
     def measure(self, batch: Batch) -> None:

@@ -113,9 +113,9 @@ class CpuBackend:
     def first_stale(self, batch: Batch) -> int:
         return int(torch.ops.fused_adamp.first_stale.default(*_arguments(batch, _state(batch))))
 
-    def square_norm(self, batch: Batch) -> Tensor:
+    def square_norm(self, batch: Batch) -> Tensor | None:
         square = torch.ops.fused_adamp.square_norm.default(*_arguments(batch, {}))
-        return torch.tensor(square, dtype=torch.float64, device="cpu")
+        return None if square < 0 else torch.tensor(square, dtype=torch.float64, device="cpu")
 
     def measure(self, batch: Batch) -> None:
         torch.ops.fused_adamp.measure.default(*_arguments(batch, _state(batch)))

@@ -44,7 +44,9 @@ class ReferenceBackend:
     def first_stale(self, batch: Batch) -> int:
         return first_stale(batch)
 
-    def square_norm(self, batch: Batch) -> Tensor:
+    def square_norm(self, batch: Batch) -> Tensor | None:
+        if first_stale(batch) >= 0:
+            return None
         squares = [g.double().square().sum() for g in batch.grads if g is not ABSENT]
         return torch.stack(squares).sum()
 

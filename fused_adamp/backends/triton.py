@@ -21,12 +21,14 @@ from __future__ import annotations
 import math
 import os
 from functools import cache, lru_cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor
 
-from fused_adamp.bucket import ABSENT, COLUMNS, Scalars, first_stale, rows_cols
+from fused_adamp.bucket import ABSENT, COLUMNS, Scalars, are_same, first_stale, has_storage, rows_cols
 from fused_adamp.precision import ROUNDINGS
 from fused_adamp.sharding import Sharing
 
@@ -56,6 +58,8 @@ _RUN = 1 << 13
 _DOT_RUN = 1 << 16
 """Elements of a job in a stage that most often has nothing to do."""
 _PROGRAMS_PER_MULTIPROCESSOR = 2
+_WIDEST_LOAD = 16
+"""Bytes: kernels/tiles.py, WIDEST_LOAD."""
 _INNER = 2
 """Dimensions beyond dim 0 that a strided parameter may have after merging."""
 
@@ -127,7 +131,9 @@ class Tables:
         self.scalars = torch.empty(0, stages.SCALARS.value, dtype=torch.float64, device=device)
         self.cells: list[Tensor] = []
         """Of scalars, those that come from tensors on the device."""
-        self.seen_tensors: tuple[list[Any], ...] = ()
+        self.seen: _Seen | None = None
+        self.places = torch.empty(0, dtype=torch.int64, device="cpu")
+        """The addresses as they were uploaded."""
         self.seen_scalars: tuple[list[list[float]], list[tuple[int, int]]] = [], []
         self.seen_groups: list[int] = []
         self.seen_members: dict[Any, list[int]] = {}
@@ -257,17 +263,25 @@ class TritonBackend:
         return Workspace(bucket)
 
     def first_stale(self, batch: Batch) -> int:
-        return first_stale(batch)
+        if "stale" not in batch.notes:
+            seen = batch.bucket.scratch.eager.seen
+            fits = seen is not None and seen.fits(batch, state=batch.has_state)
+            batch.notes["stale"] = -1 if fits else first_stale(batch)
+        return int(batch.notes["stale"])
 
-    def square_norm(self, batch: Batch) -> Tensor:
+    def square_norm(self, batch: Batch) -> Tensor | None:
         from fused_adamp.kernels.stages import GG
 
         work = batch.bucket.scratch
         with _on(batch.bucket.key.device):
             if not batch.has_state:  # before the first step: what it needs cannot be lined up yet
+                if self.first_stale(batch) >= 0:
+                    return None
                 norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in batch.grads if g is not ABSENT]
                 return torch.stack(norms).square().sum()
-            tables = self._lined_up(batch)
+            tables = self._lined_up(batch, state=False)
+            if tables is None:
+                return None
             runs = [run for launch in tables.launches for run in _square_runs(batch, tables, launch)]
             squares: Tensor = work.sums[:, GG.value]
             squares.zero_()  # of the members that are absent
@@ -278,6 +292,7 @@ class TritonBackend:
     def measure(self, batch: Batch) -> None:
         with _on(batch.bucket.key.device):
             tables = self._lined_up(batch)
+            assert tables is not None, "the front end has checked that the batch fits"
             runs = [run for launch in tables.launches for run in _share_runs(batch, tables, launch)]
             for run in runs:
                 run.start()
@@ -296,25 +311,30 @@ class TritonBackend:
                 run.start()
         return -1
 
-    def _lined_up(self, batch: Batch) -> Tables:
-        """The tables of an epoch that measures and does not step."""
+    def _lined_up(self, batch: Batch, *, state: bool = True) -> Tables | None:
+        """The tables of an epoch that measures and does not step; None unless :meth:`first_stale` is -1.
+
+        Without ``state`` it reads gradients alone.
+        """
         work: Workspace = batch.bucket.scratch
         tables = work.tables(batch, capturing=_captured(batch))
-        stale = self._refresh(batch, tables)
-        assert stale < 0, "the front end has checked that the batch fits"
+        if self._refresh(batch, tables, state=state) >= 0:
+            return None
         work.advance(batch)
         return tables
 
-    def _refresh(self, batch: Batch, tables: Tables) -> int:
+    def _refresh(self, batch: Batch, tables: Tables, *, state: bool = True) -> int:
         """Uploads what has changed, unless :meth:`first_stale` is not -1; returns that index."""
-        bucket = batch.bucket
-        seen = _fingerprint(batch)
-        if seen != tables.seen_tensors:
+        bucket, seen = batch.bucket, tables.seen
+        if seen is None or not seen.fits(batch, state=state):
             stale = self.first_stale(batch)
             if stale >= 0:
                 return stale
             _plan(batch, tables)
-            tables.seen_tensors = seen
+            tables.seen = _Seen.of(batch)
+        elif seen.gradients != (moved := list(map(Tensor.data_ptr, batch.grads))):
+            _move_gradients(tables, batch, moved)
+            tables.seen = seen._replace(gradients=moved)
         if bucket.groups != tables.seen_groups:
             tables.upload(tables.table, _table(bucket))
             tables.seen_groups = list(bucket.groups)
@@ -371,15 +391,81 @@ def _stepped_groups(batch: Batch) -> list[dict[str, Any]]:
 # From tensors to launches.
 
 
-def _fingerprint(batch: Batch) -> tuple[list[Any], ...]:
-    """Changes whenever an address, a stride, a shape or a dtype does."""
-    tensors = [*(t for kind in batch.stored for t in kind), *batch.steps, *batch.seeds]
-    return (
-        list(map(Tensor.data_ptr, tensors)),
-        list(map(Tensor.stride, tensors)),
-        list(map(Tensor.size, tensors)),
-        [t.dtype for t in tensors],
-    )
+class _Layout(NamedTuple):
+    """How tensors lie in memory, wherever that is."""
+
+    strides: list[tuple[int, ...]]
+    sizes: list[torch.Size]
+    dtypes: list[torch.dtype]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> _Layout:
+        return cls(list(map(Tensor.stride, tensors)), list(map(Tensor.size, tensors)), [t.dtype for t in tensors])
+
+
+class _Seen(NamedTuple):
+    """The tensors that tables were made from. The tables are good for the same ones: :meth:`fits`."""
+
+    layout: _Layout
+    """Of weights and gradients."""
+    weights: list[int]
+    """Addresses."""
+    gradients: list[int]
+    state: list[int]
+    tensors: list[ref[Tensor]]
+    """The state."""
+    state_layout: _Layout
+
+    @classmethod
+    def of(cls, batch: Batch) -> _Seen:
+        state = _state(batch)
+        weights, gradients, places = (list(map(Tensor.data_ptr, of)) for of in (batch.params, batch.grads, state))
+        return cls(_layout_of(batch), weights, gradients, places, list(map(ref, state)), _Layout.of(state))
+
+    def fits(self, batch: Batch, *, state: bool) -> bool:
+        """Whether all is as it was, but that gradients may lie elsewhere. ``state``: whether that has to be, too.
+
+        State does not change its layout while it is the same tensor at the same address.
+        """
+        gradients = list(map(Tensor.data_ptr, batch.grads))
+        return (
+            self.layout == _layout_of(batch)
+            and self.weights == list(map(Tensor.data_ptr, batch.params))
+            and (
+                self.gradients == gradients
+                or all(
+                    (a - b) % _WIDEST_LOAD == 0 and has_storage(g)
+                    for a, b, g in zip(self.gradients, gradients, batch.grads, strict=True)
+                    if a != b
+                )
+            )
+            and (not state or self._state_fits(_state(batch)))
+        )
+
+    def _state_fits(self, state: list[Tensor]) -> bool:
+        same = self.state == list(map(Tensor.data_ptr, state))
+        return same and (are_same(self.tensors, state) or self.state_layout == _Layout.of(state))
+
+
+def _state(batch: Batch) -> list[Tensor]:
+    return list(chain(*batch.moments, batch.steps, batch.seeds, batch.remainders))
+
+
+def _layout_of(batch: Batch) -> _Layout:
+    """Of a batch's weights and gradients. It is looked up once in a batch."""
+    if "layout" not in batch.notes:
+        batch.notes["layout"] = _Layout.of([*batch.params, *batch.grads])
+    layout: _Layout = batch.notes["layout"]
+    return layout
+
+
+def _move_gradients(tables: Tables, batch: Batch, addresses: list[int]) -> None:
+    """Uploads new addresses of gradients that lie as those before them."""
+    from fused_adamp.kernels import tiles
+
+    present = [0 if g is ABSENT else address for g, address in zip(batch.grads, addresses, strict=True)]
+    tables.places[:, tiles.G.value] = torch.tensor(present, dtype=torch.int64, device="cpu")
+    tables.upload(tables.addresses, tables.places)
 
 
 def _table(bucket: Bucket) -> Tensor:
@@ -458,7 +544,8 @@ def _plan(batch: Batch, tables: Tables) -> None:
                 strides[i][first : first + 3] = [outer, *([0] * (_INNER - len(steps))), *steps]
         state = (moments[0].dtype if moments else p.dtype) if batch.has_state else None
         members.setdefault((p.dtype, g.dtype, state, layout), []).append(i)
-    tables.upload(tables.addresses, torch.tensor(addresses, device="cpu"))
+    tables.places = torch.tensor(addresses, device="cpu")
+    tables.upload(tables.addresses, tables.places)
     if any(map(any, strides)):
         tables.upload(tables.strides, torch.tensor(strides, device="cpu"))
     if members != tables.seen_members:  # gradients may lie elsewhere in every step; what there is to do stays the same
