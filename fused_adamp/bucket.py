@@ -46,6 +46,7 @@ __all__ = [
     "first_stale",
     "has_storage",
     "overlaps",
+    "place_of",
     "rows_cols",
     "span_of",
 ]
@@ -199,6 +200,21 @@ class Bucket:
     def fits_marks(self) -> bool:
         """Whether all that :func:`~fused_adamp.sharding.mark_slice` says of the parameters is as it was."""
         return [slice_of(p) for p in self.index] == self._slices
+
+    @property
+    def places(self) -> list[tuple[int, ...] | None]:
+        """What :func:`place_of` says of each member, None where nobody may take its place."""
+        if self.distributed or self.sliced or self.shared is not None:
+            return [None] * len(self.params)
+        first = COLUMNS.index("projected")
+        return list(map(tuple, self.table[:, first : first + 3].tolist()))
+
+    def replace(self, index: int, p: Tensor) -> None:
+        """Puts a parameter that has the bucket's key in the place of member ``index``, if :attr:`places` says so."""
+        self.params[index] = p
+        self.index = {member: i for i, member in enumerate(self.params)}
+        self.decisions[index] = UNDECIDED
+        self.results[index] = math.nan
 
     def set_groups(self, groups: Sequence[int]) -> None:
         """Say which parameter group each member belongs to, by index."""
@@ -430,6 +446,13 @@ def rows_cols(p: Tensor) -> tuple[int, int]:
     if p.ndim < 2:
         return 1, p.numel()
     return p.size(0), p.numel() // max(p.size(0), 1)
+
+
+def place_of(p: Tensor, key: BucketKey) -> tuple[int, ...] | None:
+    """The table's columns from ``projected`` to ``cols`` of a parameter that lies on this rank alone, else None."""
+    if is_distributed(p) or slice_of(p) is not None:
+        return None
+    return (int(p.ndim >= 2), *rows_cols(rows_first(p, key.channel_dim)))
 
 
 def _geometry(p: Tensor, backend: Backend, *, apart: bool) -> tuple[tuple[int, int, int, int, int], int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import suppress
 from copy import deepcopy
 from itertools import chain, repeat
@@ -33,6 +33,7 @@ from fused_adamp.bucket import (
     are_same,
     has_storage,
     overlaps,
+    place_of,
     span_of,
 )
 from fused_adamp.checkpoint import check, to_ours
@@ -843,18 +844,13 @@ class ProjectedOptimizer(Optimizer):
 
         State stays where it lies if it fits. Either all of this happens or, on any error, nothing.
         """
-        keys = self._bucket_keys()
+        keys = self._bucket_keys(without)
         group_of = {p: i for i, group in enumerate(self.param_groups) for p in group["params"]}
-        kept = [
-            bucket
-            for bucket in self._memory.buckets
-            if bucket not in without and all(keys.get(p) == bucket.key for p in bucket.params) and bucket.fits_marks
-        ]
-        bucketed = {p for bucket in kept for p in bucket.params}
+        kept, places = self._kept_buckets(keys, without)
+        bucketed = {p for bucket in kept for p in bucket.params} | {p for _, _, p in places}
         members: dict[BucketKey, list[Tensor]] = {}
         for p, key in keys.items():
             if p not in bucketed:
-                self._check_state(p, key)
                 members.setdefault(key, []).append(p)
         made = [Bucket(key, params) for key, params in members.items()]
         for bucket in made:
@@ -866,10 +862,11 @@ class ProjectedOptimizer(Optimizer):
                     )
         fitted = [
             (p, bucket.key, self._fitted_state(bucket, p, self.param_groups[group_of[p]]))
-            for bucket in made
-            for p in bucket.index
+            for bucket, p in [*((bucket, p) for bucket in made for p in bucket.index), *((b, p) for b, _, p in places)]
             if self.state.get(p)
         ]
+        for bucket, index, p in places:
+            bucket.replace(index, p)
         for p, key, new in fitted:
             self.state[p].update(new)
             if key.rounding != "remainder":  # it belongs to a weight that moves without it from now on
@@ -882,14 +879,37 @@ class ProjectedOptimizer(Optimizer):
         shared = any(bucket.shared is not None for bucket in self._memory.buckets)
         self._memory.exchange = Exchange(self._memory.buckets, self._labels()) if shared else None
 
-    def _bucket_keys(self) -> dict[Tensor, BucketKey]:
-        """The bucket key of every parameter that trains or has state."""
+    def _kept_buckets(
+        self, keys: dict[Tensor, BucketKey], without: Collection[Bucket]
+    ) -> tuple[list[Bucket], list[tuple[Bucket, int, Tensor]]]:
+        """The buckets that may stay, and which new parameters take the places of members that are gone."""
+        old = [bucket for bucket in self._memory.buckets if bucket not in without and bucket.fits_marks]
+        members = {p for bucket in old for p in bucket.params if keys.get(p) == bucket.key}
+        new: dict[Any, list[Tensor]] = {}
+        for p, key in keys.items():
+            if p not in members:
+                self._check_state(p, key)
+                if (place := place_of(p, key)) is not None:
+                    new.setdefault((key, place), []).append(p)
+        kept, places = [], []
+        for bucket in old:
+            gone = [i for i, p in enumerate(bucket.params) if keys.get(p) != bucket.key]
+            wanted = [(bucket.key, bucket.places[i]) for i in gone]
+            if all(len(new.get(place, ())) >= count for place, count in Counter(wanted).items()):
+                kept.append(bucket)
+                places += [(bucket, i, new[place].pop()) for i, place in zip(gone, wanted, strict=True)]
+        return kept, places
+
+    def _bucket_keys(self, without: Collection[Bucket]) -> dict[Tensor, BucketKey]:
+        """The bucket key of every parameter that trains or has state; checked, but for members of other buckets."""
         keys: dict[Tensor, BucketKey] = {}
+        known = {p for bucket in self._memory.buckets if bucket not in without for p in bucket.index}
         for group in self.param_groups:
             self._check_hyperparameters(group)
             members = [p for p in group["params"] if self._takes_part(p)]
             for p in members:
-                _check_parameter(p, self._label(p))
+                if p not in known:
+                    _check_parameter(p, self._label(p))
                 _check_channel_dim(p, group["channel_dim"], self._label(p))
             backends = {
                 device: choose(device, backend=group["backend"], fused=group["fused"], foreach=group["foreach"])

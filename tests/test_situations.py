@@ -210,6 +210,41 @@ def test_two_optimizers_that_load_one_state_dict_share_no_state(rule: Any, backe
         assert len({state[key].data_ptr() for state in states}) == len(states)
 
 
+# Parameters that are swapped for others.
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("carried", [False, True], ids=["no state", "with the state"])
+@pytest.mark.parametrize("shapes", ["alike", "different"])
+def test_swapped_parameters(rule: Any, carried: bool, shapes: str, backend: str) -> None:
+    """An optimizer made anew in every step, with the same state, does the same bit for bit."""
+    torch.manual_seed(0)
+    params = [with_gradient(torch.randn(6, 4)) for _ in range(5)] + [with_gradient(torch.randn(7)) for _ in range(3)]
+    optimizer = rule(params, backend=backend, **OPTIONS[rule])
+    optimizer.step()
+    for number in range(6):
+        for index in {number % 5, number * 3 % 8}:
+            old = optimizer.param_groups[0]["params"][index]
+            new = with_gradient(torch.randn(old.shape if shapes == "alike" else (3, 2 + number)))
+            optimizer.param_groups[0]["params"][index] = new
+            state = optimizer.state.pop(old)
+            if carried and shapes == "alike":
+                optimizer.state[new] = state
+        params = optimizer.param_groups[0]["params"]
+        copies = [nn.Parameter(p.detach().clone()) for p in params]
+        fresh = rule(copies, backend=backend, **OPTIONS[rule])
+        for p, q in zip(params, copies, strict=True):
+            q.grad = p.grad
+            if p in optimizer.state:
+                fresh.state[q] = {key: t.clone() for key, t in optimizer.state[p].items()}
+        optimizer.step()
+        fresh.step()
+        assert set(optimizer.decisions()) == set(params)
+        for p, q in zip(params, copies, strict=True):
+            assert torch.equal(p, q)
+            assert optimizer.decisions()[p] == fresh.decisions()[q]
+
+
 # Frozen and unfinished parameters.
 
 FROZEN: dict[str, Callable[[], Tensor]] = {
