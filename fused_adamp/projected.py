@@ -711,6 +711,7 @@ class ProjectedOptimizer(Optimizer):
         """The batches of a step, with everything decided that the ranks have to decide together."""
         self._agree(exchange)
         found_inf = getattr(self, "found_inf", None)
+        renewed = False  # what was measured in this step is not asked whether it holds: gradients may keep no version
         while True:
             clipping, factor = self._memory.clipping, self._factor()
             clipped_to = None if clipping is None else _in_words(clipping.max_norm)
@@ -729,11 +730,12 @@ class ProjectedOptimizer(Optimizer):
                 lines,
                 scale=scale,
                 found_inf=found_inf,
-                stale=not self._clipping_holds(batches),
+                stale=not (renewed or self._clipping_holds(batches)),
             )
             if not exchange.is_stale(outcome):
                 break
             self._renew_clipping(batches)
+            renewed = True
         if missing := exchange.missing(outcome):  # on some ranks: there it counts as zero
             own = [p for p in missing if p.grad is None]
             try:

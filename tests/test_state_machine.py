@@ -9,13 +9,14 @@ the same one, and short. For a longer search, with new examples each time:
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from distributed import backends, run
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from machine import COUNT, OPTIONS, Machine, Op, begin, do
@@ -59,11 +60,11 @@ STEP = op(
     closure=st.none() | st.none() | st.lists(GIVE | CLIP, max_size=2),
 )
 TENSORS = st.one_of(
+    op("swap_gradients"),  # the first program of a search takes the first everywhere
     GIVE,
     op("scale_gradients", which=SOME, factor=FACTOR, how=WRITTEN),
     op("drop", which=SOME),
     op("zero_grad", set_to_none=st.booleans()),
-    op("swap_gradients"),
     op("move", i=ONE, kind=st.sampled_from(["gradient", "random"]), how=WRITTEN | st.just("storage"), seed=SEED),
     op("replace", i=ONE, keep_state=st.booleans(), keep_gradient=st.booleans(), seed=SEED),
 )
@@ -126,19 +127,27 @@ class Calls(RuleBasedStateMachine):
             self.do(op)
 
 
-def search(start: Callable[[], Callable[[Op], Counter[str]]], examples: int) -> None:
-    """Runs so many programs; a profile may ask for more of them. All that matters must have been met."""
+def search(start: Callable[[], Callable[[Op], Counter[str]]], count: int) -> None:
+    """That many searches of a few programs each; in profile "long" more, and new ones. All that matters must be met.
+
+    One search of many programs would try small changes of a few: it is meant to find rare failures, not wide ones.
+    """
     met: Counter[str] = Counter()
     profile = settings()
+    long = profile.max_examples // 100
     chosen = settings(
         profile,
-        max_examples=max(1, examples * profile.max_examples // 100),
+        max_examples=3,
         stateful_step_count=20,
+        derandomize=False,  # the seed decides
         deadline=None,
         database=None,
         suppress_health_check=list(HealthCheck),
     )
-    run_state_machine_as_test(lambda: Calls(start, met), settings=chosen)  # type: ignore[no-untyped-call]
+    first = random.getrandbits(32) if long > 1 else 0
+    for number in range(first, first + count * long):
+        factory = seed(number)(lambda: Calls(start, met))
+        run_state_machine_as_test(factory, settings=chosen)  # type: ignore[no-untyped-call]
     missing = {
         *("step: held", "step: changed", "step: blind", "step: other test", "step: clipped"),
         *("failed step", "failed clip", "NONE", "CHANNEL", "LAYER"),
@@ -157,7 +166,7 @@ def test_one_process(optimizer: str, backend: str) -> None:
 
         return act
 
-    search(start, 15 if backend == "triton" else 60)
+    search(start, 5 if backend == "triton" else 25)
 
 
 @EVERY_RULE
@@ -168,7 +177,7 @@ def test_two_ranks(optimizer: str, name: str) -> None:
         run(2, begin, optimizer, name)
         return lambda op: run(2, do, op, timeout=20)[0]  # type: ignore[no-any-return]
 
-    search(start, 20)
+    search(start, 8)
 
 
 @pytest.fixture(scope="module")
