@@ -103,21 +103,26 @@ _MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may h
 
 
 class _Seen(NamedTuple):
-    """A gradient and its weight, as they were: which gradient, both versions, both addresses. No version is None."""
+    """A gradient and its weight, as they were: which gradient, the versions, the addresses. No version is None.
 
-    gradient: TensorWeakRef
-    marks: tuple[int | None, int | None, int, int]
+    A DTensor and its local tensor count apart what was written through either.
+    """
+
+    gradient: list[TensorWeakRef]
+    marks: list[int | None]
 
     @classmethod
     def of(cls, p: Tensor, g: Tensor) -> _Seen:
-        return cls(TensorWeakRef(g), cls.marks_of(p, g))
+        return cls(list(map(TensorWeakRef, _with_local(g))), cls.marks_of(p, g))
 
     @staticmethod
-    def marks_of(p: Tensor, g: Tensor) -> tuple[int | None, int | None, int, int]:
-        return _version(g), _version(p), g.data_ptr(), p.data_ptr()
+    def marks_of(p: Tensor, g: Tensor) -> list[int | None]:
+        tensors = *_with_local(g), *_with_local(p)
+        return [*map(_version, tensors), *(local(t).data_ptr() for t in (g, p))]
 
     def still_holds(self, p: Tensor, g: Tensor) -> bool:
-        return self.gradient() is g and None not in self.marks and self.marks == self.marks_of(p, g)
+        same = all(seen() is t for seen, t in zip(self.gradient, _with_local(g), strict=False))
+        return same and None not in self.marks and self.marks == self.marks_of(p, g)
 
 
 class _Clipping(NamedTuple):
@@ -1187,8 +1192,8 @@ def _rounds_of(params: list[list[Tensor]], places: list[list[int]]) -> list[list
 
 
 def _gradients(batches: list[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """The weights that have a gradient, with their gradients; parts of DTensors as they lie here."""
-    return [(local(p), local(g)) for batch in batches for p in batch.bucket.params if (g := p.grad) is not None]
+    """The weights that have a gradient, with their gradients."""
+    return [(p, g) for batch in batches for p in batch.bucket.params if (g := p.grad) is not None]
 
 
 def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
@@ -1200,6 +1205,10 @@ def _in_words(value: Any) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
     return repr(value.tolist()) if value.device.type == "cpu" else f"a tensor on {value.device.type}"
+
+
+def _with_local(t: Tensor) -> tuple[Tensor, ...]:
+    return (t, local(t)) if is_distributed(t) else (t,)
 
 
 def _version(t: Tensor) -> int | None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from distributed import full, laid_out, mesh
 from tolerances import TOLERANCE, assert_identical
 from torch import Tensor, nn
@@ -130,7 +129,7 @@ class Pending(NamedTuple):
         return not same
 
 
-class Planned(RuntimeError):
+class PlannedError(RuntimeError):
     """Raised by closures and hooks."""
 
 
@@ -391,8 +390,8 @@ class Machine:
         if found_inf is not None:
             del self.optimizer.found_inf
 
-    def fail(self, kind: str, call: str, i: int, everywhere: bool) -> None:
-        """A step or a clip that raises moves nothing, on no rank, and an earlier clip still counts."""
+    def fail(self, kind: str, call: str, i: int) -> None:
+        """A step or a clip that raises, on all ranks, moves nothing, and an earlier clip still counts."""
         p, state = self.params[i], self.optimizer.state.get(self.params[i], {})
         planned = kind in {"closure", "hook"}
         moments = [name for name in self.optimizer.moments(self.groups[i]) if name in state]
@@ -402,19 +401,18 @@ class Machine:
             kind = "freed"
         gradient, moment = p.grad, state[moments[0]] if moments else None
         with self._moves_no_weight():
-            if everywhere or planned or not self.sharded or dist.get_rank() == 0:  # else another rank tells
-                if kind == "freed":
-                    p.grad = gradient.clone()
-                    local(p.grad).untyped_storage().resize_(0)
-                elif kind == "sparse":
-                    p.grad = torch.zeros(p.shape, dtype=p.dtype).to_sparse()
-                elif kind == "shape":
-                    state[moments[0]] = torch.zeros(2, 2)
+            if kind == "freed":
+                p.grad = gradient.clone()
+                local(p.grad).untyped_storage().resize_(0)
+            elif kind == "sparse":
+                p.grad = torch.zeros(p.shape, dtype=p.dtype).to_sparse()
+            elif kind == "shape":
+                state[moments[0]] = torch.zeros(2, 2)
             handle = self.optimizer.register_step_pre_hook(_fail if kind == "hook" else _pass)
             act = functools.partial(self.optimizer.clip_grad_norm_, 1e-3)
             if planned or call == "step":
                 act = functools.partial(self.optimizer.step, _fail if kind == "closure" else None)
-            _raises(Planned if planned else (ValueError, TypeError, RuntimeError), act)
+            _raises(PlannedError if planned else (ValueError, TypeError, RuntimeError), act)
             handle.remove()
             p.grad = gradient
         if kind == "shape":
@@ -523,7 +521,7 @@ class Machine:
 
 
 def _fail(*_: Any) -> Any:
-    raise Planned
+    raise PlannedError
 
 
 def _pass(*_: Any) -> None:

@@ -14,7 +14,6 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from distributed import backends, run
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EVERY_RULE = pytest.mark.parametrize("optimizer", list(RULES))
+
 
 def op(name: str, /, **options: SearchStrategy[Any]) -> SearchStrategy[Op]:
     return st.builds(Op, st.just(name), st.fixed_dictionaries(options))
@@ -85,9 +85,8 @@ FAILURE = op("clip_infinite", i=ONE) | op(
     kind=st.sampled_from(["freed", "sparse", "shape", "closure", "hook"]),
     call=st.sampled_from(["step", "clip"]),
     i=ONE,
-    everywhere=st.booleans(),
 )
-CHANGE = TENSORS | SETTINGS | STATE | FAILURE
+CHANGE = st.sampled_from([TENSORS, GIVE, TENSORS, SETTINGS, STATE, FAILURE]).flatmap(lambda kind: kind)
 
 
 class Calls(RuleBasedStateMachine):
@@ -120,10 +119,15 @@ class Calls(RuleBasedStateMachine):
     def step(self, op: Op) -> None:
         self.do(op)
 
-    @rule(clip=CLIP, between=st.lists(CHANGE, min_size=1, max_size=3), step=STEP)
-    def clipped_step(self, clip: Op, between: list[Op], step: Op) -> None:
+    @rule(
+        clip=CLIP,
+        between=st.lists(CHANGE, min_size=1, max_size=3),
+        step=STEP,
+        after=st.just([]) | st.tuples(GIVE, STEP),
+    )
+    def clipped_step(self, clip: Op, between: list[Op], step: Op, after: list[Op]) -> None:
         """The others may come to the same, but do so seldom."""
-        for op in (clip, *between, step):
+        for op in (clip, *between, step, *after):
             self.do(op)
 
 
@@ -134,7 +138,7 @@ def search(start: Callable[[], Callable[[Op], Counter[str]]], count: int) -> Non
     """
     met: Counter[str] = Counter()
     profile = settings()
-    long = profile.max_examples // 100
+    long = max(profile.max_examples // 100, 1)
     chosen = settings(
         profile,
         max_examples=3,
