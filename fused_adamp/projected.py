@@ -721,6 +721,7 @@ class ProjectedOptimizer(Optimizer):
         """The batches of a step, with everything decided that the ranks have to decide together."""
         self._agree(exchange)
         found_inf = getattr(self, "found_inf", None)
+        renewed = False  # what was measured in this step is not asked whether it holds: gradients may keep no version
         while True:
             clipping, factor = self._memory.clipping, self._factor()
             clipped_to = None if clipping is None else _in_words(clipping.max_norm)
@@ -739,11 +740,12 @@ class ProjectedOptimizer(Optimizer):
                 lines,
                 scale=scale,
                 found_inf=found_inf,
-                stale=not self._clipping_holds(batches),
+                stale=not (renewed or self._clipping_holds(batches)),
             )
             if not exchange.is_stale(outcome):
                 break
             self._renew_clipping(batches)
+            renewed = True
         if missing := exchange.missing(outcome):  # on some ranks: there it counts as zero
             own = [p for p in missing if p.grad is None]
             try:
@@ -1233,13 +1235,19 @@ def _copied(t: Tensor, device: torch.device) -> Tensor:
 
 
 def _gradients(batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights that have a gradient, and their gradients; parts of DTensors as they lie here."""
+    """The weights that have a gradient, and their gradients; of DTensors also the parts that lie here.
+
+    A DTensor and its local tensor count apart what was written through either.
+    """
     params, grads = [], []
     for batch in batches:
         of = [p for p in batch.bucket.params if p.grad is not None]
         gradients = [p.grad for p in of if p.grad is not None]
-        params += list(map(local, of)) if batch.bucket.distributed else of
-        grads += list(map(local, gradients)) if batch.bucket.distributed else gradients
+        params += of
+        grads += gradients
+        if batch.bucket.distributed:
+            params += map(local, of)
+            grads += map(local, gradients)
     return params, grads
 
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 
 from fused_adamp.backends import BACKENDS, available
 
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CPU = torch.device("cpu")
+
+settings.register_profile("long", max_examples=2000, print_blob=True)
+"""A search of test_state_machine.py that is twenty times as long, and a new one each time."""
 
 
 @pytest.fixture(params=[backend.name for backend in available(CPU)])

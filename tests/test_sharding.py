@@ -219,6 +219,18 @@ def changed_after_clipping(pair: Pair) -> None:
     pair.advance()
 
 
+def changed_as_a_whole_after_clipping(pair: Pair) -> None:
+    """By an operation on a DTensor, which its local tensor does not count."""
+    pair.steps(1)
+    pair.give()
+    for one in pair:
+        one.optimizer.clip_grad_norm_(0.5)
+    for one in pair:
+        for p in one.params.values():
+            p.grad.mul_(3)
+    pair.advance()
+
+
 def norms(pair: Pair) -> None:
     for norm_type in (1.0, 3.0, math.inf, -math.inf, 0.0):
         with named(f"norm_type={norm_type}"):
@@ -285,8 +297,8 @@ def told_infinite_on_one_rank(pair: Pair) -> None:
 SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
-        *(frozen, none_on_one_rank, none_on_all_ranks, other_placements, changed_after_clipping, norms),
-        *(norm_to_nothing, not_finite, scaled, told_infinite_on_one_rank),
+        *(frozen, none_on_one_rank, none_on_all_ranks, other_placements, changed_after_clipping),
+        *(changed_as_a_whole_after_clipping, norms, norm_to_nothing, not_finite, scaled, told_infinite_on_one_rank),
     )
 }
 

@@ -57,7 +57,7 @@ def selection() -> list[Case]:
     return list(dict.fromkeys([*first.values(), *table[::150]]))
 
 
-def _under_each_plan(*arguments: str) -> dict[str, tuple[int, str]]:
+def under_each_plan(*arguments: str) -> dict[str, tuple[int, str]]:
     """Exit status and output of Python in Triton's interpreter. The plans run side by side."""
     runs = {
         plan: subprocess.Popen(
@@ -76,7 +76,7 @@ def _under_each_plan(*arguments: str) -> dict[str, tuple[int, str]]:
 @pytest.fixture(scope="module")
 def verdicts() -> dict[str, list[str]]:
     """Per plan, a line per selected case."""
-    runs = _under_each_plan("-W", "ignore", "-c", _CHECK, str(HERE))
+    runs = under_each_plan("-W", "ignore", "-c", _CHECK, str(HERE))
     return {plan: output.splitlines() for plan, (_, output) in runs.items()}
 
 
@@ -93,7 +93,7 @@ def test_every_kernel_equals_the_reference(plan: str, verdicts: dict[str, list[s
 
 @pytest.fixture(scope="module")
 def sessions() -> dict[str, tuple[int, str]]:
-    return _under_each_plan("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_in_interpreter.py"))
+    return under_each_plan("-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "triton_in_interpreter.py"))
 
 
 @pytest.mark.parametrize("plan", PLANS)
