@@ -17,6 +17,7 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 
+from fused_adamp.fake import has_numbers
 from fused_adamp.reference import rows_first
 from fused_adamp.sharding import Sharing, is_distributed, layouts_of, like, local, slice_of
 
@@ -414,6 +415,7 @@ def first_stale(batch: Batch) -> int:
         if g is ABSENT:
             continue
         same = all(t.layout is torch.strided and t.shape == p.shape and t.device == p.device for t in (g, *state))
+        same &= all(map(has_numbers, (g, *state)))
         known = g.dtype in FLOATING and all(moment[i].dtype in FLOATING for moment in batch.moments)
         known &= all(remainders[i].dtype == torch.int16 for remainders in [batch.remainders] if remainders)
         fits = p.device == bucket.key.device and p.dtype == bucket.key.dtype and [*rows_cols(p)] == shapes[i]
