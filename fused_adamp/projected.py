@@ -420,6 +420,7 @@ class ProjectedOptimizer(Optimizer):
         dtypes = [g.dtype for batch in batches for g in batch.grads if g is not ABSENT]
         return norm.to(_promoted(dtypes))
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def decisions(self) -> dict[Tensor, Decision]:
         """The last step's decision for every parameter that has been stepped. Waits for the device."""
         return {
@@ -429,6 +430,7 @@ class ProjectedOptimizer(Optimizer):
             if d != UNDECIDED
         }
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def projection_report(self, model: torch.nn.Module | None = None) -> ProjectionReport:
         """How the last step was projected and what it did to the norms, parameter by parameter. Waits for the device.
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+import no_default_device
 import pytest
 import torch
 
@@ -11,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CPU = torch.device("cpu")
+
+if os.environ.get(no_default_device.ENVIRONMENT) == "none":
+    no_default_device.install()
 
 
 @pytest.fixture(params=[backend.name for backend in available(CPU)])

@@ -320,3 +320,22 @@ def test_a_step_that_dynamo_gives_up_on_is_made_all_the_same():
         optimizer._traced_step()
         other.step()
         assert_same([(model, optimizer), (twin, other)])
+
+
+@pytest.mark.parametrize("call", ["decisions", "projection_report"])
+def test_what_a_compiled_function_reads_is_of_the_step_before_it(call):
+    """Dynamo would read it while it traces, when the step has not run."""
+
+    def step(optimizer):
+        optimizer.step()
+        found = getattr(optimizer, call)()
+        return list(found.values()) if call == "decisions" else list(found)
+
+    results = []
+    for function in (step, torch.compile(step, backend="eager")):
+        model, optimizer = problem()
+        results.append([])
+        for i in range(3):
+            backward(model, i)
+            results[-1].append(repr(function(optimizer)))
+    assert results[0] == results[1]

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import no_default_device
 import pytest
 import torch
 from torch import Tensor, nn
@@ -262,3 +267,44 @@ def test_a_fake_gradient_of_a_real_parameter_is_an_error(backend: str) -> None:
         optimizer.step()
     assert torch.equal(p.detach(), torch.ones(3, 3))
     assert optimizer.state[p]["step"] == 0
+
+
+# A default device, once more: calls in which no tensor can be made without naming its device.
+
+TESTS = Path(__file__).parent
+
+
+def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=os.environ | environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_no_call_takes_the_default_device() -> None:
+    selection = ["-k", "test_report or float64", f"{TESTS}/test_report.py", f"{TESTS}/test_modes.py"]
+    run = run_python("-m", "pytest", "-q", *selection, **{no_default_device.ENVIRONMENT: "none"})
+    assert run.returncode == 0, run.stdout[-5000:]
+
+
+def test_a_call_that_takes_the_default_device_is_found() -> None:
+    """What the test above relies on."""
+    code = """
+import no_default_device
+no_default_device.install()
+import torch
+from fused_adamp import AdamP
+
+class Careless(AdamP):
+    def moments(self, group):
+        torch.zeros(2)
+        return super().moments(group)
+
+Careless([torch.nn.Parameter(torch.ones(2, 2))]).step()
+"""
+    run = run_python("-c", code, PYTHONPATH=str(TESTS))
+    assert "torch.zeros was called without a device" in run.stderr
