@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fused_adamp.fake import has_numbers
 from fused_adamp.reference import rows_first
 from fused_adamp.sharding import Sharing, is_distributed, layouts_of, like, local, slice_of
 
@@ -268,7 +269,7 @@ class Bucket:
 
     def fits(self, name: str, t: Any, p: Tensor) -> bool:
         """Whether a backend can use what the parameter has under that key where it lies."""
-        if not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) or not has_numbers(t):
             return False
         if name in self.key.counters:
             device = self.key.backend.counters_device(self.key.device)
@@ -397,6 +398,7 @@ def first_stale(batch: Batch) -> int:
             and p.dtype == key.dtype
             and [*rows_cols(p)] == shapes[i]
             and not overlaps(p)
+            and has_numbers(g)
             and g.layout is torch.strided
             and g.shape == p.shape
             and g.device == p.device

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fused_adamp.backends import check_name, choose
+from fused_adamp.backends import BACKENDS, check_name, choose
 from fused_adamp.backends.cpu import empty_like
 from fused_adamp.bucket import (
     ABSENT,
@@ -39,6 +39,7 @@ from fused_adamp.bucket import (
 from fused_adamp.checkpoint import check, to_ours
 from fused_adamp.compiled import register
 from fused_adamp.exchange import Exchange, Header, shake_hands
+from fused_adamp.fake import has_numbers, new_state, touch, traces_fakes
 from fused_adamp.precision import ROUNDINGS
 from fused_adamp.reference import Decision, rows_first
 from fused_adamp.report import ProjectionReport, projection_report
@@ -84,6 +85,8 @@ class Range(NamedTuple):
                     f"Tensor {name} must be 1-element, but it has {value.numel()} elements: pass a number or a "
                     "1-element tensor"
                 )
+            if not has_numbers(value):
+                return
             if value.device.type != "cpu":
                 if not self.on_device:
                     raise TypeError(f"{name} is a tensor on {value.device}; pass a number or a tensor on the CPU")
@@ -177,6 +180,7 @@ class _Memory:
     Attributes:
         buckets: the parameters as the backends see them.
         unbucketed: parameters that are in no bucket, as they neither train nor have state.
+        has_fakes: whether others are in no bucket, as they hold no numbers: :mod:`fused_adamp.fake`.
         seen_params, seen_groups, seen_marks: what the buckets were made from.
         addresses, rounds: the weights' addresses, bucket by bucket, and the order that follows from them:
             :meth:`ProjectedOptimizer._in_rounds`.
@@ -193,6 +197,7 @@ class _Memory:
         """Back to what a new optimizer remembers."""
         self.buckets: list[Bucket] = []
         self.unbucketed: list[Tensor] = []
+        self.has_fakes = False
         self.seen_params: list[Tensor] = []
         self.seen_groups: list[tuple[Any, ...]] = []
         self.seen_marks = 0
@@ -295,7 +300,8 @@ class ProjectedOptimizer(Optimizer):
         """What Dynamo sees of a step: one operator that runs :meth:`_step` when the compiled code runs."""
         from fused_adamp.tracing import eager_step, needs_eager, tensor_options
 
-        if needs_eager(self._handle):
+        # Where Dynamo gives up on this function, it calls it, as Python.
+        if not torch.compiler.is_dynamo_compiling() or needs_eager(self._handle):
             eager_step(self)
             return
         # Not self.param_groups: Dynamo guards every value in it, so that each new lr would compile anew.
@@ -314,7 +320,9 @@ class ProjectedOptimizer(Optimizer):
             )
 
     def _step(self) -> None:
-        batches = self._gathered()
+        batches = [] if traces_fakes() else self._gathered()
+        if traces_fakes() or self._memory.has_fakes:
+            self._step_fakes()
         if self._memory.exchange is None:
             batches = self._scaled(batches)
             # A step checks its own batch before it moves anything; several are checked before the first moves.
@@ -330,6 +338,25 @@ class ProjectedOptimizer(Optimizer):
         for batch in batches:
             stepped = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
             torch.autograd.graph.increment_version(stepped)
+
+    def _fakes(self) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The parameters whose step computes nothing, with their groups: in FakeTensorMode all that have a gradient."""
+        owners = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return owners if traces_fakes() else [(p, group) for p, group in owners if not has_numbers(p)]
+
+    def _step_fakes(self) -> None:
+        """All that a step does but for the numbers: errors, state, versions. No backend is asked whether it could."""
+        for group in self.param_groups:
+            self._check_hyperparameters(group)
+        keys = {p: self._bucket_key(p, group, BACKENDS[-1]) for p, group in self._fakes()}
+        for p, key in keys.items():
+            self._check_member(p, key.channel_dim)
+            self._check_state(p, key)
+        for p, key in keys.items():
+            state = self.state[p]
+            if any(name not in state for name in (*key.storage, *key.counters)):
+                self.state[p] = state = new_state(p, key) | state
+            touch([p, *(state[name] for name in (*key.storage, *key.counters))])
 
     def _in_order(self, batches: list[Batch]) -> list[Batch]:
         """The batches to step one after the other: parameters that share memory are never in one batch."""
@@ -384,7 +411,9 @@ class ProjectedOptimizer(Optimizer):
             return total
         _MAX_NORM.check("max_norm", max_norm)
         max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
-        batches = self._gathered(make_state=False, check=norm_type != 2.0)
+        batches = [] if traces_fakes() else self._gathered(make_state=False, check=norm_type != 2.0)
+        if traces_fakes() or self._memory.has_fakes:
+            return self._norm_of_fakes(float(norm_type), error_if_nonfinite)
         clipping, norm = self._clipped(batches, max_norm, float(norm_type), self._unscale())
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
@@ -395,6 +424,7 @@ class ProjectedOptimizer(Optimizer):
         dtypes = dict.fromkeys(g.dtype for batch in batches for g in batch.grads if g is not ABSENT)
         return norm.to(_promoted([*dtypes]))
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def decisions(self) -> dict[Tensor, Decision]:
         """The last step's decision for every parameter that has been stepped. Waits for the device."""
         return {
@@ -404,6 +434,7 @@ class ProjectedOptimizer(Optimizer):
             if d != UNDECIDED
         }
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def projection_report(self, model: torch.nn.Module | None = None) -> ProjectionReport:
         """How the last step was projected and what it did to the norms, parameter by parameter. Waits for the device.
 
@@ -586,6 +617,8 @@ class ProjectedOptimizer(Optimizer):
             notes={},
         )
 
+    @torch.inference_mode(False)  # what is made here lasts longer
+    @torch.no_grad()
     def _make_state(self, bucket: Bucket) -> None:
         """Gives every member with a gradient the state that it lacks."""
         stepped = [p for p in bucket.index if p.grad is not None or p in self._memory.filled]
@@ -679,6 +712,15 @@ class ProjectedOptimizer(Optimizer):
         seen = _Seen.of(*_gradients(batches))
         options = [] if outcome is None else self._test_options()
         return _Clipping(max_norm, norm_type, coefficient, unscale is not None, seen, outcome, options), norm
+
+    def _norm_of_fakes(self, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+        """A norm without a number, of what is here. The next step needs none."""
+        self._memory.clipping = None
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        grads = [g for p in params if (g := local_gradient(p)) is not None]
+        return torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite).to(
+            _promoted([g.dtype for g in grads])
+        )
 
     # Parameters on several ranks: fused_adamp/exchange.py.
 
@@ -841,6 +883,8 @@ class ProjectedOptimizer(Optimizer):
 
     # From parameters to buckets.
 
+    @torch.inference_mode(False)  # what is made here lasts longer
+    @torch.no_grad()
     def _fill_buckets(self, without: Collection[Bucket] = ()) -> None:
         """Puts every parameter that trains into a bucket: its old one if that still fits, else a new one.
 
@@ -875,7 +919,8 @@ class ProjectedOptimizer(Optimizer):
                 self.state[p].pop("remainder", None)
         self._memory.buckets = kept + made
         self._memory.rounds = None
-        self._memory.unbucketed = [p for p in group_of if p not in keys]
+        self._memory.has_fakes = not all(map(has_numbers, group_of))
+        self._memory.unbucketed = [p for p in group_of if p not in keys and has_numbers(p)]
         for bucket in self._memory.buckets:
             bucket.set_groups([group_of[p] for p in bucket.params])
         shared = any(bucket.shared is not None for bucket in self._memory.buckets)
@@ -908,7 +953,7 @@ class ProjectedOptimizer(Optimizer):
         known = {p for bucket in self._memory.buckets if bucket not in without for p in bucket.index}
         for group in self.param_groups:
             self._check_hyperparameters(group)
-            members = [p for p in group["params"] if self._takes_part(p)]
+            members = [p for p in group["params"] if self._takes_part(p) and has_numbers(p)]
             for p in members:
                 if p not in known:
                     _check_parameter(p, self._label(p))
@@ -966,7 +1011,7 @@ class ProjectedOptimizer(Optimizer):
                 continue
             new = fitted[name] = bucket.new_state(name, p)
             if old is not None:
-                old = old if isinstance(old, Tensor) else torch.tensor(old, device="cpu")
+                old = old if isinstance(old, Tensor) else torch.full((), old, dtype=new.dtype, device="cpu")
                 copy(old.reshape(new.shape), new)
             elif name == "rounding_seed":
                 new.fill_(self._new_seed(p))
@@ -1028,12 +1073,16 @@ class ProjectedOptimizer(Optimizer):
     def _check_tensors(self, bucket: Bucket) -> None:
         for p in bucket.params:
             if p.grad is not None:
-                _check_parameter(p, self._label(p))
-                _check_channel_dim(p, bucket.key.channel_dim, self._label(p))
-                _check_gradient(p, p.grad, self._label(p))
+                self._check_member(p, bucket.key.channel_dim)
                 for name, t in self.state.get(p, {}).items():
                     if name in bucket.key.storage and isinstance(t, Tensor):
                         _check_storage(local(t), f"state {name!r} of ", self._label(p))
+
+    def _check_member(self, p: Tensor, channel_dim: int | tuple[int, ...]) -> None:
+        _check_parameter(p, self._label(p))
+        _check_channel_dim(p, channel_dim, self._label(p))
+        if p.grad is not None:
+            _check_gradient(p, p.grad, self._label(p))
 
     def _label(self, p: Tensor) -> _Label:
         return _Label(self, p)
@@ -1174,6 +1223,12 @@ def _check_gradient(p: Tensor, g: Tensor, label: _Label) -> None:
         raise ValueError(f"the gradient of {label} is on {g.device}, the parameter on {p.device}: move one of them")
     if g.dtype not in FLOATING:
         raise TypeError(f"the gradient of {label} has dtype {g.dtype}, allowed are {_listed(FLOATING)}")
+    if has_numbers(p) != has_numbers(g) and not traces_fakes():
+        kinds = ("a tensor of FakeTensorMode", "a real tensor")
+        raise TypeError(
+            f"the gradient of {label} is {kinds[has_numbers(g)]}, the parameter {kinds[has_numbers(p)]}: make both in "
+            "the same mode"
+        )
 
 
 def _supports_amp_scaling(defaults: dict[str, Any]) -> bool:

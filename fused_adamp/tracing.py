@@ -17,7 +17,7 @@ __all__ = ["eager_step", "needs_eager", "tensor_options"]
 eager_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
     ProjectedOptimizer._step,
     reason="fused_adamp: hyperparameters or state were changed before step() in the same graph, or parameters share "
-    "memory or are DTensors; this step runs outside the graph",
+    "memory or are DTensors, or a gradient has another dtype than its weight; this step runs outside the graph",
 )
 
 
@@ -26,17 +26,18 @@ def needs_eager(handle: str) -> bool:
     """Whether a step inside the graph would be wrong.
 
     Dynamo writes changes to dicts and lists back after the graph has run, too late for the operator to see. Inductor
-    copies written tensors that share memory, all of it for each (torch 2.11: wrongly). And nobody could say how an
-    operator's DTensors lie.
+    copies written tensors that share memory, all of it for each (torch 2.11: wrongly). Nobody could say how an
+    operator's DTensors lie. And Dynamo takes no tensor whose gradient has another dtype.
     """
     optimizer = OPTIMIZERS[handle]
     groups, state = optimizer.param_groups, optimizer.state
-    if any(is_distributed(p) for group in groups for p in group["params"]):
+    params = [p for group in groups for p in group["params"]]
+    if any(is_distributed(p) or (p.grad is not None and p.grad.dtype != p.dtype) for p in params):
         return True
     effects = InstructionTranslator.current_tx().output.side_effects
     containers = [groups, *groups, *(group["params"] for group in groups), state, *state.values()]
     traced = [effects.id_to_variable[id(c)] for c in containers if id(c) in effects.id_to_variable]
-    storages = [p.untyped_storage().data_ptr() for group in groups for p in group["params"] if p.numel()]
+    storages = [p.untyped_storage().data_ptr() for p in params if p.numel()]
     return len(set(storages)) < len(storages) or any(map(effects.is_modified, traced))
 
 

@@ -225,7 +225,7 @@ def make_gradient(p: Tensor, decision: Decision, generator: torch.Generator, *, 
 
     With ``late`` the first three quarters of the rows pass the test all the same.
     """
-    g = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    g = torch.randn(p.shape, generator=generator, dtype=p.dtype, device=generator.device)
     if p.ndim < 2 or p.numel() == 0:
         return g
     rows, weight = g.view(p.size(0), -1), p.reshape(p.size(0), -1)
@@ -265,7 +265,7 @@ def check(case: Case, backend: str, device: torch.device | str = "cpu", *, steps
 def _check(case: Case, backend: str, device: torch.device | str, steps: int, seed: int, threads: int) -> Outcome:
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    value = torch.randn(shapes(case.tile)[case.shape], generator=generator, dtype=torch.float64)
+    value = torch.randn(shapes(case.tile)[case.shape], generator=generator, dtype=torch.float64, device="cpu")
     whole = "contiguous" if case.layout == "gradient transposed" else case.layout
     p = torch.nn.Parameter(lay_out(value.to(device, case.dtype), whole))
     optimizer = (AdamP if case.optimizer == "AdamP" else SGDP)([p], **case.options, backend=backend)
@@ -337,7 +337,7 @@ def _reference(
 
     weight, gradient = double(_stored(optimizer, p, "p")), double(p.grad) * factor
     moments = [double(state[n]) if n in state else torch.zeros_like(weight) for n in names]
-    step = torch.ones(()) + state.get("step", 0)
+    step = torch.ones((), dtype=torch.float32, device="cpu") + state.get("step", 0)
 
     def stepped(w: Tensor, g: Tensor, old: list[Tensor], **options: Any) -> tuple[dict[str, Tensor], Decision]:
         results = {"p": w.clone()} | {n: m.clone() for n, m in zip(names, old, strict=True)}

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+import no_default_device
 import pytest
 import torch
 from hypothesis import settings
@@ -15,6 +17,8 @@ CPU = torch.device("cpu")
 
 settings.register_profile("long", max_examples=2000, print_blob=True)
 """A search of test_state_machine.py that is twenty times as long, and a new one each time."""
+if os.environ.get(no_default_device.ENVIRONMENT) == "none":
+    no_default_device.install()
 
 
 @pytest.fixture(params=[backend.name for backend in available(CPU)])

@@ -285,3 +285,57 @@ def test_clipping_runs_outside_the_graph(backend):
         optimizer.step()
 
     assert follow(backend, step, fullgraph=False) == [1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("always", [True, False], ids=["from the start", "in between"])
+def test_gradients_of_another_dtype_are_stepped_outside_the_graph(backend, always):
+    """Dynamo takes no tensor whose gradient has another dtype."""
+
+    def make():
+        p = torch.nn.Parameter(torch.arange(24.0).view(4, 6) / 24)
+        return p, AdamP([p], lr=torch.tensor(0.1))
+
+    pairs = make(), make()
+    compiled = torch.compile(lambda optimizer: optimizer.step(), backend=backend)
+    for i in range(4):
+        dtype = torch.bfloat16 if always or i in (1, 2) else torch.float32
+        gradient = torch.randn(4, 6).to(dtype)
+        for (p, optimizer), step in zip(pairs, (compiled, AdamP.step), strict=True):
+            p.grad = None
+            p.grad_dtype = dtype
+            p.grad = gradient.clone()
+            step(optimizer)
+        assert torch.equal(pairs[0][0], pairs[1][0]), i
+        assert pairs[0][1].state[pairs[0][0]]["step"] == i + 1
+
+
+def test_a_step_that_dynamo_gives_up_on_is_made_all_the_same():
+    """Then it runs what it has traced so far, and calls the rest as Python."""
+    model, optimizer = problem()
+    twin, other = problem()
+    for _ in range(2):
+        backward(model, 0)
+        backward(twin, 0)
+        optimizer._traced_step()
+        other.step()
+        assert_same([(model, optimizer), (twin, other)])
+
+
+@pytest.mark.parametrize("call", ["decisions", "projection_report"])
+def test_what_a_compiled_function_reads_is_of_the_step_before_it(call):
+    """Dynamo would read it while it traces, when the step has not run."""
+
+    def step(optimizer):
+        optimizer.step()
+        found = getattr(optimizer, call)()
+        return list(found.values()) if call == "decisions" else list(found)
+
+    results = []
+    for function in (step, torch.compile(step, backend="eager")):
+        model, optimizer = problem()
+        results.append([])
+        for i in range(3):
+            backward(model, i)
+            results[-1].append(repr(function(optimizer)))
+    assert results[0] == results[1]

@@ -1,0 +1,48 @@
+"""Tensors without numbers, as torch's FakeTensorMode makes them: to plan memory, or to trace."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fused_adamp.sharding import local
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from fused_adamp.bucket import BucketKey
+
+__all__ = ["has_numbers", "new_state", "touch", "traces_fakes"]
+
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_mode_of = torch._C._get_dispatch_mode
+
+
+def has_numbers(t: Any) -> bool:
+    """Whether a tensor is none of FakeTensorMode's. Of a DTensor the part that lies here tells."""
+    return not isinstance(local(t), FakeTensor)
+
+
+def traces_fakes() -> bool:
+    """Whether a FakeTensorMode is active, in which new tensors have no numbers."""
+    return _mode_of(_FAKE) is not None
+
+
+def new_state(p: Tensor, key: BucketKey) -> dict[str, Tensor]:
+    """The keys, shapes and dtypes of :meth:`fused_adamp.bucket.Bucket.new_state`, each in a storage of its own."""
+    counters = {name: local(p).new_zeros((), dtype=dtype) for name, dtype in key.counters.items()}
+    storage = {name: torch.zeros_like(p, dtype=dtype, requires_grad=False) for name, dtype in key.storage.items()}
+    return counters | storage
+
+
+def touch(written: Sequence[Tensor]) -> None:
+    """Shows what a step writes to torch: versions count up, and modes and allocators see which tensors are in use.
+
+    A real tensor among them is an error of FakeTensorMode, in torch's words.
+    """
+    for t in written:
+        t.mul_(1)
