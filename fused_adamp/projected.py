@@ -583,7 +583,7 @@ class ProjectedOptimizer(Optimizer):
             tensors = {name: [of[name] for of in states] for name in names}
         except KeyError:
             if make_state:
-                self._make_state(bucket)
+                self._make_state()
                 return self._batch(bucket, make_state)
             for p in params:
                 self._check_state(p, key)
@@ -619,14 +619,20 @@ class ProjectedOptimizer(Optimizer):
 
     @torch.inference_mode(False)  # what is made here lasts longer
     @torch.no_grad()
-    def _make_state(self, bucket: Bucket) -> None:
-        """Gives every member with a gradient the state that it lacks."""
-        stepped = [p for p in bucket.index if p.grad is not None or p in self._memory.filled]
-        for p in stepped:
+    def _make_state(self) -> None:
+        """Gives every parameter with a gradient the state that it lacks: all of them, or on an error none."""
+        stepped = [
+            (bucket, p)
+            for bucket in self._memory.buckets
+            for p in bucket.index
+            if p.grad is not None or p in self._memory.filled
+        ]
+        for bucket, p in stepped:
             self._check_state(p, bucket.key)
-        for p in stepped:
-            group = self.param_groups[bucket.groups[bucket.index[p]]]
-            self.state[p].update(self._fitted_state(bucket, p, group))
+        groups = [self.param_groups[bucket.groups[bucket.index[p]]] for bucket, p in stepped]
+        made = [self._fitted_state(bucket, p, group) for (bucket, p), group in zip(stepped, groups, strict=True)]
+        for (_, p), new in zip(stepped, made, strict=True):
+            self.state[p].update(new)
 
     # Clipping and loss scaling.
 

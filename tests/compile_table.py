@@ -191,9 +191,8 @@ def make_spec(variant: Variant) -> Any:
 
 def compile_variant(variant: Variant) -> Row:
     """As a launch does, up to where the kernel would be loaded."""
-    from triton.runtime import driver
-
     from fused_adamp.kernels import plans
+    from triton.runtime import driver
 
     began = perf_counter()
     kernel = getattr(plans, f"{variant.kernel}_kernel")
