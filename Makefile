@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.done build  ## train a real network with seven optimizers; table and plot (under three minutes)
 	$(BIN)/python examples/digits.py
@@ -15,6 +15,10 @@ train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes 
 
 test: $(VENV)/test.done build lint types  ## lint, types and every test
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest
+
+test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9 too (about a minute)
+	test -d $(VENV)/triton39 || $(PIP) --no-deps --target $(VENV)/triton39 'triton==3.9.*'
+	FUSED_ADAMP_VARIANTS=few PYTHONPATH=$(VENV)/triton39 $(BIN)/python -m pytest tests/test_triton_compile.py
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check
@@ -61,4 +65,4 @@ $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo train test lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean
+.PHONY: help demo train test test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean

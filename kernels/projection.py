@@ -19,4 +19,4 @@ def weight_update(p, u, c, step_size, decay):
 
     One rounding at the size of p instead of two: 1 - w is never rounded.
     """
-    return p - (step_size * u + (decay - step_size * c) * p)
+    return p - tl.fma(step_size, u, (decay - step_size * c) * p)

@@ -281,15 +281,15 @@ def is_wide(decision, tiles, segments):
 
 @triton.jit
 def load_weight(memory, where, e, mask, S: tl.constexpr):
-    p = tl.load(place(memory, where, e, P, S.p, S.layout), mask, other=0.0)
+    p = tl.load(place(memory, where, e, P, S.p, S), mask, other=0.0)
     if S.rounding == REMAINDER:
-        p = join(p, tl.load(place(memory, where, e, R, tl.int16, S.layout), mask, other=0))
+        p = join(p, tl.load(place(memory, where, e, R, tl.int16, S), mask, other=0))
     return p.to(S.number)
 
 
 @triton.jit
 def load_gradient(memory, where, e, mask, S: tl.constexpr):
-    return tl.load(place(memory, where, e, G, S.g, S.layout), mask, other=0.0).to(S.number)
+    return tl.load(place(memory, where, e, G, S.g, S), mask, other=0.0).to(S.number)
 
 
 @triton.jit
@@ -298,9 +298,9 @@ def load_state(memory, where, e, mask, S: tl.constexpr):
     m = tl.zeros(e.shape, S.number)
     v = tl.zeros(e.shape, S.number)
     if S.buffer:
-        m = tl.load(place(memory, where, e, M, S.state, S.layout), mask, other=0.0).to(S.number)
+        m = tl.load(place(memory, where, e, M, S.state, S), mask, other=0.0).to(S.number)
     if S.adaptive:
-        v = tl.load(place(memory, where, e, V, S.state, S.layout), mask, other=1.0).to(S.number)
+        v = tl.load(place(memory, where, e, V, S.state, S), mask, other=1.0).to(S.number)
     return m, v
 
 
@@ -367,16 +367,16 @@ def store(memory, work, where, e, mask, p, m, v, u, c, decision, S: tl.constexpr
         random = noise(number, low, high)
     if S.rounding == REMAINDER:
         p, r = split(p)
-        tl.store(place(memory, where, e, R, tl.int16, S.layout), r, mask)
-        tl.store(place(memory, where, e, P, S.p, S.layout), p, mask)
+        tl.store(place(memory, where, e, R, tl.int16, S), r, mask)
+        tl.store(place(memory, where, e, P, S.p, S), p, mask)
     else:
-        tl.store(place(memory, where, e, P, S.p, S.layout), rounded(p, random & 0xFFFF, S.p, S), mask)
+        tl.store(place(memory, where, e, P, S.p, S), rounded(p, random & 0xFFFF, S.p, S), mask)
     if S.buffer:
-        tl.store(place(memory, where, e, M, S.state, S.layout), rounded(m, random >> 16, S.state, S), mask)
+        tl.store(place(memory, where, e, M, S.state, S), rounded(m, random >> 16, S.state, S), mask)
     if S.adaptive:
         if S.rounding == STOCHASTIC:
             random = noise(number, high, low)
-        tl.store(place(memory, where, e, V, S.state, S.layout), rounded(v, random & 0xFFFF, S.state, S), mask)
+        tl.store(place(memory, where, e, V, S.state, S), rounded(v, random & 0xFFFF, S.state, S), mask)
 
 
 @triton.jit
@@ -534,9 +534,9 @@ def sum_rows(memory, work, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
             g = measured_gradient(memory, work, where, e, mask, S, SHARE)
             if SHARE:
                 pus += products(memory, work, where, e, mask, p, g, need, S)
-            pgs += p * g
-            ggs += g * g
-            pps += p * p
+            pgs = tl.fma(p, g, pgs)
+            ggs = tl.fma(g, g, ggs)
+            pps = tl.fma(p, p, pps)
         pg = tl.sum(pgs).to(tl.float64)
         gg = tl.sum(ggs).to(tl.float64)
         pp = tl.sum(pps).to(tl.float64)
@@ -690,7 +690,7 @@ def square_of_tile(memory, work, tile, S: tl.constexpr, SHARE: tl.constexpr):
     for start in range(0, n, S.tile):
         e, mask = elements(where, start, S)
         g = measured_gradient(memory, work, where, e, mask, S, SHARE)
-        ggs += g * g
+        ggs = tl.fma(g, g, ggs)
     gg = tl.sum(ggs).to(tl.float64)
     if S.layout == ALIGNED:
         # The end of a vector: see update.
@@ -710,8 +710,8 @@ def dot_of_tile(memory, work, where, S: tl.constexpr):
     for start in range(0, where[3] * where[4], S.tile):
         e, mask = elements(where, start, S)
         p, _, _, u = momentum_update(memory, work, where, e, mask, S)
-        pu += p * u
-        pp += p * p
+        pu = tl.fma(p, u, pu)
+        pp = tl.fma(p, p, pp)
     return tl.sum(pu).to(tl.float64), tl.sum(pp).to(tl.float64)
 
 

@@ -47,7 +47,7 @@ FLAT = tl.constexpr(1)
 STRIDED = tl.constexpr(2)
 
 WIDEST_LOAD = tl.constexpr(16)  # bytes, of one thread
-VECTOR = tl.constexpr(8)  # elements: of 16 bits, one load; of 32 bits, two
+VECTOR = tl.constexpr(8)  # elements: the most of one load
 
 
 class Spec(NamedTuple):
@@ -61,6 +61,9 @@ class Spec(NamedTuple):
         adaptive, buffer: the momentum rule.
         rounding: how bfloat16 is stored: precision.py.
         shared: whether parameters may lie on several ranks.
+        access: elements of one load or store of a thread, where the layout is ALIGNED and they fit in 16 bytes. It
+            says which elements a thread holds, and so in which order a block is summed: the same for weights in
+            float32 as for those in bfloat16 with a remainder.
         tile, log_tile: elements of a block, in registers at once, and their log2.
     """
 
@@ -73,6 +76,7 @@ class Spec(NamedTuple):
     buffer: tl.constexpr
     rounding: tl.constexpr
     shared: tl.constexpr
+    access: tl.constexpr
     log_tile: tl.constexpr
     tile: tl.constexpr
 
@@ -107,12 +111,12 @@ def first_element(memory, where, LAYOUT: tl.constexpr):
 
 
 @triton.jit
-def place(memory, where, e, ROLE: tl.constexpr, TYPE: tl.constexpr, LAYOUT: tl.constexpr):
+def place(memory, where, e, ROLE: tl.constexpr, TYPE: tl.constexpr, S: tl.constexpr):
     """Pointers to elements e of a tile, in one of its parameter's tensors. ``where`` comes from :func:`locate`."""
     _, addresses, strides = memory
     x, row, col, _, cols_here = where
     start = tl.load(addresses + x * ADDRESSES + ROLE).to(tl.pointer_type(TYPE))
-    if LAYOUT == STRIDED:
+    if S.layout == STRIDED:
         entry = strides + x * STRIDES
         stride = entry + 1 + 3 * ROLE
         last = tl.load(entry).to(tl.int32)
@@ -122,6 +126,6 @@ def place(memory, where, e, ROLE: tl.constexpr, TYPE: tl.constexpr, LAYOUT: tl.c
         outer = c // last
         inner = c - outer * last
         return start + (row + r) * tl.load(stride) + outer * tl.load(stride + 1) + inner * tl.load(stride + 2)
-    if LAYOUT == ALIGNED:
-        start = tl.multiple_of(start, WIDEST_LOAD)
-    return start + first_element(memory, where, LAYOUT) + e
+    if S.layout == ALIGNED:
+        start = tl.multiple_of(start, min(WIDEST_LOAD, S.access * TYPE.primitive_bitwidth // 8))
+    return start + first_element(memory, where, S.layout) + e

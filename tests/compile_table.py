@@ -91,7 +91,14 @@ class Variant(NamedTuple):
 
 
 def variants() -> list[Variant]:
-    """All targets in the most usual case, and all cases on one target; of what ranks share, the kernels that differ."""
+    """All targets in the most usual case, and all cases on one target; of what ranks share, the kernels that differ.
+
+    With FUSED_ADAMP_VARIANTS=few in the environment, a handful: for another version of Triton.
+    """
+    if os.environ.get("FUSED_ADAMP_VARIANTS") == "few":
+        remainder: dict[str, Any] = {"dtypes": ("bf16", "bf16", "fp32"), "rounding": "remainder"}
+        found = [Variant(kernel, **more) for kernel in ("measure", "dot", "update") for more in ({}, remainder)]
+        return [*found, Variant("one_pass"), Variant("dot", layout="FLAT"), Variant("dot", "gfx942")]
     found = [Variant(kernel, target) for target in TARGETS for kernel in KERNELS]
     for kernel in KERNELS:
         found += [Variant(kernel, layout=layout) for layout in ("FLAT", "STRIDED")]
@@ -133,6 +140,9 @@ class Row(NamedTuple):
         scalar_spills: on AMD GPUs, scalar registers moved to lanes of vector registers: no memory, and so no harm.
         shared_bytes: of a program.
         assumptions: arguments of which the code takes more than the type for granted.
+        fuses: whether the compiler may turn a product and a sum into one operation, of one rounding.
+        arithmetic: floating-point operations, in the words of PTX; none on AMD GPUs.
+        sums: of each sum over elements, their type, with the layout that says which ones a thread adds up.
     """
 
     kernel: str
@@ -148,6 +158,9 @@ class Row(NamedTuple):
     scalar_spills: int
     shared_bytes: int
     assumptions: list[str]
+    fuses: bool
+    arithmetic: dict[str, int]
+    sums: list[str]
     loads: Accesses
     stores: Accesses
     seconds: float
@@ -213,6 +226,9 @@ def compile_variant(variant: Variant) -> Row:
         scalar_spills=scalar_spills,
         shared_bytes=compiled.metadata.shared,
         assumptions=assumptions(compiled),
+        fuses=compiled.metadata.enable_fp_fusion,
+        arithmetic=dict(Counter(_ARITHMETIC.findall(assembly))),
+        sums=_sums(compiled.asm["ttgir"]),
         loads=loads,
         stores=stores,
         seconds=perf_counter() - began,
@@ -224,6 +240,17 @@ def assumptions(compiled: Any) -> list[str]:
     found = {*compiled.src.constants, *(place for place, attributes in compiled.src.attrs.items() if attributes)}
     names = [compiled.src.fn.arg_names[index] for index, *_ in sorted(found)]
     return [name for name in names if name != "S"]
+
+
+_ARITHMETIC = re.compile(r"\b(?:add|sub|mul|fma|div|sqrt|rcp)(?:\.\w+)*\.f(?:16|32|64)(?:x2)?\b")
+_LAYOUT = re.compile(r"^(#\w+) = (.*)$", re.MULTILINE)
+_SUM = re.compile(r"^\s*\}\) : \((tensor<.*?)\) -> ", re.MULTILINE)
+
+
+def _sums(intermediate: str) -> list[str]:
+    """From Triton's GPU dialect, where layouts are names."""
+    layouts = dict(_LAYOUT.findall(intermediate))
+    return [re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), found) for found in _SUM.findall(intermediate)]
 
 
 def _ptxas_usage(log: str) -> tuple[int, int, int]:
@@ -256,8 +283,14 @@ def _accesses(assembly: str) -> tuple[Accesses, Accesses]:
     files = {number: Path(folder, name) for number, folder, name in _FILE.findall(assembly)}
     counted: dict[str, dict[str, Counter[int]]] = {"l": {}, "s": {}}  # the first letters of both assembly languages
     stream = None
+    lines_of_asm = -1  # none; within inline assembly LLVM may count on from its line, and only the first is right
     for line in assembly.splitlines():
-        if place := _LINE.match(line):
+        if "inline asm" in line:
+            lines_of_asm = 0 if "begin" in line else -1
+        elif place := _LINE.match(line):
+            lines_of_asm += lines_of_asm >= 0
+            if lines_of_asm > 1:
+                continue
             found = _STREAM.search(linecache.getline(str(files[place[1]]), int(place[2])))
             stream = found[1].lower() if found else None
         elif stream is None:
@@ -285,11 +318,26 @@ def compile_all() -> list[Row]:
         return list(pool.map(compile_variant, variants()))
 
 
-def count(accesses: Accesses, *, wide: bool) -> dict[str, int]:
+def count(accesses: Accesses, widths: dict[str, int], *, wide: bool) -> dict[str, int]:
     """Of each tensor, how many accesses are as wide as can be, or how many are not."""
     return {
-        stream: sum(n for size, n in sizes.items() if (size >= WIDEST) == wide) for stream, sizes in accesses.items()
+        stream: sum(n for size, n in sizes.items() if (size >= widths[stream]) == wide)
+        for stream, sizes in accesses.items()
     }
+
+
+def item_sizes(row: Row | Variant) -> dict[str, int]:
+    """Bytes of an element of each tensor."""
+    p, g, state = (DTYPES[dtype].itemsize for dtype in row.dtypes)
+    return {"p": p, "g": g, "m": state, "v": state, "r": torch.int16.itemsize}
+
+
+def whole_widths(row: Row | Variant) -> dict[str, int]:
+    """Bytes of an access to each tensor where rows are aligned: four elements of a weight that is float32, a remainder
+    included, whatever the storage; else as many as can be.
+    """
+    elements = 4 if row.dtypes[0] == "fp32" or row.rounding == "remainder" else WIDEST
+    return {stream: min(WIDEST, elements * size) for stream, size in item_sizes(row).items()}
 
 
 def _cell(accesses: Accesses) -> str:
@@ -308,13 +356,14 @@ def print_table(rows: list[Row]) -> None:
     )
     for heading in ("kernel", "target", "layout", "p/g/state", "rule", "rounding", "shared"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("registers", "spill bytes", "scalar spills", "shared bytes", "16-byte loads", "16-byte stores"):
+    for heading in ("registers", "spill bytes", "scalar spills", "shared bytes", "whole loads", "whole stores"):
         table.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
     for heading in ("loads", "stores"):
         table.add_column(heading, no_wrap=True)
     table.add_column("s", justify="right")
     for row in rows:
-        wide = [str(sum(count(accesses, wide=True).values())) for accesses in (row.loads, row.stores)]
+        widths = whole_widths(row)
+        wide = [str(sum(count(accesses, widths, wide=True).values())) for accesses in (row.loads, row.stores)]
         numbers = map(str, (row.registers, row.spill_bytes, row.scalar_spills, row.shared_bytes))
         names = row.kernel, row.target, row.layout, "/".join(row.dtypes), row.rule, row.rounding
         table.add_row(

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from compile_table import DTYPES, RULES, TARGETS, Row, Variant, count, variants
+from compile_table import RULES, TARGETS, Row, Variant, count, item_sizes, variants, whole_widths
 
 from fused_adamp.backends import triton as backend
 
@@ -129,22 +128,43 @@ def test_each_kernel_accesses_the_tensors_it_says(variant: Variant, rows: Rows) 
     assert set(row.stores) == _stored(variant), variant
 
 
+@every_variant
+def test_no_compiler_decides_what_is_fused(variant: Variant, rows: Rows) -> None:
+    """A formula is inlined in many places, and each would be rounded in its own way."""
+    assert not rows[variant].fuses
+    for operation in rows[variant].arithmetic:
+        assert operation.split(".")[0] not in ("add", "sub", "mul") or ".rn" in operation, operation
+
+
+def _with_float32_weights(variant: Variant) -> Variant:
+    return variant._replace(dtypes=("fp32", "fp32", variant.dtypes[2]), rounding="nearest")
+
+
+with_remainder = [v for v in variants() if v.rounding == "remainder" and _with_float32_weights(v) in variants()]
+
+
+@pytest.mark.parametrize("variant", with_remainder, ids=str)
+def test_a_remainder_changes_no_arithmetic(variant: Variant, rows: Rows) -> None:
+    """The same operations in the same order as for float32 weights: so the run is the same, bit for bit."""
+    row, whole = rows[variant], rows[_with_float32_weights(variant)]
+    assert row.sums == whole.sums
+    assert row.arithmetic == whole.arithmetic
+
+
 @aligned
-def test_aligned_tensors_are_accessed_16_bytes_at_a_time(variant: Variant, rows: Rows) -> None:
-    row = rows[variant]
+def test_aligned_tensors_are_accessed_many_elements_at_a_time(variant: Variant, rows: Rows) -> None:
+    row, widths = rows[variant], whole_widths(variant)
     for what, accesses in (("loads", row.loads), ("stores", row.stores)):
-        assert all(count(accesses, wide=True).values()), f"{variant}: {what} {accesses}"
+        assert all(count(accesses, widths, wide=True).values()), f"{variant}: {what} {accesses}"
         # Only the end of a vector, which fills no whole 16 bytes, is narrower: in update, and where only squares are.
         narrow = 0 if variant.kernel == "dot" else 1
-        assert all(n <= narrow for n in count(accesses, wide=False).values()), f"{variant}: {what} {accesses}"
+        assert all(n <= narrow for n in count(accesses, widths, wide=False).values()), f"{variant}: {what} {accesses}"
 
 
 @unaligned
 def test_other_tensors_are_accessed_element_by_element(variant: Variant, rows: Rows) -> None:
     """Anything wider would be an error where the address is no multiple of it."""
-    row = rows[variant]
-    p, g, state = (DTYPES[dtype].itemsize for dtype in variant.dtypes)
-    size_of = {"p": p, "g": g, "m": state, "v": state, "r": torch.int16.itemsize}
+    row, size_of = rows[variant], item_sizes(variant)
     for accesses in (row.loads, row.stores):
         for stream, sizes in accesses.items():
             assert set(sizes) == {size_of[stream]}, f"{variant}: {stream} {accesses}"

@@ -731,7 +731,8 @@ def make_spec(
         torch.float16: tl.float16,
     }
     number = tl.float64 if p == torch.float64 else tl.float32
-    flags = layout, adaptive, buffer, ROUNDINGS.index(rounding), shared, _LOG_TILE, 1 << _LOG_TILE
+    access = 4 if p == torch.float32 or rounding == "remainder" else 8
+    flags = layout, adaptive, buffer, ROUNDINGS.index(rounding), shared, access, _LOG_TILE, 1 << _LOG_TILE
     return Spec(types[p], types[g], types[state], number, *map(tl.constexpr, flags))
 
 
@@ -743,8 +744,8 @@ def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
     from fused_adamp.kernels.precision import REMAINDER, STOCHASTIC
     from fused_adamp.kernels.tiles import FLAT, STRIDED
 
-    # Triton 3.9 no longer fuses multiplications with additions unless told to.
-    options = {"num_warps": _WARPS, "enable_fp_fusion": True}
+    # What is to be fused, the kernels say: left to a compiler, each copy of a formula may round in another way.
+    options = {"num_warps": _WARPS, "enable_fp_fusion": False}
     if target != "cuda":  # LLVM counts on two programs by itself
         return options
     # Registers. Left to itself, ptxas tries for one program more on a multiprocessor, and spills.
