@@ -1288,6 +1288,8 @@ def _rounds_of(params: list[list[Tensor]], places: list[list[int]]) -> list[list
     return rounds
 
 
+@torch.inference_mode(False)  # what is made here lasts longer
+@torch.no_grad()
 def _copied(t: Tensor, device: torch.device) -> Tensor:
     """A tensor of the optimizer's own: two optimizers that load one state_dict must not share their state."""
     if device.type != "cpu" or is_distributed(t):
