@@ -197,6 +197,8 @@ class Exchange:
         layouts: how they lie on the ranks; of a flat slice, how its first piece does.
         groups: the parameter groups they are in, by index.
         device: where everything is added up.
+        measured: what clipping found out last, as long as the shares that it was added up from are still here. A step
+            that goes by it adds them up again.
     """
 
     def __init__(self, buckets: Sequence[Bucket], labels: dict[Tensor, str]) -> None:
@@ -232,6 +234,7 @@ class Exchange:
         self._options: list[tuple[float, float, float]] = []
         self._scale: Any = 1.0
         self._unread: list[tuple[Tensor, Any]] = []
+        self.measured: Outcome | None = None
 
     # Once.
 
@@ -330,6 +333,7 @@ class Exchange:
 
     def ask_afresh(self, what: Need) -> None:
         """Forgets all shares and asks everything anew."""
+        self.measured = None
         for shared in self._shared:
             shared.shares.zero_()
             shared.rows.zero_()

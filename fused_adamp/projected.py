@@ -153,9 +153,9 @@ class _Clipping(NamedTuple):
     test_options: list[tuple[float, float, float]]
     """The options of the test that the outcome was computed for."""
 
-    def test_of(self, options: list[tuple[float, float, float]]) -> Outcome | None:
-        """The outcome, if the test is made with the same options now."""
-        return self.outcome if self.test_options == options else None
+    def test_of(self, options: list[tuple[float, float, float]], measured: Outcome | None) -> Outcome | None:
+        """The outcome, if the test is made with the same options now, and its shares are those that the ranks hold."""
+        return self.outcome if self.test_options == options and self.outcome is measured else None
 
 
 class _Label(NamedTuple):
@@ -763,7 +763,9 @@ class ProjectedOptimizer(Optimizer):
         """What the ranks find out for clipping: squares, and sums of the cosine test, of gradients as they are."""
         self._agree(exchange)
         exchange.ask_afresh(Need.TEST | Need.SQUARE)
-        return self._told(exchange, batches, [*self._options_in_words(exchange), "clip_grad_norm_"], scale=None)
+        lines = [*self._options_in_words(exchange), "clip_grad_norm_"]
+        exchange.measured = self._told(exchange, batches, lines, scale=None)
+        return exchange.measured
 
     def _judged(self, exchange: Exchange, batches: list[Batch]) -> list[Batch]:
         """The batches of a step, with everything decided that the ranks have to decide together."""
@@ -773,8 +775,9 @@ class ProjectedOptimizer(Optimizer):
         while True:
             clipping, factor = self._memory.clipping, self._factor()
             clipped_to = None if clipping is None else _in_words(clipping.max_norm)
+            known = None if clipping is None else clipping.test_of(self._test_options(), exchange.measured)
             lines = [*self._options_in_words(exchange), f"a step clipped to {clipped_to}"]
-            known = None if clipping is None else clipping.test_of(self._test_options())
+            lines += ["gradients are tested in this step"] if known is None else []  # what is sent depends on it
             if known is None:
                 exchange.ask_afresh(Need.TEST | Need.DOT)
                 scale: Any = 1.0

@@ -231,6 +231,17 @@ def changed_as_a_whole_after_clipping(pair: Pair) -> None:
     pair.advance()
 
 
+def loaded_after_clipping(pair: Pair) -> None:
+    """Other buckets do not hold what was measured for clipping."""
+    pair.steps(1)
+    for _ in range(3):  # all decisions
+        pair.give()
+        for one in pair:
+            one.optimizer.clip_grad_norm_(0.5)
+            one.optimizer.load_state_dict(one.optimizer.state_dict())
+        pair.advance()
+
+
 def norms(pair: Pair) -> None:
     for norm_type in (1.0, 3.0, math.inf, -math.inf, 0.0):
         with named(f"norm_type={norm_type}"):
@@ -298,7 +309,8 @@ SCENARIOS = {
     scenario.__name__: scenario
     for scenario in (
         *(frozen, none_on_one_rank, none_on_all_ranks, other_placements, changed_after_clipping),
-        *(changed_as_a_whole_after_clipping, norms, norm_to_nothing, not_finite, scaled, told_infinite_on_one_rank),
+        *(changed_as_a_whole_after_clipping, loaded_after_clipping, norms, norm_to_nothing, not_finite, scaled),
+        told_infinite_on_one_rank,
     )
 }
 
