@@ -97,6 +97,32 @@ def llama_8b_layer() -> Iterator[Shape]:
     yield from llama_layer(4096, 1024, 14336)
 
 
+def gaussians() -> Iterator[Shape]:
+    """3D Gaussian splatting, a scene of a million: centres, scales, rotations, opacities, spherical harmonics."""
+    yield from ((1_000_000, columns) for columns in (3, 3, 4, 1))
+    yield (1_000_000, 16, 3)
+
+
+def mobilenet_v2() -> Iterator[Shape]:
+    """MobileNetV2 with 1000 classes, as in torchvision: its depthwise filters are rows of 9."""
+
+    def conv_bn(out: int, channels: int, kernel: int) -> Iterator[Shape]:
+        yield from ((out, channels, kernel, kernel), (out,), (out,))
+
+    yield from conv_bn(32, 3, 3)
+    channels = 32
+    for expansion, out, blocks in (1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1):
+        for _ in range(blocks):
+            hidden = expansion * channels
+            if expansion > 1:
+                yield from conv_bn(hidden, channels, 1)
+            yield from conv_bn(hidden, 1, 3)
+            yield from conv_bn(out, hidden, 1)
+            channels = out
+    yield from conv_bn(1280, channels, 1)
+    yield from linear(1000, 1280)
+
+
 def small() -> Iterator[Shape]:
     """Two hundred small tensors: what a step costs before it computes anything."""
     yield from ((64,), (8, 8)) * 100
@@ -133,6 +159,8 @@ WORKLOADS: dict[str, Workload] = {
     "resnet50": Workload(resnet50, 161, 25_557_032),
     "vit_b16": Workload(vit_b16, 152, 86_567_656),
     "gpt2": Workload(gpt2, 148, 124_439_808),
+    "gaussians": Workload(gaussians, 5, 59_000_000),
+    "mobilenet_v2": Workload(mobilenet_v2, 158, 3_504_872),
     "llama_1b": Workload(llama_1b, 146, 1_235_814_400),
     "llama_8b_layer": Workload(llama_8b_layer, 9, 218_112_000),
 }

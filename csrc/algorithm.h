@@ -90,9 +90,10 @@ FUSED_ADAMP_INLINE N direction(N g, N m, N v, const Coefficients<T>& c) {
 //
 //   u -= n (n.u) = c p;   p *= 1 - w;   p -= s u      =>      p - w p - s (u - c p) = p - (s u + (w - s c) p)
 //
-// shrink is w - s c. One rounding at the size of p instead of two: 1 - w is never rounded to T.
-template <class T, class N>
-FUSED_ADAMP_INLINE N weight_update(N p, N u, T step_size, T shrink) {
+// shrink is w - s c, of type S: T, or N where the lanes of a vector belong to several rows. One rounding at the size of p
+// instead of two: 1 - w is never rounded to T.
+template <class T, class N, class S>
+FUSED_ADAMP_INLINE N weight_update(N p, N u, T step_size, S shrink) {
   return p - fma(step_size, u, shrink * p);
 }
 
@@ -101,9 +102,9 @@ FUSED_ADAMP_INLINE N weight_update(N p, N u, T step_size, T shrink) {
 //   p' = p - (s u + was p)   =>   p = (p' + s u) / (1 - was);    p - (s u + is p) = p' - (is - was) p
 //
 // Exact but for one more rounding at the size of p, as p is only recovered to rounding. Needs |was| <= 1/2.
-template <class T, class N>
-FUSED_ADAMP_INLINE N weight_correction(N moved, N u, T step_size, T was, T is) {
-  const N p = (1 / (1 - was)) * fma(step_size, u, moved);
+template <class T, class N, class S>
+FUSED_ADAMP_INLINE N weight_correction(N moved, N u, T step_size, S was, S is) {
+  const N p = (T(1) / (T(1) - was)) * fma(step_size, u, moved);
   return moved - (is - was) * p;
 }
 

@@ -122,7 +122,8 @@ struct Parameter {
   Coefficients<float> coefficients;
   Coefficients<double> coefficients_f64;
   bool is_double;          // computed in double, else in float
-  bool dense;              // tiles lie in memory row by row, else they are gathered into scratch
+  bool dense;              // tiles lie in memory row by row; else
+  bool gathered[role_count] = {};  // those of these roles are gathered into scratch
   FormatIndex format;      // of the kernels
   bool staged;             // not stored in that format: blocks pass through the stage
   Plan plan;

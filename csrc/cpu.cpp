@@ -36,6 +36,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -233,16 +234,21 @@ void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
     layout.inner_sizes.push_back(1);
     for (auto& inner : layout.inner) inner.push_back(1);
   }
-  x.dense = layout.inner_sizes.size() == 1;
+  x.dense = true;
   for (int r = 0; r < role_count; ++r) {
     if (!strides[r]) continue;
     layout.row_stride[r] = outer ? strides[r][0] : 0;
-    x.dense &= layout.inner[r][0] == 1 && (x.table->rows == 1 || layout.row_stride[r] == x.table->cols);
+    bool dense = x.table->rows == 1 || layout.row_stride[r] == x.table->cols;
+    int64_t expected = 1;
+    for (int d = int(layout.inner_sizes.size()) - 1; d >= 0; expected *= layout.inner_sizes[d--])
+      dense &= layout.inner[r][d] == expected;
+    x.gathered[r] = !dense;
+    x.dense &= dense;
   }
 }
 
 // The format that kernels are compiled for, or staging.
-void choose_format(Parameter& x, bool bf16) {
+void choose_format(Parameter& x, bool halves) {
   const auto is = [&](StorageType p, StorageType g, StorageType state) {
     const auto stored = [&](Role role) { return !x.operand[role].data || x.operand[role].type == state; };
     return x.operand[role_p].type == p && x.operand[role_g].type == g && stored(role_m) && stored(role_v);
@@ -252,8 +258,9 @@ void choose_format(Parameter& x, bool bf16) {
   x.staged = false;
   if (!remainder && !x.seed && is(storage_f32, storage_f32, storage_f32)) return;
   if (!remainder && is(storage_f64, storage_f64, storage_f64)) return;
-  if (bf16 && !x.seed && (x.rule == adam || x.rule == sgd)) {
+  if (halves && !x.seed && (x.rule == adam || x.rule == sgd)) {
     if (!remainder && is(storage_f32, storage_f32, storage_bf16)) x.format = format_f32_bf16_state;
+    if (is(storage_f16, storage_f16, storage_f16)) x.format = format_f16;
     if (is(storage_bf16, storage_bf16, storage_bf16)) x.format = remainder ? format_remainder_bf16_state : format_bf16;
     if (is(storage_bf16, storage_bf16, storage_f32)) x.format = remainder ? format_remainder : format_bf16_f32_state;
   }
@@ -272,8 +279,9 @@ bool spans_tiles(const Parameter& x, Decision view) {
   return spans_ranks(x, view) || (view == Decision::layer ? t.tiles() > 1 : view == Decision::channel && t.segments() > 1);
 }
 
-// Speculation keeps one number per row, too much for short rows: fused_adamp/backends/cpu.py.
-bool keeps_shrink(const TableRow& t) { return t.cols >= 64; }
+// Speculation keeps one number per row: for the step, or from measure to step, which is too much memory for short rows
+// (fused_adamp/backends/cpu.py).
+bool keeps_shrink(const TableRow& t) { return t.local() || t.cols >= 64; }
 
 // Speculation rests on recovering the old weight from the new one and the state, so both must be stored as computed, and
 // the shrink without projection be small.
@@ -281,7 +289,7 @@ bool recovers(const Parameter& x) {
   const StorageType wanted = x.is_double ? storage_f64 : storage_f32;
   const auto exact = [&](Role role) { return !x.operand[role].data || x.operand[role].type == wanted; };
   const bool keeps = (exact(role_p) || x.operand[role_remainder].data) && exact(role_m) && exact(role_v);
-  return keeps && x.dense && x.rule != sgd_project_buffer && recoverable(x.scalars->lr * x.scalars->decay) &&
+  return keeps && x.rule != sgd_project_buffer && recoverable(x.scalars->lr * x.scalars->decay) &&
          keeps_shrink(*x.table);
 }
 
@@ -407,7 +415,7 @@ class TileAccess {
       if (!o.data || !(roles >> role & 1)) continue;
       storage_.type[role] = o.type;
       storage_.staged[role] = o.type != (sizeof(T) == 8 ? storage_f64 : storage_f32);
-      if (x.dense) {
+      if (!x.gathered[role]) {
         storage_.data[role] = o.data + first * itemsize(o.type);
       } else {
         storage_.data[role] = scratch.gathered(role);
@@ -431,13 +439,18 @@ class TileAccess {
   TileAccess& operator=(const TileAccess&) = delete;
 
   void store() const {
-    if (parameter_.dense) return;
-    for (Role role : {role_p, role_m, role_v, role_remainder})
-      if (storage_.data[role]) scatter(parameter_, role, tile_, storage_.data[role]);
+    store_weight();
+    for (Role role : {role_m, role_v}) put_back(role);
+  }
+  void store_weight() const {
+    for (Role role : {role_p, role_remainder}) put_back(role);
   }
   TileData<F> data;
 
  private:
+  void put_back(Role role) const {
+    if (storage_.data[role] && parameter_.gathered[role]) scatter(parameter_, role, tile_, storage_.data[role]);
+  }
   template <class Stored>
   typename Stored::Pointer at(Role role) const {
     if constexpr (std::is_same<Stored, WithRemainder>::value) {
@@ -576,15 +589,35 @@ void sweep(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, con
                        row_shares(x, tile));
 }
 
+// Whether some row of a tile that was swept is not where the decision wants it.
+bool needs_finish(const Parameter& x, const TileSums& sums) {
+  const Decision decision = decision_of(x);
+  const bool own = decision == Decision::channel && !spans_tiles(x, decision);
+  return sums.unmoved != 0 || !(x.predict_channel ? own : decision == Decision::none);
+}
+
 // Each row was moved with the shrink of the guess; now the decision is known, and so is the shrink it should have had.
 template <class F, class T = typename F::Number>
-void finish(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const TileSums& sums) {
+void finish(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const Scratch& scratch,
+            const TileSums& sums) {
   const Decision decision = decision_of(x);
   const Coefficients<T> c = coefficients_of<T>(x);
   const bool guess = x.predict_channel, spans = spans_tiles(x, decision), own = decision == Decision::channel && !spans;
-  if (sums.unmoved == 0 && (guess ? own : decision == Decision::none)) return;
   const T plain = T(decay_of(x, Decision::none)), projected = T(decay_of(x, decision));
   const bool by_row = guess || own || x.row_projections;
+  if (by_row && is_short<T>(tile.rows, tile.cols)) {
+    T* const was = scratch.u<T>();
+    T* const is = was + tile.rows;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      const T shrink = guess || own ? reinterpret_cast<const T*>(x.shrink)[tile.row + row] : plain;
+      const double given = x.row_projections ? x.row_projections[tile.row + row] : sums.projection;
+      const bool moved = guess || (row + 1) * tile.cols <= tile.size() - int64_t(sums.unmoved);
+      was[row] = !moved ? std::numeric_limits<T>::infinity() : guess ? shrink : plain;
+      is[row] = own ? shrink : spans ? projected - c.step_size * T(given) : projected;
+    }
+    k.rule[x.rule].finish_rows(data, tile.rows, tile.cols, c, was, is);
+    return;
+  }
   const int64_t rows = by_row ? tile.rows : 1, cols = tile.size() / rows;
   for (int64_t row = 0; row < rows; ++row) {
     const T shrink = guess || own ? reinterpret_cast<const T*>(x.shrink)[tile.row + row] : plain;
@@ -656,19 +689,23 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
       break;
     }
     case Stage::dot: {
-      wait_for(x.decided);
+      if (x.tested) wait_for(x.decided);
       if (!spans_tiles(x, decision_of(x))) break;
-      TileSums dotted;  // the tile's other sums stay those of its rows
+      TileSums dotted;  // a tested tile's other sums stay those of its rows
       k.rule[x.rule].dot(TileAccess<F>(x, tile, scratch, everything).data, 1, tile.size(), coefficients_of<T>(x), x.test,
                          &dotted, {});
-      sums.total.pu = dotted.total.pu;
+      if (x.tested) {
+        sums.total.pu = dotted.total.pu;
+      } else {
+        sums = dotted;
+      }
       if (!is_last(x.dotted_tiles, tiles)) break;
       project_views(x);
       x.dotted.store(true, std::memory_order_release);
       break;
     }
     case Stage::update_measured: {
-      wait_for(x.decided);
+      if (x.tested) wait_for(x.decided);
       if (spans_tiles(x, decision_of(x))) wait_for(x.dotted);
       const TileAccess<F> access(x, tile, scratch, everything);
       update(k, x, access.data, tile, scratch, sums);
@@ -684,7 +721,9 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
     }
     case Stage::sweep: {
       wait_for(x.predicted);
-      sweep(k, x, TileAccess<F>(x, tile, scratch, everything).data, tile, scratch, &sums);
+      const TileAccess<F> access(x, tile, scratch, everything);
+      sweep(k, x, access.data, tile, scratch, &sums);
+      access.store();
       if (!t.local() || !is_last(x.measured_tiles, tiles)) break;
       *x.decision = uint8_t(decide(x));
       if (spans_tiles(x, decision_of(x))) project_views(x);
@@ -693,7 +732,10 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
     }
     case Stage::finish: {
       wait_for(x.decided);
-      finish(k, x, TileAccess<F>(x, tile, scratch, everything).data, tile, sums);
+      if (!needs_finish(x, sums)) break;
+      const TileAccess<F> access(x, tile, scratch, everything);
+      finish(k, x, access.data, tile, scratch, sums);
+      access.store_weight();
       break;
     }
     case Stage::share: {
@@ -854,7 +896,7 @@ int64_t Step::bind(const Arguments& a) {
       x.operand[r].data = tensor[r].data;
       x.operand[r].type = r == role_remainder ? storage_bf16 : storage_type(tensor[r].dtype);
     }
-    choose_format(x, set.bf16);
+    choose_format(x, set.halves);
     collapse(x, tensor);
     for (int r = 0; !x.dense && r < role_count; ++r)  // rows in a row never share memory
       if (r != role_g && tensor[r].exists && tensor[r].overlaps()) return i;
@@ -893,7 +935,7 @@ void Step::schedule() {
         add(x, Stage::measure_update, tiles_of(x));
         break;
       case Plan::split:
-        add(x, Stage::measure, tiles_of(x));
+        if (x->tested) add(x, Stage::measure, tiles_of(x));
         add(x, Stage::dot, tiles_of(x));
         add(x, Stage::update_measured, tiles_of(x));
         break;
@@ -958,6 +1000,7 @@ void Step::run() {
         case format_bf16_f32_state: run(set.bf16_f32_state); break;
         case format_remainder: run(set.remainder); break;
         case format_remainder_bf16_state: run(set.remainder_bf16_state); break;
+        case format_f16: run(set.f16); break;
       }
     }
   });

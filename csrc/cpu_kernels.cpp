@@ -60,16 +60,6 @@ FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL void measure_rows(TileData<F> t, int64_t 
   *tile = total;
 }
 
-// An infinite sum of a block shows in the tile's, so nothing has to be looked at before the end, unless eps is tiny.
-template <class F, class T = typename F::Number>
-void measure(TileData<F> t, int64_t rows, int64_t cols, T scale, Test test, TileSums* tile, RowShares shares) {
-  const bool looks = std::is_same<T, float>::value && least_square(test.eps2) >= 0;
-  if (!looks) measure_rows<false>(t, rows, cols, scale, test, tile, shares);
-  if constexpr (std::is_same<T, float>::value) {
-    if (looks || !representable(tile->total, -1)) measure_rows<true>(t, rows, cols, scale, test, tile, shares);
-  }
-}
-
 template <class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL double square_norm(TileData<F> t, int64_t size) {
   double sum = 0;
@@ -321,6 +311,357 @@ FUSED_ADAMP_INLINE void update_rows(const TileData<F>& t, T* u, int64_t rows, in
   }
 }
 
+// Rows that are shorter than a few vectors. Several make a block, which passes through in flat vectors; its sums are taken
+// from what that leaves in the first-level cache, with a row in each lane.
+
+// Rows in a block: a multiple of the lanes of Accumulator<T>, so that every instruction set sees the same groups of rows.
+template <class T>
+FUSED_ADAMP_INLINE int64_t rows_in_block(int64_t cols) {
+  constexpr int64_t lanes = Accumulator<T>::lanes, fit = block_size<T> / 2;
+  const int64_t rows = fit / cols / lanes * lanes;
+  return rows > lanes ? rows : lanes;
+}
+
+// A block as it is computed: p, the scaled gradient and u. Beyond its last row zeros, up to a whole vector of rows.
+template <class T>
+struct RowBlock {
+  static constexpr int64_t size = block_size<T> + Accumulator<T>::lanes;
+  alignas(64) T p[size];
+  alignas(64) T g[size];
+  alignas(64) T u[size];
+
+  template <bool with_u>
+  FUSED_ADAMP_INLINE void pad(int64_t rows, int64_t cols) {
+    constexpr int64_t lanes = Accumulator<T>::lanes;
+    for (int64_t i = rows * cols; i < (rows + lanes - 1) / lanes * lanes * cols; ++i) {
+      p[i] = g[i] = 0;
+      if constexpr (with_u) u[i] = 0;
+    }
+  }
+};
+
+// Sums of rows, one in each lane, added up in T. With sizes, p_size and g_size are not 0 if any p or g is not.
+template <class T>
+struct LaneSums {
+  Vec<T> pg{}, gg{}, pp{}, pu{}, p_size{}, g_size{};
+};
+
+// Of the rows whose first starts at x.p[at].
+template <bool with_u, bool with_sizes, class T>
+FUSED_ADAMP_INLINE LaneSums<T> sum_lanes(const RowBlock<T>& x, int64_t at, int64_t cols) {
+  LaneSums<T> s;
+  const auto add = [&](Vec<T> p, Vec<T> g, Vec<T> u) {
+    s.pg = fma(p, g, s.pg);
+    s.gg = fma(g, g, s.gg);
+    s.pp = fma(p, p, s.pp);
+    if constexpr (with_u) s.pu = fma(p, u, s.pu);
+    if constexpr (with_sizes) {
+      s.p_size = s.p_size + absolute(p);
+      s.g_size = s.g_size + absolute(g);
+    }
+  };
+  if (cols == 1) {
+    add(Vec<T>::load(x.p + at, Whole{}), Vec<T>::load(x.g + at, Whole{}),
+        with_u ? Vec<T>::load(x.u + at, Whole{}) : Vec<T>{});
+    return s;
+  }
+  if (cols == 2) {
+    const TwoColumns<T> p(x.p + at), g(x.g + at), u(with_u ? x.u + at : x.p + at);
+    add(p.column[0], g.column[0], u.column[0]);
+    add(p.column[1], g.column[1], u.column[1]);
+    return s;
+  }
+  for (int64_t k = 0; k < cols; k += 4) {
+    const FourColumns<T> p(x.p + at + k, cols), g(x.g + at + k, cols), u(with_u ? x.u + at + k : x.p + at + k, cols);
+    add(p.column[0], g.column[0], u.column[0]);
+    if (k + 1 < cols) add(p.column[1], g.column[1], u.column[1]);
+    if (k + 2 < cols) add(p.column[2], g.column[2], u.column[2]);
+    if (k + 3 < cols) add(p.column[3], g.column[3], u.column[3]);
+  }
+  return s;
+}
+
+// What sum_block does with the sums of each row, besides adding them up.
+template <class T>
+struct RowUse {
+  const Test& test;
+  const RowShares& shares;
+  T eps;
+  T* projected;  // gets c of weight_update, if it is wanted
+};
+
+// The range of squares, and of their products, in which a test in T is right.
+template <class T>
+struct Ordinary {
+  static constexpr T least = sizeof(T) == 4 ? T(0x1p-100) : T(1e-120), most = sizeof(T) == 4 ? T(0x1p126) : T(1e120);
+  static constexpr double least_eps2 = sizeof(T) == 4 ? 0x1p-54 : 1e-60;  // below it, a product of two may be too small
+};
+
+// Sums the rows of a block in T; tests and projects them in T too. False, and nothing is added to the tile, if some row's
+// squares are out of the range that allows it. `tiny`: eps does not keep products of squares within it.
+template <bool with_u, bool tiny, class T>
+FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL bool sum_ordinary_block(const RowBlock<T>& x, int64_t rows, int64_t cols,
+                                                               const RowUse<T>& use, TileSums* tile) {
+  const Vec<T> eps2 = broadcast(T(use.test.eps2)), eps = broadcast(use.eps), one = broadcast(T(1));
+  const Vec<T> least = broadcast(Ordinary<T>::least), most = broadcast(Ordinary<T>::most);
+  Accumulator<T> pg, gg, pp, pu;
+  Vec<T> cosine2{};
+  bool ordinary = true;
+  for_each_vec<T>((rows + Accumulator<T>::lanes - 1) / Accumulator<T>::lanes * Accumulator<T>::lanes,
+                  [&](int64_t i, auto k, auto) {
+    const LaneSums<T> s = sum_lanes<with_u, tiny>(x, i * cols, cols);
+    ordinary &= all_less(s.pp + s.gg + absolute(s.pu), most);
+    const auto size = larger(s.pp, eps2), slope = larger(s.gg, eps2);
+    if constexpr (tiny) {
+      ordinary &= all_less(least, smaller(s.pp.or_if_zero(s.p_size, one), s.gg.or_if_zero(s.g_size, one)));  // 0 is exact
+      cosine2 = larger(cosine2, s.pg / size * (s.pg / slope));
+    } else {
+      const auto squares = size * slope;
+      ordinary &= all_less(squares, most);
+      cosine2 = larger(cosine2, s.pg * s.pg / squares);
+    }
+    pg.part[k.value] = pg.part[k.value] + s.pg;
+    gg.part[k.value] = gg.part[k.value] + s.gg;
+    pp.part[k.value] = pp.part[k.value] + s.pp;
+    pu.part[k.value] = pu.part[k.value] + s.pu;
+    if (with_u && use.projected) {
+      const auto norm = sqrt(s.pp) + eps;
+      (s.pu / (norm * norm)).store(use.projected + i, Whole{});
+    }
+  });
+  const ViewSums total{{pg.sum(), gg.sum(), pp.sum()}, pu.sum()};
+  if (!ordinary || !representable(total, -1)) return false;
+  T lanes[Vec<T>::lanes];
+  cosine2.store(lanes, Whole{});
+  for (T lane : lanes) {
+    const double ratio = double(lane) * double(cols) / use.test.delta2;
+    tile->largest = ratio > tile->largest ? ratio : ratio == ratio ? tile->largest : HUGE_VAL;
+  }
+  tile->total.add(total);
+  return true;
+}
+
+// The same row by row, in double from the sums on. Sums that are not right in T are added up again: the rule is that of
+// advance_row. True if a step may have dwarfed its weight: a weight's sum has left the range of T.
+template <bool with_u, class T>
+FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL bool sum_any_block(const RowBlock<T>& x, int64_t row, int64_t rows, int64_t cols,
+                                                          const RowUse<T>& use, TileSums* tile) {
+  constexpr int width = Vec<T>::lanes;
+  const double least = least_square(use.test.eps2);
+  bool lost = false;
+  T pg[width], gg[width], pp[width], pu[width];
+  for (int64_t i = 0; i < rows; ++i) {
+    if (i % width == 0) {
+      const LaneSums<T> s = sum_lanes<with_u, false>(x, i * cols, cols);
+      s.pg.store(pg, Whole{});
+      s.gg.store(gg, Whole{});
+      s.pp.store(pp, Whole{});
+      s.pu.store(pu, Whole{});
+    }
+    const int64_t lane = i % width;
+    ViewSums s{{pg[lane], gg[lane], pp[lane]}, pu[lane]};
+    if (std::is_same<T, float>::value && !representable(s, least)) {
+      ViewSums again;
+      for (int64_t j = i * cols; j < (i + 1) * cols; ++j) {
+        const double p = x.p[j], g = x.g[j];
+        again.sums.pg += p * g;
+        again.sums.gg += g * g;
+        again.sums.pp += p * p;
+        if constexpr (with_u) again.pu += p * x.u[j];
+      }
+      lost |= !representable(s, -1) || (s.sums.pp <= least && again.sums.pp != 0);
+      if (!representable({s.sums}, least)) s.sums = again.sums;
+      s.pu = again.pu;
+    }
+    tile->template add<T>(s, use.test, double(cols));
+    if (with_u && use.projected) use.projected[i] = T(projection(s.pu, s.sums.pp, double(use.eps)));
+    use.shares.put(row + i, s);
+  }
+  return lost;
+}
+
+// Sums the rows of a block, the first of which is `row` of the tile. True if a step may have been lost: sum_any_block. Apart
+// from the kernels, so that it is compiled once for all formats and rules.
+template <bool with_u, class T>
+FUSED_ADAMP_OUTLINE bool sum_block(RowBlock<T>& x, int64_t row, int64_t rows, int64_t cols, const RowUse<T>& use,
+                                   TileSums* tile) {
+  x.template pad<with_u>(rows, cols);
+  const double eps2 = use.test.eps2;
+  if (!use.shares.row && !use.test.limits && T(eps2) > 0) {
+    const bool done = eps2 > Ordinary<T>::least_eps2 ? sum_ordinary_block<with_u, false>(x, rows, cols, use, tile)
+                                                     : sum_ordinary_block<with_u, true>(x, rows, cols, use, tile);
+    if (done) return false;
+  }
+  return sum_any_block<with_u>(x, row, rows, cols, use, tile);
+}
+
+template <class T, class Body>
+FUSED_ADAMP_INLINE void for_each_block_of_rows(int64_t rows, int64_t cols, const Body& body) {
+  const int64_t step = rows_in_block<T>(cols);
+  for (int64_t row = 0; row < rows; row += step) body(row, rows - row < step ? rows - row : step);
+}
+
+template <class F, class T = typename F::Number>
+FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL void measure_short(TileData<F> t, int64_t rows, int64_t cols, T scale, Test test,
+                                                          TileSums* tile, RowShares shares) {
+  TileSums sums;
+  RowBlock<T> x;
+  for_each_block_of_rows<T>(rows, cols, [&](int64_t row, int64_t count) {
+    const int64_t n = count * cols;
+    const Block<F> b = open<with_p | with_g>(t, row * cols, n);
+    for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
+      b.load_p(i, extent).store(x.p + i, Whole{});
+      (scale * b.load_g(i, extent)).store(x.g + i, Whole{});
+    });
+    sum_block<false, T>(x, row, count, cols, {test, shares, 0, nullptr}, &sums);
+  });
+  *tile = sums;
+}
+
+// What advance_short does with the weights: nothing, move them at once, or leave them to wait for the block's sums.
+enum Weights { stay, move_now, move_later };
+
+// The state of n elements advances.
+template <class R, Weights weights, class F, class T>
+FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL void advance_block(Block<F> b, int64_t n, Coefficients<T> c, T step_size, T shrink,
+                                                          RowBlock<T>& x) {
+  for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
+    prefetch<R>(b, i);
+    const auto p = b.load_p(i, extent), g = b.load_g(i, extent);
+    State<R, F> s(b, i, extent);
+    advance<R>(g, s.m, s.v, c);
+    const auto u = direction<R>(g, s.m, s.v, c);
+    if constexpr (weights != stay) s.store_to(b, i, extent);
+    p.store(x.p + i, Whole{});
+    (c.scale * g).store(x.g + i, Whole{});
+    u.store(x.u + i, Whole{});
+    if constexpr (weights == move_now) b.store_p(i, extent, weight_update(p, u, step_size, shrink));
+  });
+}
+
+// Of which lanes recoverable() holds.
+template <class T>
+FUSED_ADAMP_INLINE auto recoverable_lanes(Vec<T> shrink) {
+  return (shrink.lane <= T(0.5)) & (shrink.lane >= T(-0.5));
+}
+
+// Every row's number, in the place of each of its elements. Writes up to a vector beyond the last.
+template <class T>
+FUSED_ADAMP_INLINE void spread(const T* numbers, int64_t rows, int64_t cols, T* to) {
+  if (cols == 1) {
+    memcpy(to, numbers, rows * sizeof(T));
+    return;
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    const Vec<T> x = broadcast(numbers[row]);
+    for (int64_t k = 0; k < cols; k += Vec<T>::lanes) x.store(to + row * cols + k, Whole{});
+  }
+}
+
+// The weights of a block whose rows are each projected, and with project_buffer their momentum. If `kept`, that gets the
+// shrink of each row, and rows that could not be put right afterwards do not move. Returns how many.
+template <bool project_buffer, class F, class T = typename F::Number>
+FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL int64_t move_block(Block<F> b, int64_t rows, int64_t cols, T step_size, T decay,
+                                                          const T* projected, T* kept, RowBlock<T>& x) {
+  alignas(64) T shrink[RowBlock<T>::size];
+  for (int64_t i = 0; i < rows; i += Vec<T>::lanes)
+    (broadcast(decay) - step_size * Vec<T>::load(projected + i, Whole{})).store(shrink + i, Whole{});
+  int64_t unmoved = 0;
+  if (kept) {
+    for (int64_t i = 0; i < rows; ++i) unmoved += !recoverable(shrink[i]);
+    memcpy(kept, shrink, rows * sizeof(T));
+  }
+  spread(shrink, rows, cols, x.g);
+  const auto each = [&](const auto& moved_of) {
+    for_each_vec<T>(rows * cols, [&](int64_t i, auto, auto extent) {
+      const auto p = Vec<T>::load(x.p + i, Whole{}), by = Vec<T>::load(x.g + i, Whole{});
+      b.store_p(i, extent, moved_of(p, weight_update(p, Vec<T>::load(x.u + i, Whole{}), step_size, by), by));
+    });
+  };
+  if (unmoved == 0) {
+    each([](Vec<T>, Vec<T> moved, Vec<T>) { return moved; });
+  } else {
+    each([](Vec<T> p, Vec<T> moved, Vec<T> by) { return Vec<T>{recoverable_lanes(by) ? moved.lane : p.lane}; });
+  }
+  if constexpr (project_buffer) {
+    spread(projected, rows, cols, x.g);
+    for_each_vec<T>(rows * cols, [&](int64_t i, auto, auto extent) {
+      const auto p = Vec<T>::load(x.p + i, Whole{}), u = Vec<T>::load(x.u + i, Whole{});
+      b.store_m(i, extent, u - Vec<T>::load(x.g + i, Whole{}) * p);
+    });
+  }
+  return unmoved;
+}
+
+// Puts back the weights of n elements that have moved.
+template <class F, class T = typename F::Number>
+FUSED_ADAMP_OUTLINE void restore_block(Block<F> b, int64_t n, const RowBlock<T>& x) {
+  for_each_vec<T>(n, [&](int64_t i, auto, auto extent) { b.store_p(i, extent, Vec<T>::load(x.p + i, Whole{})); });
+}
+
+// As advance_row, for a tile of short rows: update_projected, sweep and dot of them. Moves with `decay`, the shrink of a row
+// that is not projected. As with MoveNow, nothing moves any more once a step may have been lost.
+template <class R, Weights weights, class F, class T>
+FUSED_ADAMP_INLINE TileSums advance_short(const TileData<F>& t, int64_t rows, int64_t cols, const Coefficients<T>& c,
+                                          const Test& test, const RowShares& shares, T decay = 0, T* kept = nullptr) {
+  constexpr int state = weights == stay ? none : with_state<R>, written = weights == stay ? none : with_p | state;
+  TileSums tile;
+  RowBlock<T> x;
+  alignas(64) T projected[RowBlock<T>::size];
+  int64_t moved = rows * cols, unmoved_rows = 0;
+  for_each_block_of_rows<T>(rows, cols, [&](int64_t row, int64_t count) {
+    const int64_t begin = row * cols, n = count * cols;
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin, n);
+    const bool moves = begin < moved;
+    advance_block<R, weights>(b, n, c, moves ? c.step_size : T(0), moves ? decay : T(0), x);
+    const bool lost =
+        sum_block<true, T>(x, row, count, cols, {test, shares, c.eps, weights == move_later ? projected : nullptr}, &tile);
+    if constexpr (weights == move_now) {
+      if (lost) {
+        restore_block(b, n, x);
+        moved = begin < moved ? begin : moved;
+      }
+    }
+    if constexpr (weights == move_later)
+      unmoved_rows += move_block<R::project_buffer>(b, count, cols, c.step_size, decay, projected, kept ? kept + row : nullptr, x);
+    close<written>(t, b, begin, n);
+  });
+  tile.unmoved = double(weights == move_later ? unmoved_rows : rows * cols - moved);
+  return tile;
+}
+
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void finish_rows(TileData<F> t, int64_t rows, int64_t cols, Coefficients<T> c, const T* was, const T* is) {
+  alignas(64) T old_shrink[RowBlock<T>::size], shrink[RowBlock<T>::size];
+  for_each_block_of_rows<T>(rows, cols, [&](int64_t row, int64_t count) {
+    const int64_t n = count * cols;
+    spread(was + row, count, cols, old_shrink);
+    spread(is + row, count, cols, shrink);
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, row * cols, n);
+    for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
+      const auto p = b.load_p(i, extent), g = b.load_g(i, extent);
+      State<R, F> s(b, i, extent);
+      if constexpr (!R::buffer) advance<R>(g, s.m, s.v, c);
+      const auto u = direction<R>(g, s.m, s.v, c);
+      const auto from = Vec<T>::load(old_shrink + i, Whole{}), to = Vec<T>::load(shrink + i, Whole{});
+      const auto right = weight_correction(p, u, c.step_size, from, to), moved = weight_update(p, u, c.step_size, to);
+      b.store_p(i, extent, Vec<T>{recoverable_lanes(from) ? right.lane : moved.lane});
+    });
+    close<with_p>(t, b, row * cols, n);
+  });
+}
+
+// An infinite sum of a block shows in the tile's, so nothing has to be looked at before the end, unless eps is tiny.
+template <class F, class T = typename F::Number>
+void measure(TileData<F> t, int64_t rows, int64_t cols, T scale, Test test, TileSums* tile, RowShares shares) {
+  if (is_short<T>(rows, cols)) return measure_short(t, rows, cols, scale, test, tile, shares);
+  const bool looks = std::is_same<T, float>::value && least_square(test.eps2) >= 0;
+  if (!looks) measure_rows<false>(t, rows, cols, scale, test, tile, shares);
+  if constexpr (std::is_same<T, float>::value) {
+    if (looks || !representable(tile->total, -1)) measure_rows<true>(t, rows, cols, scale, test, tile, shares);
+  }
+}
+
 // The numbers of weight_update: the step size, c and the shrink.
 template <class T>
 struct By {
@@ -330,6 +671,10 @@ struct By {
 template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void update_projected(TileData<F> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, T decay) {
   const double eps = double(c.eps);
+  if (is_short<T>(rows, cols)) {
+    advance_short<R, move_later>(t, rows, cols, c, Test(1, eps, false), {nullptr, 0}, decay);
+    return;
+  }
   update_rows<R>(t, u, rows, cols, c, least_square(eps * eps), [&](int64_t, const ViewSums& s) {
     const T projected = T(projection(s.pu, s.sums.pp, eps));
     return By<T>{c.step_size, projected, decay - c.step_size * projected};
@@ -339,6 +684,10 @@ FUSED_ADAMP_KERNEL void update_projected(TileData<F> t, T* u, int64_t rows, int6
 template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void dot(TileData<F> t, int64_t rows, int64_t cols, Coefficients<T> c, Test test, TileSums* tile,
                             RowShares shares) {
+  if (is_short<T>(rows, cols)) {
+    *tile = advance_short<R, stay>(t, rows, cols, c, test, shares);
+    return;
+  }
   TileSums total;
   for (int64_t row = 0; row < rows; ++row) {
     const ViewSums s = advance_row<R>(t, row * cols, cols, c, least_square(test.eps2), Stay<F>{});
@@ -351,6 +700,11 @@ FUSED_ADAMP_KERNEL void dot(TileData<F> t, int64_t rows, int64_t cols, Coefficie
 template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void sweep(TileData<F> t, T* u, int64_t rows, int64_t cols, Coefficients<T> c, Guess<T> guess,
                               TileSums* tile, RowShares shares) {
+  if (is_short<T>(rows, cols)) {
+    *tile = guess.channel ? advance_short<R, move_later>(t, rows, cols, c, guess.test, shares, guess.projected_decay, guess.shrink)
+                          : advance_short<R, move_now>(t, rows, cols, c, guess.test, shares, guess.decay);
+    return;
+  }
   TileSums total;
   // Counts a row; returns the shrink that its projection asks for.
   const auto count = [&](int64_t row, const ViewSums& s) {
@@ -403,7 +757,8 @@ FUSED_ADAMP_KERNEL void move(TileData<F> t, int64_t first, int64_t size, Coeffic
 
 template <class R, class F>
 constexpr RuleKernels<F> rule_kernels() {
-  return {dot<R, F>, update<R, F>, update_projected<R, F>, sweep<R, F>, finish<R, F>, move<R, F>};
+  return {dot<R, F>, update<R, F>, update_projected<R, F>, sweep<R, F>, finish<R, F>, move<R, F>,
+          finish_rows<R, F>};
 }
 
 template <class F>
@@ -417,18 +772,18 @@ constexpr Kernels<F> kernels() {
 
 // Of the usual rules only, to keep the build short.
 template <class F>
-constexpr Kernels<F> bf16_kernels() {
-#if defined(FUSED_ADAMP_BF16)
+constexpr Kernels<F> half_kernels() {
+#if defined(FUSED_ADAMP_HALVES)
   return {measure<F>, square_norm<F>, {rule_kernels<RuleAdam, F>(), {}, rule_kernels<RuleSgd, F>(), {}, {}, {}}};
 #else
   return {};
 #endif
 }
 
-#if defined(FUSED_ADAMP_BF16)
-constexpr bool has_bf16 = true;
+#if defined(FUSED_ADAMP_HALVES)
+constexpr bool has_halves = true;
 #else
-constexpr bool has_bf16 = false;
+constexpr bool has_halves = false;
 #endif
 
 }  // namespace
@@ -439,5 +794,6 @@ constexpr bool has_bf16 = false;
 #define FUSED_ADAMP_QUOTE(x) FUSED_ADAMP_TEXT(x)
 
 const fused_adamp::InstructionSet fused_adamp::FUSED_ADAMP_NAME(FUSED_ADAMP_INSTRUCTIONS) = {
-    FUSED_ADAMP_QUOTE(FUSED_ADAMP_INSTRUCTIONS), has_bf16, kernels<F32>(), kernels<F64>(), bf16_kernels<F32Bf16State>(),
-    bf16_kernels<Bf16>(), bf16_kernels<Bf16F32State>(), bf16_kernels<Remainder>(), bf16_kernels<RemainderBf16State>()};
+    FUSED_ADAMP_QUOTE(FUSED_ADAMP_INSTRUCTIONS), has_halves, kernels<F32>(), kernels<F64>(), half_kernels<F32Bf16State>(),
+    half_kernels<Bf16>(), half_kernels<Bf16F32State>(), half_kernels<Remainder>(), half_kernels<RemainderBf16State>(),
+    half_kernels<F16>()};

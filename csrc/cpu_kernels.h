@@ -38,6 +38,9 @@ struct AsComputed {
 struct Bfloat16 {
   using Pointer = uint16_t*;
 };
+struct Float16 {
+  using Pointer = uint16_t*;
+};
 struct WithRemainder {
   struct Pointer {
     uint16_t* high;
@@ -69,6 +72,12 @@ struct TileData {
 template <class T>
 constexpr int64_t block_size = 4096 / sizeof(T);
 constexpr int64_t staged_blocks = 8;
+
+// Whether a tile's rows are short: they pass through in blocks of many rows, and not row by row.
+template <class T>
+constexpr bool is_short(int64_t rows, int64_t cols) {
+  return rows >= 4 && cols < 64;
+}
 
 // What one reading of a view, or of a tile's part of one, tells: fused_adamp/bucket.py, ROW_SHARES.
 struct ViewSums {
@@ -163,6 +172,9 @@ struct RuleKernels {
   void (*finish)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T was, T is);
   // n elements from `first` on that sweep left where they were, though their state is advanced. As finish.
   void (*move)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T is);
+  // Short rows that were updated with the shrink `was` of each and should have been with `is`; where `was` is not recoverable
+  // sweep left the row where it was. As finish.
+  void (*finish_rows)(TileData<F>, int64_t rows, int64_t cols, Coefficients<T>, const T* was, const T* is);
 };
 
 template <class F, class T = typename F::Number>
@@ -182,12 +194,13 @@ using Bf16 = Format<float, Bfloat16, Bfloat16, Bfloat16>;
 using Bf16F32State = Format<float, Bfloat16, Bfloat16, AsComputed<float>>;
 using Remainder = Format<float, WithRemainder, Bfloat16, AsComputed<float>>;
 using RemainderBf16State = Format<float, WithRemainder, Bfloat16, Bfloat16>;
+using F16 = Format<float, Float16, Float16, Float16>;
 enum FormatIndex { format_f32, format_f64, format_f32_bf16_state, format_bf16, format_bf16_f32_state, format_remainder,
-                   format_remainder_bf16_state };
+                   format_remainder_bf16_state, format_f16 };
 
 struct InstructionSet {
   const char* name;
-  bool bf16;  // whether there are kernels for the formats after f64; of their rules, adam and sgd
+  bool halves;  // whether there are kernels for the formats after f64; of their rules, adam and sgd
   Kernels<F32> f32;
   Kernels<F64> f64;
   Kernels<F32Bf16State> f32_bf16_state;
@@ -195,6 +208,7 @@ struct InstructionSet {
   Kernels<Bf16F32State> bf16_f32_state;
   Kernels<Remainder> remainder;
   Kernels<RemainderBf16State> remainder_bf16_state;
+  Kernels<F16> f16;
 };
 
 // Made by cpu_kernels.cpp, compiled once for each; the last two only where the compiler knows them.

@@ -185,45 +185,48 @@ FUSED_ADAMP_INLINE T* shift(AsComputed<T>, T* pointer, int64_t n) {
 }
 
 FUSED_ADAMP_INLINE uint16_t* shift(Bfloat16, uint16_t* pointer, int64_t n) { return pointer ? pointer + n : nullptr; }
+FUSED_ADAMP_INLINE uint16_t* shift(Float16, uint16_t* pointer, int64_t n) { return pointer ? pointer + n : nullptr; }
 FUSED_ADAMP_INLINE WithRemainder::Pointer shift(WithRemainder, WithRemainder::Pointer pointer, int64_t n) {
   return {pointer.high + n, pointer.rest + n};
 }
 
 #if defined(__AVX2__) && defined(__GNUC__)
-#define FUSED_ADAMP_BF16 1
+#define FUSED_ADAMP_HALVES 1
 
 using Bits = Register<uint32_t>;
 using Halves = typename RegisterOf<uint16_t, register_bytes / 2>::type;
 
-FUSED_ADAMP_INLINE Bits load_halves(const uint16_t* from, Whole) {
+FUSED_ADAMP_INLINE Halves load_raw(const uint16_t* from, Whole) {
   Halves x;
   memcpy(&x, from, sizeof x);
-  return __builtin_convertvector(x, Bits);
+  return x;
 }
-FUSED_ADAMP_INLINE void store_halves(uint16_t* to, Whole, Bits low) {
-  const Halves x = __builtin_convertvector(low, Halves);
-  memcpy(to, &x, sizeof x);
-}
+FUSED_ADAMP_INLINE void store_raw(uint16_t* to, Whole, Halves x) { memcpy(to, &x, sizeof x); }
 #if defined(__AVX512F__)
-FUSED_ADAMP_INLINE Bits load_halves(const uint16_t* from, Part part) {
-  const auto x = (Halves)_mm256_maskz_loadu_epi16(__mmask16((1u << part.n) - 1), from);
-  return __builtin_convertvector(x, Bits);
+FUSED_ADAMP_INLINE Halves load_raw(const uint16_t* from, Part part) {
+  return (Halves)_mm256_maskz_loadu_epi16(__mmask16((1u << part.n) - 1), from);
 }
-FUSED_ADAMP_INLINE void store_halves(uint16_t* to, Part part, Bits low) {
-  const Halves x = __builtin_convertvector(low, Halves);
+FUSED_ADAMP_INLINE void store_raw(uint16_t* to, Part part, Halves x) {
   _mm256_mask_storeu_epi16(to, __mmask16((1u << part.n) - 1), (__m256i)x);
 }
 #else
-FUSED_ADAMP_INLINE Bits load_halves(const uint16_t* from, Part part) {
+FUSED_ADAMP_INLINE Halves load_raw(const uint16_t* from, Part part) {
   Halves x{};
-  memcpy(&x, from, part.n * sizeof(uint16_t));
-  return __builtin_convertvector(x, Bits);
+  copy_part<sizeof x>(reinterpret_cast<char*>(&x), reinterpret_cast<const char*>(from), part.n * sizeof(uint16_t));
+  return x;
 }
-FUSED_ADAMP_INLINE void store_halves(uint16_t* to, Part part, Bits low) {
-  const Halves x = __builtin_convertvector(low, Halves);
-  memcpy(to, &x, part.n * sizeof(uint16_t));
+FUSED_ADAMP_INLINE void store_raw(uint16_t* to, Part part, Halves x) {
+  copy_part<sizeof x>(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(&x), part.n * sizeof(uint16_t));
 }
 #endif
+template <class Extent>
+FUSED_ADAMP_INLINE Bits load_halves(const uint16_t* from, Extent extent) {
+  return __builtin_convertvector(load_raw(from, extent), Bits);
+}
+template <class Extent>
+FUSED_ADAMP_INLINE void store_halves(uint16_t* to, Extent extent, Bits low) {
+  store_raw(to, extent, __builtin_convertvector(low, Halves));
+}
 
 FUSED_ADAMP_INLINE Vec<float> with_rest(Vec<float> x, Whole, float) { return x; }
 FUSED_ADAMP_INLINE Vec<float> with_rest(Vec<float> x, Part part, float rest) {
@@ -242,6 +245,27 @@ FUSED_ADAMP_INLINE Vec<float> load(Bfloat16, const uint16_t* from, int64_t i, Ex
 template <class Extent>
 FUSED_ADAMP_INLINE void store(Bfloat16, uint16_t* to, int64_t i, Extent extent, Vec<float> x) {
   store_halves(to + i, extent, round_to_nearest(same_bits<Bits>(x.lane)) >> 16);
+}
+
+// The processor's own conversions, to nearest even.
+#if defined(__AVX512F__)
+FUSED_ADAMP_INLINE Vec<float> from_half(Halves x) { return {(Register<float>)_mm512_cvtph_ps((__m256i)x)}; }
+FUSED_ADAMP_INLINE Halves to_half(Vec<float> x) {
+  return (Halves)_mm512_cvtps_ph((__m512)x.lane, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+FUSED_ADAMP_INLINE Vec<float> from_half(Halves x) { return {(Register<float>)_mm256_cvtph_ps((__m128i)x)}; }
+FUSED_ADAMP_INLINE Halves to_half(Vec<float> x) {
+  return (Halves)_mm256_cvtps_ph((__m256)x.lane, _MM_FROUND_TO_NEAREST_INT);
+}
+#endif
+template <class Extent>
+FUSED_ADAMP_INLINE Vec<float> load(Float16, const uint16_t* from, int64_t i, Extent extent, float rest = 0) {
+  return with_rest(from_half(load_raw(from + i, extent)), extent, rest);
+}
+template <class Extent>
+FUSED_ADAMP_INLINE void store(Float16, uint16_t* to, int64_t i, Extent extent, Vec<float> x) {
+  store_raw(to + i, extent, to_half(x));
 }
 
 template <class Extent>

@@ -95,18 +95,46 @@ FUSED_ADAMP_INLINE void store_part(double* to, int64_t n, Register<double> x) {
   _mm512_mask_storeu_pd(to, __mmask8((1u << n) - 1), (__m512d)x);
 }
 #else
+// Fewer than `bytes` bytes, in pieces of 16, 8, 4 and 2: a memcpy of unknown size is a call, slower than the rest of the
+// vector's work.
+template <int bytes>
+FUSED_ADAMP_INLINE void copy_part(char* to, const char* from, int64_t n) {
+  if constexpr (bytes >= 4) {
+    constexpr int piece = bytes / 2;
+    if (n & piece) {
+      memcpy(to, from, piece);
+      to += piece;
+      from += piece;
+    }
+    copy_part<piece>(to, from, n);
+  }
+}
+#if defined(__AVX2__)
+alignas(64) constexpr int32_t first_words[16] = {-1, -1, -1, -1, -1, -1, -1, -1};  // from 8 - n on: n of them, then zeros
+FUSED_ADAMP_INLINE Register<float> load_part(const float* from, int64_t n, float rest) {
+  const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first_words + 8 - n));
+  return (Register<float>)_mm256_blendv_ps(_mm256_set1_ps(rest), _mm256_maskload_ps(from, lanes), _mm256_castsi256_ps(lanes));
+}
+FUSED_ADAMP_INLINE Register<double> load_part(const double* from, int64_t n, double rest) {
+  const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(first_words + 8 - 2 * n));
+  return (Register<double>)_mm256_blendv_pd(_mm256_set1_pd(rest), _mm256_maskload_pd(from, lanes), _mm256_castsi256_pd(lanes));
+}
+#else
 template <class T>
 FUSED_ADAMP_INLINE Register<T> load_part(const T* from, int64_t n, T rest) {
   T buffer[sizeof(Register<T>) / sizeof(T)];
   for (T& x : buffer) x = rest;
-  memcpy(buffer, from, n * sizeof(T));
+  copy_part<sizeof buffer>(reinterpret_cast<char*>(buffer), reinterpret_cast<const char*>(from), n * sizeof(T));
   Register<T> x;
   memcpy(&x, buffer, sizeof x);
   return x;
 }
+#endif
 template <class T>
 FUSED_ADAMP_INLINE void store_part(T* to, int64_t n, Register<T> x) {
-  memcpy(to, &x, n * sizeof(T));
+  T buffer[sizeof(Register<T>) / sizeof(T)];
+  memcpy(buffer, &x, sizeof x);
+  copy_part<sizeof buffer>(reinterpret_cast<char*>(to), reinterpret_cast<const char*>(buffer), n * sizeof(T));
 }
 #endif
 
@@ -130,6 +158,8 @@ struct Vec {
   static FUSED_ADAMP_INLINE Vec load(const T* from, Part part, T rest = T(0)) {
     return {load_part(from, part.n, rest)};
   }
+  // `other` in lanes where `test` is 0.
+  FUSED_ADAMP_INLINE Vec or_if_zero(Vec test, Vec other) const { return {test.lane == 0 ? other.lane : lane}; }
   FUSED_ADAMP_INLINE void store(T* to, Whole) const { memcpy(to, &lane, sizeof lane); }
   FUSED_ADAMP_INLINE void store(T* to, Part part) const { store_part(to, part.n, lane); }
 };
@@ -141,6 +171,14 @@ FUSED_ADAMP_INLINE Vec<T> operator*(Vec<T> x, Vec<T> y) {
 template <class T>
 FUSED_ADAMP_INLINE Vec<T> operator*(T a, Vec<T> x) {
   return {a * x.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> operator-(T a, Vec<T> x) {
+  return {a - x.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> operator/(T a, Vec<T> x) {
+  return {a / x.lane};
 }
 template <class T>
 FUSED_ADAMP_INLINE Vec<T> operator/(Vec<T> x, Vec<T> y) {
@@ -174,6 +212,50 @@ template <class T>
 FUSED_ADAMP_INLINE Vec<T> fma(T a, Vec<T> x, T y) {
   return fma(broadcast(a), x, broadcast(y));
 }
+
+// y where either is NaN.
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> larger(Vec<T> x, Vec<T> y) {
+  return {x.lane > y.lane ? x.lane : y.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> smaller(Vec<T> x, Vec<T> y) {
+  return {x.lane < y.lane ? x.lane : y.lane};
+}
+template <class T>
+FUSED_ADAMP_INLINE Vec<T> absolute(Vec<T> x) {
+  return larger(x, Vec<T>{-x.lane});
+}
+// Whether x < y in every lane: not so for a NaN.
+#if defined(__AVX512F__)
+FUSED_ADAMP_INLINE bool all_less(Vec<float> x, Vec<float> y) {
+  return _mm512_cmp_ps_mask((__m512)x.lane, (__m512)y.lane, _CMP_LT_OQ) == 0xffff;
+}
+FUSED_ADAMP_INLINE bool all_less(Vec<double> x, Vec<double> y) {
+  return _mm512_cmp_pd_mask((__m512d)x.lane, (__m512d)y.lane, _CMP_LT_OQ) == 0xff;
+}
+#elif defined(__AVX2__)
+FUSED_ADAMP_INLINE bool all_less(Vec<float> x, Vec<float> y) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)x.lane, (__m256)y.lane, _CMP_LT_OQ)) == 0xff;
+}
+FUSED_ADAMP_INLINE bool all_less(Vec<double> x, Vec<double> y) {
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)x.lane, (__m256d)y.lane, _CMP_LT_OQ)) == 0xf;
+}
+#elif defined(__GNUC__)
+template <class T>
+FUSED_ADAMP_INLINE bool all_less(Vec<T> x, Vec<T> y) {
+  const auto less = x.lane < y.lane;
+  uint64_t words[sizeof less / sizeof(uint64_t)], all = ~uint64_t(0);
+  memcpy(words, &less, sizeof less);
+  for (uint64_t word : words) all &= word;
+  return all == ~uint64_t(0);
+}
+#else
+template <class T>
+FUSED_ADAMP_INLINE bool all_less(Vec<T> x, Vec<T> y) {
+  return x.lane < y.lane;
+}
+#endif
 
 template <int k>
 struct Index {
@@ -284,8 +366,92 @@ FUSED_ADAMP_INLINE void for_each_vec(int64_t n, const Body& body) {
   for (; i + step <= n; i += step) for_each_register<T>([&](auto k) { body(i + k.value * width, k, Whole{}); });
   for_each_register<T>([&](auto k) {
     const int64_t at = i + k.value * width;
-    if (at < n) body(at, k, Part{n - at < width ? n - at : width});
+    if (at + width <= n) {
+      body(at, k, Whole{});
+    } else if (at < n) {
+      body(at, k, Part{n - at});
+    }
   });
 }
+
+// Columns of a matrix of short rows, a row in each lane: x[0], x[stride], x[2 stride] and so on.
+template <class T, int... i>
+FUSED_ADAMP_INLINE Vec<T> every(const T* x, int64_t stride, std::integer_sequence<int, i...>) {
+#if defined(__GNUC__)
+  return {Register<T>{x[i * stride]...}};
+#else
+  return {x[0]};
+#endif
+}
+
+// Both columns of rows of two.
+template <class T>
+struct TwoColumns {
+  Vec<T> column[2];
+
+  FUSED_ADAMP_INLINE TwoColumns(const T* x) {
+    for (int k = 0; k < 2; ++k) column[k] = every(x + k, 2, std::make_integer_sequence<int, Vec<T>::lanes>{});
+  }
+};
+
+// Four of them that lie side by side. May read three numbers beyond the last row.
+template <class T>
+struct FourColumns {
+  Vec<T> column[4];
+
+  FUSED_ADAMP_INLINE FourColumns(const T* x, int64_t stride) {
+    for (int k = 0; k < 4; ++k) column[k] = every(x + k, stride, std::make_integer_sequence<int, Vec<T>::lanes>{});
+  }
+};
+
+#if FUSED_ADAMP_HAS_SHUFFLE
+// Four numbers of each row are 16 bytes: pieces of a register.
+using Quad = typename RegisterOf<float, 16>::type;
+template <class R, int pieces>
+FUSED_ADAMP_INLINE R quads(const float* x, int64_t stride) {
+  if constexpr (pieces == 1) {
+    Quad quad;
+    memcpy(&quad, x, sizeof quad);
+    return quad;
+  } else if constexpr (pieces == 2) {
+    return __builtin_shufflevector(quads<Quad, 1>(x, stride), quads<Quad, 1>(x + stride, stride), 0, 1, 2, 3, 4, 5, 6, 7);
+  } else {
+    using Half = typename RegisterOf<float, 32>::type;
+    return __builtin_shufflevector(quads<Half, 2>(x, stride), quads<Half, 2>(x + 2 * stride, stride), 0, 1, 2, 3, 4, 5, 6, 7,
+                                   8, 9, 10, 11, 12, 13, 14, 15);
+  }
+}
+// In each piece, numbers a, b of x and c, d of y.
+template <int a, int b, int c, int d, class R, int... i>
+FUSED_ADAMP_INLINE R pick(R x, R y, std::integer_sequence<int, i...>) {
+  constexpr int lanes = sizeof...(i), from[4] = {a, b, lanes + c, lanes + d};
+  return __builtin_shufflevector(x, y, (i / 4 * 4 + from[i % 4])...);
+}
+
+template <>
+FUSED_ADAMP_INLINE TwoColumns<float>::TwoColumns(const float* x) {
+  using R = Register<float>;
+  const std::make_integer_sequence<int, Vec<float>::lanes> index{};
+  constexpr int pieces = sizeof(R) / sizeof(Quad);
+  const R even = quads<R, pieces>(x, 8), odd = quads<R, pieces>(x + 4, 8);  // of every four rows two
+  column[0] = {pick<0, 2, 0, 2>(even, odd, index)};
+  column[1] = {pick<1, 3, 1, 3>(even, odd, index)};
+}
+
+template <>
+FUSED_ADAMP_INLINE FourColumns<float>::FourColumns(const float* x, int64_t stride) {
+  using R = Register<float>;
+  constexpr int pieces = sizeof(R) / sizeof(Quad);
+  const std::make_integer_sequence<int, Vec<float>::lanes> index{};
+  R row[4];  // of every four rows the first, the second and so on
+  for (int i = 0; i < 4; ++i) row[i] = quads<R, pieces>(x + i * stride, 4 * stride);
+  const R first = pick<0, 1, 0, 1>(row[0], row[1], index), second = pick<0, 1, 0, 1>(row[2], row[3], index);
+  const R third = pick<2, 3, 2, 3>(row[0], row[1], index), fourth = pick<2, 3, 2, 3>(row[2], row[3], index);
+  column[0] = {pick<0, 2, 0, 2>(first, second, index)};
+  column[1] = {pick<1, 3, 1, 3>(first, second, index)};
+  column[2] = {pick<0, 2, 0, 2>(third, fourth, index)};
+  column[3] = {pick<1, 3, 1, 3>(third, fourth, index)};
+}
+#endif
 
 }  // namespace
