@@ -394,6 +394,7 @@ class Machine:
         """A step or a clip that raises, on all ranks, moves nothing, and an earlier clip still counts."""
         p, state = self.params[i], self.optimizer.state.get(self.params[i], {})
         planned = kind in {"closure", "hook"}
+        call = "step" if kind == "shape" else call  # a clip does not look at the state
         moments = [name for name in self.optimizer.moments(self.groups[i]) if name in state]
         if p.grad is None or (kind == "shape" and not moments):
             return
