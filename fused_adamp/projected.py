@@ -137,21 +137,35 @@ class _Clipping(NamedTuple):
     """What :meth:`ProjectedOptimizer.clip_grad_norm_` leaves for the next step, and what that was computed from.
 
     It is the one thing that a step believes from an earlier call. ``seen`` says whether the step may go by the
-    coefficient, :meth:`test_of` whether it may go by the sums of the test too.
+    norm, :meth:`test_of` whether it may go by the sums of the test too.
     """
 
     max_norm: Any
     norm_type: float
-    coefficient: Tensor
-    """0-dim float64."""
+    norm: Tensor
+    """Of the gradients as they are, 0-dim float64."""
     unscaled: bool
-    """Whether the norm is that of the gradients over GradScaler's scale, which was known."""
+    """Whether GradScaler's scale was known, so that the norm over the scale is clipped: over the step's scale."""
     seen: _Seen
     """The gradients that the norm was computed from, and their weights."""
     outcome: Outcome | None
     """The sums of the cosine test that the ranks exchanged on the way."""
     test_options: list[tuple[float, float, float]]
     """The options of the test that the outcome was computed for."""
+
+    def norm_over(self, unscale: Tensor | None) -> Tensor:
+        """The norm that is clipped; ``unscale`` is the inverse of GradScaler's scale as it is now."""
+        if unscale is None or not self.unscaled or self.norm_type == 0:  # the order 0 counts
+            return self.norm
+        return self.norm * unscale.to(self.norm.device, non_blocking=True)
+
+    def coefficient(self, unscale: Tensor | None) -> Tensor:
+        """What the step multiplies the gradients with, beside ``unscale``: 0-dim float64."""
+        norm, limit = self.norm_over(unscale), self.max_norm
+        if isinstance(limit, Tensor):
+            limit = limit.double().to(norm.device, non_blocking=True)
+        coefficient: Tensor = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
+        return coefficient
 
     def test_of(self, options: list[tuple[float, float, float]], measured: Outcome | None) -> Outcome | None:
         """The outcome, if the test is made with the same options now, and its shares are those that the ranks hold."""
@@ -414,7 +428,9 @@ class ProjectedOptimizer(Optimizer):
         batches = [] if traces_fakes() else self._gathered(make_state=False, check=norm_type != 2.0)
         if traces_fakes() or self._memory.has_fakes:
             return self._norm_of_fakes(float(norm_type), error_if_nonfinite)
-        clipping, norm = self._clipped(batches, max_norm, float(norm_type), self._unscale())
+        unscale = self._unscale()
+        clipping = self._clipped(batches, max_norm, float(norm_type), unscaled=unscale is not None)
+        norm = clipping.norm_over(unscale)
         if error_if_nonfinite and not norm.isfinite():
             raise RuntimeError(
                 f"the total norm of order {float(norm_type)} of the gradients is {norm.item()}, so they cannot be "
@@ -422,7 +438,7 @@ class ProjectedOptimizer(Optimizer):
             )
         self._memory.clipping = clipping
         dtypes = dict.fromkeys(g.dtype for batch in batches for g in batch.grads if g is not ABSENT)
-        return norm.to(_promoted([*dtypes]))
+        return norm.to(_promoted([*dtypes]), copy=True)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def decisions(self) -> dict[Tensor, Decision]:
@@ -645,7 +661,7 @@ class ProjectedOptimizer(Optimizer):
     def _factor(self) -> Tensor | None:
         """What the step multiplies gradients with: 0-dim float64; None is 1."""
         unscale = self._unscale()
-        factor = None if self._memory.clipping is None else self._memory.clipping.coefficient
+        factor = None if self._memory.clipping is None else self._memory.clipping.coefficient(unscale)
         if unscale is not None:
             factor = unscale if factor is None else factor.to(unscale.device, non_blocking=True) * unscale
         return factor
@@ -671,8 +687,7 @@ class ProjectedOptimizer(Optimizer):
     def _renew_clipping(self, batches: list[Batch]) -> None:
         old = self._memory.clipping
         assert old is not None, "nothing was clipped"
-        unscale = self._unscale() if old.unscaled else None
-        self._memory.clipping, _ = self._clipped(batches, old.max_norm, old.norm_type, unscale)
+        self._memory.clipping = self._clipped(batches, old.max_norm, old.norm_type, unscaled=old.unscaled)
 
     def _unscale(self) -> Tensor | None:
         """What GradScaler leaves to the step to multiply gradients with: 0-dim float64. None is 1."""
@@ -706,18 +721,12 @@ class ProjectedOptimizer(Optimizer):
         square = torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum()
         return square.sqrt(), outcome
 
-    def _clipped(
-        self, batches: list[Batch], max_norm: Any, norm_type: float, unscale: Tensor | None
-    ) -> tuple[_Clipping, Tensor]:
-        """What a clipping leaves for the next step, and the norm of the gradients, times ``unscale`` if it is given."""
+    def _clipped(self, batches: list[Batch], max_norm: Any, norm_type: float, *, unscaled: bool) -> _Clipping:
+        """What a clipping leaves for the next step."""
         norm, outcome = self._total_norm(batches, norm_type)
-        if unscale is not None and norm_type != 0:  # the order 0 counts
-            norm = norm * unscale.to(norm.device, non_blocking=True)
-        limit = max_norm.double().to(norm.device, non_blocking=True) if isinstance(max_norm, Tensor) else max_norm
-        coefficient = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
         seen = _Seen.of(*_gradients(batches))
         options = [] if outcome is None else self._test_options()
-        return _Clipping(max_norm, norm_type, coefficient, unscale is not None, seen, outcome, options), norm
+        return _Clipping(max_norm, norm_type, norm, unscaled, seen, outcome, options)
 
     def _norm_of_fakes(self, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         """A norm without a number, of what is here. The next step needs none."""

@@ -224,6 +224,8 @@ def changed_as_a_whole_after_clipping(pair: Pair) -> None:
     pair.steps(1)
     pair.give()
     for one in pair:
+        for p in one.params.values():
+            p.grad = p.grad.clone()  # slices are views of whole gradients
         one.optimizer.clip_grad_norm_(0.5)
     for one in pair:
         for p in one.params.values():
@@ -239,6 +241,18 @@ def loaded_after_clipping(pair: Pair) -> None:
         for one in pair:
             one.optimizer.clip_grad_norm_(0.5)
             one.optimizer.load_state_dict(one.optimizer.state_dict())
+        pair.advance()
+
+
+def tested_otherwise_after_clipping(pair: Pair) -> None:
+    """The step goes by the options of the test that it finds."""
+    pair.steps(1)
+    for values in ({"delta": 30.0}, {"delta": 0.1}, {"projection": "layer"}, {"projection": "auto", "eps": 1e4}):
+        pair.give()
+        for one in pair:
+            one.optimizer.clip_grad_norm_(0.5)
+            for group in one.optimizer.param_groups:
+                group.update(values)
         pair.advance()
 
 
@@ -310,7 +324,7 @@ SCENARIOS = {
     for scenario in (
         *(frozen, none_on_one_rank, none_on_all_ranks, other_placements, changed_after_clipping),
         *(changed_as_a_whole_after_clipping, loaded_after_clipping, norms, norm_to_nothing, not_finite, scaled),
-        told_infinite_on_one_rank,
+        *(tested_otherwise_after_clipping, told_infinite_on_one_rank),
     )
 }
 
