@@ -17,7 +17,8 @@ test: $(VENV)/test.done build lint types  ## lint, types and every test
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest
 
 test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9 too (about a minute)
-	test -d $(VENV)/triton39 || $(PIP) --no-deps --target $(VENV)/triton39 'triton==3.9.*'
+	test -d $(VENV)/triton39 || $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps \
+		--target $(VENV)/triton39 'triton==3.9.*'
 	FUSED_ADAMP_VARIANTS=few PYTHONPATH=$(VENV)/triton39 $(BIN)/python -m pytest tests/test_triton_compile.py
 
 lint: $(VENV)/test.done
