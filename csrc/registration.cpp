@@ -5,8 +5,8 @@
 
 // A bucket's tensors in one step, fused_adamp/bucket.py, Batch. A list is empty where the members have none of that kind;
 // what stands for a member without gradient has no elements. Instead of several members' state, a list may hold the table
-// of where it lies, if all of it is contiguous and has one dtype: of moments `state_dtype`. `shared` is empty where no member lies on several ranks; else it holds the tensors of
-// Shared, and what fused_adamp/backends/cpu.py keeps between measure and step: `swept` and `shrink`.
+// of where it lies, if all of it is contiguous and has one dtype: of moments `state_dtype`. `shared` is empty where no
+// member lies on several ranks; else it holds the tensors of Shared, and what fused_adamp/backends/cpu.py keeps between measure and step: `swept` and `shrink`.
 #define FUSED_ADAMP_BATCH(weight, m, v, remainder, step, seed, decisions, results, shared)                                  \
   "(Tensor" weight "[] params, Tensor[] grads, Tensor" m "[] first_moments, Tensor" v "[] second_moments, "                 \
   "Tensor" remainder "[] remainders, Tensor" step "[] steps, Tensor" seed "[] seeds, Tensor" decisions " decisions, "       \

@@ -959,7 +959,8 @@ class ProjectedOptimizer(Optimizer):
         kept, places = [], []
         for bucket in old:
             gone = [i for i, p in enumerate(bucket.params) if keys.get(p) != bucket.key]
-            wanted = [(bucket.key, bucket.places[i]) for i in gone]
+            of = bucket.places if gone else []
+            wanted = [(bucket.key, of[i]) for i in gone]
             if all(len(new.get(place, ())) >= count for place, count in Counter(wanted).items()):
                 kept.append(bucket)
                 places += [(bucket, i, new[place].pop()) for i, place in zip(gone, wanted, strict=True)]

@@ -20,10 +20,10 @@ from distributed import full, laid_out, mesh
 from tolerances import TOLERANCE, assert_identical
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
-from trajectory import RULES, Hand, gradient
+from trajectory import RULES, Hand, gradient, near_threshold
 
 from fused_adamp.backends import triton
-from fused_adamp.reference import Decision, cosine, decide, rows_first
+from fused_adamp.reference import Decision, decide, rows_first
 from fused_adamp.sharding import is_shared, local
 
 if TYPE_CHECKING:
@@ -472,16 +472,9 @@ class Machine:
         """None where a cosine that it hangs on is too close to its threshold."""
         p, g = (rows_first(t, group["channel_dim"], copy=True) for t in (of.weight, of.gradient * factor))
         delta, eps = group["delta"], group["eps"]
-        decision = decide(g, p, delta, eps, group["projection"])
-        if p.ndim < 2 or not delta or group["projection"] != "auto":
-            return decision
-        for x, y in ((g.flatten(1), p.flatten(1)), (g.reshape(1, -1), p.reshape(1, -1))):
-            distance = cosine(x, y, eps).max() - delta / math.sqrt(x.size(1))
-            if distance.abs() <= 2 * TOLERANCE[dtype]:
-                return None
-            if distance < 0:
-                break
-        return decision
+        if group["projection"] == "auto" and near_threshold(g, p, delta, eps, dtype):
+            return None
+        return decide(g, p, delta, eps, group["projection"])
 
     def _advance(
         self, i: int, of: Evidence, factor: float, decision: Decision, entry: Entry, group: dict[str, Any]

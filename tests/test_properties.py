@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from tolerances import TOLERANCE, assert_close
+from tolerances import assert_close
 from torch import Tensor, nn
-from trajectory import RULES, Hand, gradient
+from trajectory import RULES, Hand, gradient, near_threshold
 
-from fused_adamp.reference import Decision, cosine
+from fused_adamp.reference import Decision
 
 if TYPE_CHECKING:
     from hypothesis.strategies import DrawFn, SearchStrategy
@@ -101,23 +101,6 @@ def options(rule: str) -> SearchStrategy[dict[str, Any]]:
 def cases(rule: str) -> SearchStrategy[Case]:
     groups = st.lists(st.lists(params(), min_size=1, max_size=5), min_size=1, max_size=2)
     return st.builds(Case, st.integers(0, 1 << 30), groups, st.lists(options(rule), min_size=2, max_size=2))
-
-
-def near_threshold(g: Tensor, p: Tensor, delta: float, eps: float, dtype: torch.dtype) -> bool:
-    """Whether rounding in ``dtype`` may turn the decision: a cosine that it hangs on is that close to its threshold.
-
-    At delta=0 nothing can: no cosine is below zero.
-    """
-    if p.ndim < 2 or p.numel() == 0 or not delta:
-        return False
-    for x, y in ((g.flatten(1), p.flatten(1)), (g.reshape(1, -1), p.reshape(1, -1))):
-        distance = cosine(x, y, eps).max() - delta / math.sqrt(x.size(1))
-        # The weight is off by up to its tolerance, the sums by a few eps more.
-        if distance.abs() <= 2 * TOLERANCE[dtype]:
-            return True
-        if distance < 0:
-            return False
-    return False
 
 
 def make_gradient(p: Tensor, kind: str) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
-from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,13 +24,13 @@ from torch.testing._internal.common_optimizers import (
     OptimizerInput,
     get_error_inputs_for_all_optims,
 )
-from trajectory import SHAPES, Run, assert_same_outcome, assert_snapshots_equal, parameters, snapshot
+from trajectory import SHAPES, Run, assert_same_outcome, assert_snapshots_equal, default_dtype, parameters, snapshot
 
 from fused_adamp import SGDP, AdamP
 from fused_adamp.backends import available
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -338,16 +337,6 @@ def test_tensor_lr_is_the_float(config: Config, dims: int, backend: str) -> None
     assert tensor.param_groups[0]["lr"].shape == (1,) * dims
     tensor.param_groups[0]["lr"] = lr
     assert_same_outcome(tensor, number)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @configs()

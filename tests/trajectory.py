@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from tolerances import assert_close, assert_identical
+from tolerances import TOLERANCE, assert_close, assert_identical
 from torch import Tensor, nn
 
 from fused_adamp import SGDP, AdamP, adamp_ref, sgdp_ref
-from fused_adamp.reference import Decision
+from fused_adamp.reference import Decision, cosine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 RULES: dict[str, tuple[type[AdamP | SGDP], dict[str, Any]]] = {
     "AdamP": (AdamP, {"lr": 0.05, "betas": (0.8, 0.95), "weight_decay": 0.1, "wd_ratio": 0.3}),
@@ -56,6 +58,34 @@ def parameters(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> 
 
 
 SHAPES = ((4, 3, 3, 3), (6, 10), (5, 7), (9,), ())
+
+
+def near_threshold(g: Tensor, p: Tensor, delta: float, eps: float, dtype: torch.dtype) -> bool:
+    """Whether rounding in ``dtype`` may turn the decision: a cosine that it hangs on is that close to its threshold.
+
+    At delta=0 nothing can: no cosine is below zero.
+    """
+    if p.ndim < 2 or p.numel() == 0 or not delta:
+        return False
+    for x, y in ((g.flatten(1), p.flatten(1)), (g.reshape(1, -1), p.reshape(1, -1))):
+        distance = cosine(x, y, eps).max() - delta / math.sqrt(x.size(1))
+        # The weight is off by up to its tolerance, the sums by a few eps more.
+        if distance.abs() <= 2 * TOLERANCE[dtype]:
+            return True
+        if distance < 0:
+            return False
+    return False
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Torch's default dtype is another for a while."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Hand:

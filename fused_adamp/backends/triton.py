@@ -58,8 +58,6 @@ _RUN = 1 << 13
 _DOT_RUN = 1 << 16
 """Elements of a job in a stage that most often has nothing to do."""
 _PROGRAMS_PER_MULTIPROCESSOR = 2
-_WIDEST_LOAD = 16
-"""Bytes: kernels/tiles.py, WIDEST_LOAD."""
 _INNER = 2
 """Dimensions beyond dim 0 that a strided parameter may have after merging."""
 
@@ -427,6 +425,8 @@ class _Seen(NamedTuple):
 
         State does not change its layout while it is the same tensor at the same address.
         """
+        from fused_adamp.kernels.tiles import WIDEST_LOAD
+
         gradients = list(map(Tensor.data_ptr, batch.grads))
         return (
             self.layout == _layout_of(batch)
@@ -434,7 +434,7 @@ class _Seen(NamedTuple):
             and (
                 self.gradients == gradients
                 or all(
-                    (a - b) % _WIDEST_LOAD == 0 and has_storage(g)
+                    (a - b) % WIDEST_LOAD.value == 0 and has_storage(g)
                     for a, b, g in zip(self.gradients, gradients, batch.grads, strict=True)
                     if a != b
                 )
