@@ -453,7 +453,8 @@ class Exchange:
         return self._cosine(outcome.records[:, 2:], self._dims[:, 1], everyone) < 1
 
     def judge(self, outcome: Outcome) -> None:
-        """Writes the verdicts, and what the user may ask of the test."""
+        """Writes the verdicts, and what the user may ask of the test. The step then outdates what was measured."""
+        self.measured = None
         records, rows = outcome.records, outcome.rows
         passed = torch.where(records[:, 0] == 0, Decision.CHANNEL, self.layer_passes(outcome) * int(Decision.LAYER))
         decisions = torch.where(self._tested, passed, self._forced)

@@ -874,7 +874,7 @@ def test_saved_state_survives_clearing_and_starting_over(rule: str, backend: str
 
 @EVERY_RULE
 def test_model_double(rule: str, backend: str) -> None:
-    """A module that becomes float64 in training goes on in float64, state included."""
+    """A module that becomes float64 in training goes on in float64; its state keeps its dtype."""
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
     run = Run(rule, model.parameters(), backend)
     x = torch.randn(5, 6)

@@ -244,7 +244,7 @@ def loaded_after_clipping(pair: Pair) -> None:
         pair.advance()
 
 
-def tested_otherwise_after_clipping(pair: Pair) -> None:
+def options_changed_after_clipping(pair: Pair) -> None:
     """The step goes by the options of the test that it finds."""
     pair.steps(1)
     for values in ({"delta": 30.0}, {"delta": 0.1}, {"projection": "layer"}, {"projection": "auto", "eps": 1e4}):
@@ -324,7 +324,7 @@ SCENARIOS = {
     for scenario in (
         *(frozen, none_on_one_rank, none_on_all_ranks, other_placements, changed_after_clipping),
         *(changed_as_a_whole_after_clipping, loaded_after_clipping, norms, norm_to_nothing, not_finite, scaled),
-        *(tested_otherwise_after_clipping, told_infinite_on_one_rank),
+        *(options_changed_after_clipping, told_infinite_on_one_rank),
     )
 }
 

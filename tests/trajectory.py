@@ -111,6 +111,8 @@ class Hand:
         moments = [None] if stateless else list(self.moments.values())
         count = [self.steps] if self.rule == "AdamP" else []
         self.decision = reference(self.p, g.detach().to(self.p.dtype), *moments, *count, **options)
+        for name, dtype in self.stored.items():
+            self.moments[name] = self.moments[name].to(dtype).to(self.p.dtype)
 
     def adopt(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Go on from the optimizer's values, say after a change of the weight's dtype: the state keeps its own."""

@@ -469,8 +469,8 @@ def test_moments_of_two_dtypes_are_given_one() -> None:
     ours, theirs = pair(AdamP, model(MODEL[3:5]), **ADAMP)
     for optimizer in (ours, theirs):
         optimizer.step()
-        state = optimizer.state[params_of(optimizer)[0]]
-        state["exp_avg"] = state["exp_avg"].double()
+        for p in params_of(optimizer):
+            optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].double()
         optimizer.step()
     assert_same(ours, theirs)
 
