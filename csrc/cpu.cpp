@@ -327,61 +327,120 @@ Tile tile_at(const TableRow& t, int64_t index) {
   return {row, std::min(t.tile_rows, t.rows - row), col, std::min(t.tile_cols, t.cols - col)};
 }
 
-// Calls run(offset in operand, its stride, offset in tile, its stride, count) for runs of elements that cover the tile.
-template <class Run>
-void for_each_run(const Layout& layout, int role, const Tile& tile, const Run& run) {
-  const auto& sizes = layout.inner_sizes;
-  const auto& inner = layout.inner[role];
-  const int64_t row_stride = layout.row_stride[role];
-  const int last = int(sizes.size()) - 1;
-  if (last == 0 && row_stride < inner[0]) {  // columns lie further apart than rows: run along the rows
-    for (int64_t c = 0; c < tile.cols; ++c)
-      run(tile.row * row_stride + (tile.col + c) * inner[0], row_stride, c, tile.cols, tile.rows);
+// A dimension of a tile: how many elements, and how far apart they are in the parameter's tensor and in the tile.
+struct Axis {
+  int64_t size, tensor, tile;
+};
+
+// The axes of a tile, in the order that walks through the tensor's memory.
+std::vector<Axis> axes_of(const Layout& layout, int role, const Tile& tile, int64_t cols) {
+  std::vector<Axis> axes;
+  const auto add = [&](const Axis& axis) {
+    if (axis.size != 1) axes.push_back(axis);
+  };
+  int64_t step = 1;
+  for (int d = int(layout.inner_sizes.size()) - 1; d >= 0; step *= layout.inner_sizes[d--])
+    add({layout.inner_sizes[d], layout.inner[role][d], step});
+  add({tile.rows, layout.row_stride[role], cols});
+  std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.tensor > b.tensor; });
+  size_t last = 0;  // of those that are merged
+  for (size_t i = 1; i < axes.size(); ++i) {
+    const Axis inner = axes[i];
+    if (axes[last].tensor == inner.size * inner.tensor && axes[last].tile == inner.size * inner.tile) {
+      axes[last] = {axes[last].size * inner.size, inner.tensor, inner.tile};
+    } else {
+      axes[++last] = inner;
+    }
+  }
+  axes.resize(std::min(axes.size(), last + 1));
+  return axes;
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c]
+template <class Element>
+void transpose(const Element* from, int64_t from_stride, Element* to, int64_t to_stride, int64_t rows, int64_t cols) {
+  constexpr int64_t line = 64 / sizeof(Element);  // elements of a cache line: a block of as many rows writes whole lines
+  for (int64_t first = 0; first < rows; first += line) {
+    const int64_t end = std::min(first + line, rows);
+    int64_t c = 0;
+#if defined(__SSE2__)
+    if constexpr (sizeof(Element) == 4) {
+      for (; c + 4 <= cols; c += 4) {
+        int64_t r = first;
+        for (; r + 4 <= end; r += 4) {
+          __m128 x[4];
+          for (int i = 0; i < 4; ++i) x[i] = _mm_loadu_ps(reinterpret_cast<const float*>(from + (r + i) * from_stride + c));
+          _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+          for (int i = 0; i < 4; ++i) _mm_storeu_ps(reinterpret_cast<float*>(to + (c + i) * to_stride + r), x[i]);
+        }
+        for (; r < end; ++r)
+          for (int i = 0; i < 4; ++i) to[(c + i) * to_stride + r] = from[r * from_stride + c + i];
+      }
+    }
+#endif
+    for (; c < cols; ++c)
+      for (int64_t r = first; r < end; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+
+// Copies a tile out of a tensor, or back.
+template <class Element, bool back>
+void copy(const Axis* axes, size_t count, Element* tensor, Element* tile) {
+  if (count > 1) {
+    const Axis &a = axes[count - 2], &b = axes[count - 1];
+    if (count == 2 && a.tile == 1 && b.tensor == 1) {
+      return back ? transpose(tile, b.tile, tensor, a.tensor, b.size, a.size)
+                  : transpose(tensor, a.tensor, tile, b.tile, a.size, b.size);
+    }
+    for (int64_t i = 0; i < axes->size; ++i)
+      copy<Element, back>(axes + 1, count - 1, tensor + i * axes->tensor, tile + i * axes->tile);
     return;
   }
-  for (int64_t r = 0; r < tile.rows; ++r) {
-    for (int64_t c = 0; c < tile.cols;) {
-      int64_t rest = tile.col + c, offset = (tile.row + r) * row_stride;
-      const int64_t count = std::min(sizes[last] - rest % sizes[last], tile.cols - c);
-      for (int d = last; d >= 0; rest /= sizes[d], --d) offset += rest % sizes[d] * inner[d];
-      run(offset, inner[last], r * tile.cols + c, 1, count);
-      c += count;
+  const Axis axis = count ? *axes : Axis{1, 1, 1};
+  if (axis.tensor == 1 && axis.tile == 1) {
+    std::memcpy(back ? tensor : tile, back ? tile : tensor, axis.size * sizeof(Element));
+  } else {
+    for (int64_t i = 0; i < axis.size; ++i) {
+      Element &outside = tensor[i * axis.tensor], &inside = tile[i * axis.tile];
+      (back ? outside : inside) = back ? inside : outside;
     }
   }
 }
 
-// n elements of one size, so many elements apart on either side.
-void copy(int64_t size, const char* from, int64_t from_stride, char* to, int64_t to_stride, int64_t n) {
-  const auto run = [&](auto element) {
-    using Element = decltype(element);
-    for (int64_t i = 0; i < n; ++i)
-      std::memcpy(to + i * to_stride * sizeof(Element), from + i * from_stride * sizeof(Element), sizeof(Element));
-  };
-  if (from_stride == 1 && to_stride == 1) {
-    std::memcpy(to, from, n * size);
-  } else if (size == 2) {
-    run(uint16_t());
-  } else if (size == 4) {
-    run(uint32_t());
-  } else {
-    run(uint64_t());
+// The same of a part of a row, a run of the innermost dimension at a time.
+template <class Element, bool back>
+void copy_part(const Layout& layout, int role, const Tile& tile, Element* tensor, Element* to) {
+  const auto& sizes = layout.inner_sizes;
+  const auto& inner = layout.inner[role];
+  const int last = int(sizes.size()) - 1;
+  for (int64_t c = 0; c < tile.cols;) {
+    int64_t rest = tile.col + c, offset = tile.row * layout.row_stride[role];
+    const Axis run{std::min(sizes[last] - rest % sizes[last], tile.cols - c), inner[last], 1};
+    for (int d = last; d >= 0; rest /= sizes[d], --d) offset += rest % sizes[d] * inner[d];
+    copy<Element, back>(&run, 1, tensor + offset, to + c);
+    c += run.size;
   }
 }
 
-void gather(const Parameter& x, int role, const Tile& tile, char* to) {
+// Between a tensor that lies otherwise and a tile's scratch.
+template <bool back>
+void copy(const Parameter& x, int role, const Tile& tile, char* scratch) {
   const Operand& o = x.operand[role];
-  const int64_t size = itemsize(o.type);
-  for_each_run(*x.layout, role, tile, [&](int64_t at, int64_t stride, int64_t place, int64_t step, int64_t n) {
-    copy(size, o.data + at * size, stride, to + place * size, step, n);
-  });
-}
-
-void scatter(const Parameter& x, int role, const Tile& tile, const char* from) {
-  const Operand& o = x.operand[role];
-  const int64_t size = itemsize(o.type);
-  for_each_run(*x.layout, role, tile, [&](int64_t at, int64_t stride, int64_t place, int64_t step, int64_t n) {
-    copy(size, from + place * size, step, o.data + at * size, stride, n);
-  });
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    auto* const tensor = reinterpret_cast<Element*>(o.data);
+    auto* const to = reinterpret_cast<Element*>(scratch);
+    if (tile.cols < x.table->cols) return copy_part<Element, back>(*x.layout, role, tile, tensor, to);
+    std::vector<Axis> axes = axes_of(*x.layout, role, tile, tile.cols);
+    const auto unit = std::find_if(axes.begin(), axes.end(), [](const Axis& axis) { return axis.tile == 1; });
+    if (unit != axes.end() && unit + 1 != axes.end()) std::rotate(unit, unit + 1, axes.end() - 1);  // next to the last
+    copy<Element, back>(axes.data(), axes.size(), tensor + tile.row * x.layout->row_stride[role], to);
+  };
+  switch (itemsize(o.type)) {
+    case 2: return run(uint16_t());
+    case 4: return run(uint32_t());
+    default: return run(uint64_t());
+  }
 }
 
 // A thread's scratch: u of the rows in flight, the stage, and for tiles that have to be gathered one tile of each role.
@@ -419,7 +478,7 @@ class TileAccess {
         storage_.data[role] = o.data + first * itemsize(o.type);
       } else {
         storage_.data[role] = scratch.gathered(role);
-        gather(x, role, tile, storage_.data[role]);
+        copy<false>(x, role, tile, storage_.data[role]);
       }
     }
     if (!x.staged) {
@@ -449,7 +508,7 @@ class TileAccess {
 
  private:
   void put_back(Role role) const {
-    if (storage_.data[role] && parameter_.gathered[role]) scatter(parameter_, role, tile_, storage_.data[role]);
+    if (storage_.data[role] && parameter_.gathered[role]) copy<true>(parameter_, role, tile_, storage_.data[role]);
   }
   template <class Stored>
   typename Stored::Pointer at(Role role) const {
