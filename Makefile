@@ -14,7 +14,7 @@ train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes 
 	$(BIN)/torchrun --nproc-per-node 2 examples/train_fsdp2.py
 
 test: $(VENV)/test.done build lint types  ## lint, types and every test
-	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest
+	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9 too (about a minute)
 	test -d $(VENV)/triton39 || $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps \

@@ -10,7 +10,10 @@ import os
 import platform
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -52,20 +55,22 @@ class BuildExtension(build_ext):
         ext.define_macros = [("TORCH_TARGET_VERSION", TORCH_2_11), ("Py_LIMITED_API", PYTHON_3_10)]
         ext.define_macros += [("FUSED_ADAMP_X86", "1")] if x86 else []
         ext.extra_compile_args = ["/std:c++17", "/O2"] if sys.platform == "win32" else FLAGS
-        ext.extra_objects = [
-            obj
-            for name, flags in INSTRUCTIONS.items()
-            if x86 or name == "baseline"
-            for obj in self.compiler.compile(
-                [str(CSRC / KERNELS)],
-                output_dir=str(Path(self.build_temp) / name),
-                include_dirs=ext.include_dirs,
-                macros=[("FUSED_ADAMP_INSTRUCTIONS", name)],
-                extra_postargs=[*ext.extra_compile_args, *flags],
-                depends=ext.depends,
-            )
-        ]
+        names = [name for name in INSTRUCTIONS if x86 or name == "baseline"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each takes a minute or more
+            compiled = pool.map(partial(self.compile_kernels, ext), names)
+            ext.extra_objects = list(chain.from_iterable(compiled))
         super().build_extension(ext)
+
+    def compile_kernels(self, ext: Extension, instructions: str) -> list[str]:
+        """The object files of one instruction set."""
+        return self.compiler.compile(
+            [str(CSRC / KERNELS)],
+            output_dir=str(Path(self.build_temp) / instructions),
+            include_dirs=ext.include_dirs,
+            macros=[("FUSED_ADAMP_INSTRUCTIONS", instructions)],
+            extra_postargs=[*ext.extra_compile_args, *INSTRUCTIONS[instructions]],
+            depends=ext.depends,
+        )
 
 
 setup(
