@@ -58,11 +58,14 @@ def _weight(variant: Variant) -> set[str]:
 
 
 def _loaded(variant: Variant) -> set[str]:
+    if variant.kernel == "redo_ahead" and not variant.shared:
+        return {"g"}
     return {"g", *_weight(variant)} if variant.kernel == "measure" else _tensors(variant, "g", *_weight(variant))
 
 
 def _stored(variant: Variant) -> set[str]:
-    return set() if variant.kernel in ("measure", "dot", "share") else _tensors(variant, *_weight(variant))
+    stores = variant.kernel in ("update", "one_pass", "redo")
+    return _tensors(variant, *_weight(variant)) if stores else set()
 
 
 _MISALIGNED = """
