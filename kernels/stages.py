@@ -208,13 +208,17 @@ def wait(flag, epoch):
 
 
 @triton.jit
-def least_square(memory, work, x):
+def least_square(eps):
     """The size below which p.p or g.g of a row may have lost squares that are too small for float32.
 
     -1 where nobody would notice: the clamp at eps hides what is lost, and so does |p| + eps.
     """
-    eps = scalar(work, tl.load(memory[TABLE] + x * COLUMNS + GROUP), EPS)
     return tl.where(eps * eps < TINY_EPS2, LEAST_SQUARE, -1.0)
+
+
+@triton.jit
+def eps_of(memory, work, x):
+    return scalar(work, tl.load(memory[TABLE] + x * COLUMNS + GROUP), EPS)
 
 
 @triton.jit
@@ -588,7 +592,6 @@ def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constex
     group = tl.load(entry + GROUP)
     delta = scalar(work, group, DELTA)
     eps = scalar(work, group, EPS)
-    least = least_square(memory, work, x)
     lowest = tl.full((), float("inf"), tl.float64)
     limit = tl.full((), 0.0, tl.float64)
     largest = limit
@@ -630,7 +633,7 @@ def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constex
             pgs = tl.sum(p * g, axis=1)
             ggs = tl.sum(g * g, axis=1)
             pps = tl.sum(p * p, axis=1)
-            if least >= 0:
+            if least_square(eps) >= 0:
                 lowest = tl.min(tl.where(live, tl.minimum(ggs, pps), float("inf"))).to(tl.float64)
             limits, cosines = compare(pgs, ggs, pps, delta, eps, cols_here)
             limit = tl.min(tl.where(live, limits, float("inf"))).to(tl.float64)
@@ -650,7 +653,7 @@ def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constex
     tl.store(sums + PP, pp)
     if SHARE:
         tl.store(sums + PU, pu)
-    mark(work, epoch, x, left_float32(pp + gg + tl.abs(pg) + tl.abs(pu), lowest, least, S), MEASURE_LEFT, S)
+    mark(work, epoch, x, left_float32(pp + gg + tl.abs(pg) + tl.abs(pu), lowest, least_square(eps), S), MEASURE_LEFT, S)
 
 
 @triton.jit
@@ -817,7 +820,7 @@ def dot_tiles(memory, work, epoch, first, n, S: tl.constexpr):
         sums = work[TILE_SUMS] + tile * SUMS
         tl.store(sums + PU, pu)
         tl.store(sums + PP, pp)
-        left = left_float32(pp + tl.abs(pu), pp, least_square(memory, work, where[0]), S)
+        left = left_float32(pp + tl.abs(pu), pp, least_square(eps_of(memory, work, where[0])), S)
         mark(work, epoch, where[0], left, DOT_LEFT, S)
 
 
@@ -885,7 +888,7 @@ def update_tile(memory, work, epoch, tile, decision, S: tl.constexpr):
     rows_here = where[3]
     cols_here = where[4]
     entry = memory[TABLE] + x * COLUMNS
-    eps = scalar(work, tl.load(entry + GROUP), EPS)
+    eps = eps_of(memory, work, x)
     c = tl.full((), 0.0, tl.float64)
     by_rows = decision != decision
     left = by_rows
@@ -902,7 +905,7 @@ def update_tile(memory, work, epoch, tile, decision, S: tl.constexpr):
                 c = view_projection(memory, work, x, begin, segments)
         elif by_rows == 0:  # the tile is the view: a parameter of one tile, or one wide row
             pu, pp = dot_of_tile(memory, work, where, S)
-            left = left_float32(pp + tl.abs(pu), pp, least_square(memory, work, x), S)
+            left = left_float32(pp + tl.abs(pu), pp, least_square(eps), S)
             c = projection(pu, pp, eps)
     if by_rows:
         for log_cols in tl.static_range(NARROWEST, S.log_tile + WIDTH_STEP, WIDTH_STEP):
@@ -913,15 +916,15 @@ def update_tile(memory, work, epoch, tile, decision, S: tl.constexpr):
                 pp = tl.sum(p * p, axis=1)
                 row = tl.arange(0, S.tile // min(ONE << log_cols, S.tile))
                 if S.number == tl.float32:
-                    least = least_square(memory, work, x).to(S.number)
+                    least = least_square(eps).to(S.number)
                     rows_left = left_float32(pp + tl.abs(pu), pp, least, S) & (row < rows_here) & (given == 0)
                     left = tl.max(rows_left.to(tl.int32)) != 0
-                    mask &= left == 0
                 # A row outside the tile divides 0 by eps^2, or by 0: what it holds is masked.
                 row_c = projection(pu, pp, eps.to(S.number))
                 if given:
                     row_c = given_projection(work, x, where[1] + row, row < rows_here).to(S.number)
-                store(memory, work, where, e, mask, p, m, v, u, row_c[:, None], decision, S)
+                if left == 0:
+                    store(memory, work, where, e, mask, p, m, v, u, row_c[:, None], decision, S)
     else:
         n = tl.where(left, 0, rows_here * cols_here)
         for start in range(0, n, S.tile):
