@@ -718,10 +718,16 @@ def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(monkeypatch:
         assert all(map(torch.equal, results_of(captured), found)), number
 
 
-@pytest.mark.parametrize(("clip", "rounding"), [(False, "nearest"), (True, "nearest"), (False, "stochastic")])
-def test_replays_of_a_graph_step_like_eager_steps(clip: bool, rounding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("clip", "rounding", "distance"),
+    [(False, "nearest", 1.0), (True, "nearest", 1.0), (False, "stochastic", 1.0), (False, "nearest", 1e19)],
+)
+def test_replays_of_a_graph_step_like_eager_steps(
+    clip: bool, rounding: str, distance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where squares leave float32, for which a replay has marks of its own."""
     dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
-    targets = [torch.randn(p.shape, dtype=dtype) for p in model(MODEL[2:7])]
+    targets = [distance * torch.randn(p.shape, dtype=dtype) for p in model(MODEL[2:7])]
 
     def train(optimizer: ProjectedOptimizer) -> None:
         with torch.no_grad():
