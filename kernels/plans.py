@@ -1,4 +1,5 @@
-"""The kernels that are launched: the split plan, a launch for each stage, and the one-pass plan; share before either.
+"""The kernels that are launched: the split plan, a launch for each stage, and the one-pass plan; share before either,
+redo after each.
 
 Arguments, of all of them, as pointers:
     table        (P, COLUMNS) int64: fused_adamp/bucket.py
@@ -24,7 +25,22 @@ graph may repeat a step without it, the one on the device.
 import triton
 import triton.language as tl
 
-from .stages import announce, count, dot, draw, is_tested, measure, prepare, share, share_nothing, square, update, wait
+from .stages import (
+    announce,
+    count,
+    dot,
+    draw,
+    is_tested,
+    measure,
+    prepare,
+    redo,
+    redo_ahead,
+    share,
+    share_nothing,
+    square,
+    update,
+    wait,
+)
 
 PREPARE = tl.constexpr(0)
 MEASURE = tl.constexpr(1)
@@ -59,7 +75,7 @@ def measure_kernel(
         if stage == PREPARE:
             prepare(memory, work, active, n_active, first, S, False)
         elif stage == SQUARE:
-            square(memory, work, first, n, S, False)
+            square(memory, work, epoch + tl.load(replays), first, n, S, False)
         elif is_tested(memory, work, tl.load(owners + first).to(tl.int64), S):
             measure(memory, work, epoch + tl.load(replays), first, n, S)
 
@@ -106,7 +122,7 @@ def update_kernel(
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         job = jobs + tl.program_id(0) * 3
-        update(memory, work, epoch, tl.load(job + 1), tl.load(job + 2), S, False)
+        update(memory, work, epoch + tl.load(replays), tl.load(job + 1), tl.load(job + 2), S, False)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active", "n_jobs", "n_blocks"])
@@ -144,3 +160,25 @@ def one_pass_kernel(
                 else:
                     update(memory, work, now, first, n, S, True)
             ticket = draw(tickets + TICKET, now)
+
+
+@triton.jit(do_not_specialize=["epoch", "n_active"])
+def redo_kernel(
+    table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
+    decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
+):  # fmt: skip
+    """One program an active parameter, after the last kernel of a step: most often it has nothing to do."""
+    memory = (table, addresses, strides)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
+    redo(memory, work, epoch + tl.load(replays), tl.load(active + tl.program_id(0)).to(tl.int64), S)
+
+
+@triton.jit(do_not_specialize=["epoch", "n_active"])
+def redo_ahead_kernel(
+    table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
+    decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
+):  # fmt: skip
+    """The same after share, or after the norm of the gradients."""
+    memory = (table, addresses, strides)
+    work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
+    redo_ahead(memory, work, epoch + tl.load(replays), tl.load(active + tl.program_id(0)).to(tl.int64), S)

@@ -6,6 +6,7 @@
     share    what measure, square and dot find, as far as the ranks ask it of each other    reads p g m v at most
     dot      p.u and p.p, where the decided view is wider than a tile; most often nothing   reads p g m v
     update   momentum, projection, weight decay, weight                                     reads p g m v, writes p m v
+    redo     most often nothing: what the others have left, since its squares leave float32
 
 ``memory`` and ``work`` are tuples of tables, to be passed on whole: where a parameter's tensors lie, and what the
 stages tell each other. Sums run in the math's dtype within a tile and in float64 from tile to tile, always in the
@@ -14,6 +15,12 @@ order of the tiles, so that results repeat bit for bit.
 Measure and square see gradients as they are, everything else times the step's scale: so a tensor that was measured for
 the norm of the gradients need not be measured again once the scale that clips them is known. What ranks share is of the
 gradients times the scale: there, SHARE is true.
+
+Sums of squares may leave float32: those of gradients or weights of 1e20. A stage that meets such sums writes the epoch
+into a mark, and what it cannot decide or step, it leaves as it is. A mark is read once all who may write it are done.
+Measure and dot mark a parameter, each with a mark of its own: nothing of it has moved by then, and nothing will. Update
+marks a tile that is a view, or whose rows are: it alone has not moved. At the end, redo does what is marked, with the
+same functions: there, S.number is float64.
 """
 
 import triton
@@ -115,7 +122,8 @@ STEP_SIZE = tl.constexpr(1)
 COEFFICIENTS = tl.constexpr(2)
 
 # A tile's row of the sums, and of fused_adamp/bucket.py, SHARES: the least limit and the largest cosine of its rows
-# (cosine.py), and sums; those from PG on are also ROW_SHARES.
+# (cosine.py), and sums; those from PG on are also ROW_SHARES. Update has no use for the limit: of a tile it leaves,
+# it writes minus the epoch there, which no limit is.
 LIMIT = tl.constexpr(0)
 LARGEST = tl.constexpr(1)
 PG = tl.constexpr(2)
@@ -137,14 +145,17 @@ COSINE = tl.constexpr(0)
 NORM = tl.constexpr(1)
 RESULTS = tl.constexpr(2)
 
-# A parameter's row of the counters: tiles that have been measured and dotted, the epoch in which all had been, and the
-# keys of this step's noise.
+# A parameter's row of the counters: tiles that have been measured and dotted, the epoch in which all had been, the keys
+# of this step's noise; and marks, the last epoch in which sums of measure, dot or update left float32.
 MEASURED = tl.constexpr(0)
 DOTTED = tl.constexpr(1)
 CONCLUDED = tl.constexpr(2)
 PROJECTION_KNOWN = tl.constexpr(3)
 KEY = tl.constexpr(4)
-COUNTERS = tl.constexpr(5)
+MEASURE_LEFT = tl.constexpr(5)
+DOT_LEFT = tl.constexpr(6)
+TILES_LEFT = tl.constexpr(7)
+COUNTERS = tl.constexpr(8)
 
 # log2 of the columns of the narrowest block of rows, and its step to the next.
 NARROWEST = tl.constexpr(6)
@@ -152,6 +163,10 @@ WIDTH_STEP = tl.constexpr(2)
 ONE = tl.constexpr(1)  # what is shifted is a constexpr too: so that it also works in the interpreter
 CONCLUDE_BLOCK = tl.constexpr(256)
 PREPARE_BLOCK = tl.constexpr(128)
+
+# csrc/algorithm.h, least_square: below which eps^2 it matters, and the least sum that has lost nothing that matters.
+TINY_EPS2 = tl.constexpr(2.0**-90)
+LEAST_SQUARE = tl.constexpr(2.0**-100)
 
 
 # Order between programs.
@@ -187,6 +202,49 @@ def wait(flag, epoch):
     seen = tl.atomic_add(flag, 0, sem="acquire")
     while seen != epoch:
         seen = tl.atomic_add(flag, 0, sem="acquire")
+
+
+# Squares that leave float32.
+
+
+@triton.jit
+def least_square(eps):
+    """The size below which p.p or g.g of a row may have lost squares that are too small for float32.
+
+    -1 where nobody would notice: the clamp at eps hides what is lost, and so does |p| + eps.
+    """
+    return tl.where(eps * eps < TINY_EPS2, LEAST_SQUARE, -1.0)
+
+
+@triton.jit
+def eps_of(memory, work, x):
+    return scalar(work, tl.load(memory[TABLE] + x * COLUMNS + GROUP), EPS)
+
+
+@triton.jit
+def left_float32(sizes, lowest, least, S: tl.constexpr):
+    """Whether sums are not right that were added up in float32, from their sizes added up; or what they are of is
+    infinite or not a number.
+    """
+    left = sizes != sizes
+    if S.number == tl.float32:
+        left = ((sizes < float("inf")) & (lowest > least)) == 0
+    return left
+
+
+@triton.jit
+def mark(work, epoch, x, left, WHICH: tl.constexpr, S: tl.constexpr):
+    if S.number == tl.float32:
+        tl.store(work[COUNTS] + x * COUNTERS + WHICH, epoch, left)
+
+
+@triton.jit
+def is_marked(work, epoch, x, WHICH: tl.constexpr, S: tl.constexpr):
+    """Whether the stage has left the parameter in this epoch: once all of the stage is known to be over."""
+    marked = x != x
+    if S.number == tl.float32:
+        marked = tl.load(work[COUNTS] + x * COUNTERS + WHICH, cache_modifier=".cg") == epoch
+    return marked
 
 
 # What a parameter's tiles have in common.
@@ -346,6 +404,8 @@ def first_number(memory, where):
 def rounded(x, random, TYPE: tl.constexpr, S: tl.constexpr):
     """What is stored of x in a tensor of that dtype."""
     by_chance: tl.constexpr = (S.rounding == STOCHASTIC) & TYPE.is_bf16()
+    if S.number == tl.float64 and TYPE.primitive_bitwidth < 32:
+        x = x.to(tl.float32)
     return round_stochastically(x.to(tl.float32), random) if by_chance else x.to(TYPE)
 
 
@@ -366,7 +426,7 @@ def store(memory, work, where, e, mask, p, m, v, u, c, decision, S: tl.constexpr
         number = first_number(memory, where).to(tl.uint32) + e.to(tl.uint32)
         random = noise(number, low, high)
     if S.rounding == REMAINDER:
-        p, r = split(p)
+        p, r = split(p.to(tl.float32))
         tl.store(place(memory, where, e, R, tl.int16, S), r, mask)
         tl.store(place(memory, where, e, P, S.p, S), p, mask)
     else:
@@ -467,7 +527,7 @@ def measure(memory, work, epoch, first, n, S: tl.constexpr):
     """The sums of n tiles; after a parameter's last, its findings. Reads p g: 8 bytes per float32 element."""
     x = tl.load(work[OWNERS] + first).to(tl.int64)
     for tile in tl.range(first, first + n, disable_licm=True):
-        sum_rows(memory, work, tile, 0, S, False)
+        sum_rows(memory, work, epoch, tile, 0, S, False)
     tiles, segments = tiles_of(memory, x)
     counters = work[COUNTS] + x * COUNTERS
     if count(counters + MEASURED, epoch, n) == tiles:
@@ -484,17 +544,32 @@ def share(memory, work, epoch, first, n, S: tl.constexpr):
     x = tl.load(work[OWNERS] + first).to(tl.int64)
     need = tl.load(part(work, x, NEED, tl.uint8)).to(tl.int32)
     if need != 0:
-        by_rows = (need & (TEST | DOT)) != 0
-        if by_rows:
-            for tile in tl.range(first, first + n, disable_licm=True):
-                sum_rows(memory, work, tile, need, S, True)
-        else:
-            square(memory, work, first, n, S, True)
+        share_tiles(memory, work, epoch, first, n, need, S)
         x = tl.load(work[OWNERS] + first).to(tl.int64)  # again: so that it keeps no register meanwhile
-        tiles, segments = tiles_of(memory, x)
+        tiles, _ = tiles_of(memory, x)
         if count(work[COUNTS] + x * COUNTERS + MEASURED, epoch, n) == tiles:
-            segments = tl.where(by_rows, segments, 1)
-            conclude(memory, work, x, views_of(memory, x, tiles, segments), segments, need, True)
+            conclude_shares(memory, work, x, need)
+
+
+@triton.jit
+def is_asked_by_rows(need):
+    return (need & (TEST | DOT)) != 0
+
+
+@triton.jit
+def share_tiles(memory, work, epoch, first, n, need, S: tl.constexpr):
+    if is_asked_by_rows(need):
+        for tile in tl.range(first, first + n, disable_licm=True):
+            sum_rows(memory, work, epoch, tile, need, S, True)
+    else:
+        square(memory, work, epoch, first, n, S, True)
+
+
+@triton.jit
+def conclude_shares(memory, work, x, need):
+    tiles, segments = tiles_of(memory, x)
+    segments = tl.where(is_asked_by_rows(need), segments, 1)
+    conclude(memory, work, x, views_of(memory, x, tiles, segments), segments, need, True)
 
 
 @triton.jit
@@ -507,7 +582,7 @@ def share_nothing(memory, work, x):
 
 
 @triton.jit
-def sum_rows(memory, work, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
+def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
     """Per row p.g, g.g, p.p and what the test makes of them; the sums of the tile. With SHARE p.u too, if needed."""
     where = locate(memory[TABLE], work[OWNERS], tile)
     x = where[0]
@@ -517,6 +592,7 @@ def sum_rows(memory, work, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
     group = tl.load(entry + GROUP)
     delta = scalar(work, group, DELTA)
     eps = scalar(work, group, EPS)
+    lowest = tl.full((), float("inf"), tl.float64)
     limit = tl.full((), 0.0, tl.float64)
     largest = limit
     pg = limit
@@ -540,6 +616,7 @@ def sum_rows(memory, work, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
         pg = tl.sum(pgs).to(tl.float64)
         gg = tl.sum(ggs).to(tl.float64)
         pp = tl.sum(pps).to(tl.float64)
+        lowest = tl.minimum(gg, pp)
         limit, largest = compare(pg, gg, pp, delta, eps, cols_here)
         if SHARE:
             pu = tl.sum(pus).to(tl.float64)
@@ -556,6 +633,8 @@ def sum_rows(memory, work, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
             pgs = tl.sum(p * g, axis=1)
             ggs = tl.sum(g * g, axis=1)
             pps = tl.sum(p * p, axis=1)
+            if least_square(eps) >= 0:
+                lowest = tl.min(tl.where(live, tl.minimum(ggs, pps), float("inf"))).to(tl.float64)
             limits, cosines = compare(pgs, ggs, pps, delta, eps, cols_here)
             limit = tl.min(tl.where(live, limits, float("inf"))).to(tl.float64)
             largest = tl.max(tl.where(live, cosines, 0.0)).to(tl.float64)
@@ -574,6 +653,7 @@ def sum_rows(memory, work, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
     tl.store(sums + PP, pp)
     if SHARE:
         tl.store(sums + PU, pu)
+    mark(work, epoch, x, left_float32(pp + gg + tl.abs(pg) + tl.abs(pu), lowest, least_square(eps), S), MEASURE_LEFT, S)
 
 
 @triton.jit
@@ -676,14 +756,14 @@ def conclude(memory, work, x, views, segments, need, SHARE: tl.constexpr):
 
 
 @triton.jit
-def square(memory, work, first, n, S: tl.constexpr, SHARE: tl.constexpr):
+def square(memory, work, epoch, first, n, S: tl.constexpr, SHARE: tl.constexpr):
     """g.g of each of n tiles. Reads g: 4 bytes per float32 element."""
     for tile in tl.range(first, first + n, disable_licm=True):
-        square_of_tile(memory, work, tile, S, SHARE)
+        square_of_tile(memory, work, epoch, tile, S, SHARE)
 
 
 @triton.jit
-def square_of_tile(memory, work, tile, S: tl.constexpr, SHARE: tl.constexpr):
+def square_of_tile(memory, work, epoch, tile, S: tl.constexpr, SHARE: tl.constexpr):
     where = locate(memory[TABLE], work[OWNERS], tile)
     n = where[3] * where[4]
     ggs = tl.zeros((S.tile,), S.number)
@@ -700,6 +780,8 @@ def square_of_tile(memory, work, tile, S: tl.constexpr, SHARE: tl.constexpr):
             g = measured_gradient(memory, work, where, e, e < n, S, SHARE)
             gg += tl.sum(g * g).to(tl.float64)
     tl.store(work[TILE_SUMS] + tile * SUMS + GG, gg)
+    # A norm that is too small for float32's squares scales nothing: clipping adds 1e-6 to it.
+    mark(work, epoch, where[0], left_float32(gg, gg, -1.0, S), MEASURE_LEFT, S)
 
 
 @triton.jit
@@ -721,20 +803,32 @@ def dot(memory, work, epoch, first, n, S: tl.constexpr, WAIT: tl.constexpr):
     x = tl.load(work[OWNERS] + first).to(tl.int64)
     counters = work[COUNTS] + x * COUNTERS
     decision = decide(memory, work, epoch, x, S, WAIT)
-    if decision != NONE:
+    if (decision != NONE) & (is_marked(work, epoch, x, MEASURE_LEFT, S) == 0):
         tiles, segments = tiles_of(memory, x)
         if is_wide(decision, tiles, segments) & (is_given(memory, x, decision, S) == 0):
-            for tile in tl.range(first, first + n, disable_licm=True):
-                where = locate(memory[TABLE], work[OWNERS], tile)
-                pu, pp = dot_of_tile(memory, work, where, S)
-                sums = work[TILE_SUMS] + tile * SUMS
-                tl.store(sums + PU, pu)
-                tl.store(sums + PP, pp)
+            dot_tiles(memory, work, epoch, first, n, S)
             if count(counters + DOTTED, epoch, n) == tiles:
-                if decision == LAYER:
-                    c = view_projection(memory, work, x, 0, tiles)
-                    tl.store(work[FOUND] + x * FINDINGS + LAYER_PROJECTION, c)
+                conclude_dot(memory, work, x, tiles, decision)
                 announce(counters + PROJECTION_KNOWN, epoch)
+
+
+@triton.jit
+def dot_tiles(memory, work, epoch, first, n, S: tl.constexpr):
+    for tile in tl.range(first, first + n, disable_licm=True):
+        where = locate(memory[TABLE], work[OWNERS], tile)
+        pu, pp = dot_of_tile(memory, work, where, S)
+        sums = work[TILE_SUMS] + tile * SUMS
+        tl.store(sums + PU, pu)
+        tl.store(sums + PP, pp)
+        left = left_float32(pp + tl.abs(pu), pp, least_square(eps_of(memory, work, where[0])), S)
+        mark(work, epoch, where[0], left, DOT_LEFT, S)
+
+
+@triton.jit
+def conclude_dot(memory, work, x, tiles, decision):
+    if decision == LAYER:
+        c = view_projection(memory, work, x, 0, tiles)
+        tl.store(work[FOUND] + x * FINDINGS + LAYER_PROJECTION, c)
 
 
 @triton.jit
@@ -773,25 +867,31 @@ def update(memory, work, epoch, first, n, S: tl.constexpr, WAIT: tl.constexpr):
     """The step of n tiles. Reads p g m v, writes p m v: 28 bytes per float32 element."""
     x = tl.load(work[OWNERS] + first).to(tl.int64)
     decision = decide(memory, work, epoch, x, S, WAIT)
-    if WAIT & (decision != NONE):
+    left = is_marked(work, epoch, x, MEASURE_LEFT, S)
+    if (decision != NONE) & (left == 0):
         tiles, segments = tiles_of(memory, x)
         if is_wide(decision, tiles, segments) & (is_given(memory, x, decision, S) == 0):
-            wait(work[COUNTS] + x * COUNTERS + PROJECTION_KNOWN, epoch)
-    for tile in tl.range(first, first + n, disable_licm=True):
-        update_tile(memory, work, tile, decision, S)
+            if WAIT:
+                wait(work[COUNTS] + x * COUNTERS + PROJECTION_KNOWN, epoch)
+            left = is_marked(work, epoch, x, DOT_LEFT, S)
+    if left == 0:
+        for tile in tl.range(first, first + n, disable_licm=True):
+            update_tile(memory, work, epoch, tile, decision, S)
 
 
 @triton.jit
-def update_tile(memory, work, tile, decision, S: tl.constexpr):
+def update_tile(memory, work, epoch, tile, decision, S: tl.constexpr):
+    """Moves the tile; or marks it, if the squares of a view within it have left float32."""
     where = locate(memory[TABLE], work[OWNERS], tile)
     x = where[0]
     given = is_given(memory, x, decision, S)
     rows_here = where[3]
     cols_here = where[4]
     entry = memory[TABLE] + x * COLUMNS
-    eps = scalar(work, tl.load(entry + GROUP), EPS)
+    eps = eps_of(memory, work, x)
     c = tl.full((), 0.0, tl.float64)
     by_rows = decision != decision
+    left = by_rows
     if (decision != NONE) | given:
         tiles, segments = tiles_of(memory, x)
         by_rows = ((decision == CHANNEL) | given) & (cols_here <= S.tile) & (segments == 1)
@@ -805,20 +905,28 @@ def update_tile(memory, work, tile, decision, S: tl.constexpr):
                 c = view_projection(memory, work, x, begin, segments)
         elif by_rows == 0:  # the tile is the view: a parameter of one tile, or one wide row
             pu, pp = dot_of_tile(memory, work, where, S)
+            left = left_float32(pp + tl.abs(pu), pp, least_square(eps), S)
             c = projection(pu, pp, eps)
     if by_rows:
         for log_cols in tl.static_range(NARROWEST, S.log_tile + WIDTH_STEP, WIDTH_STEP):
             if fits(cols_here, log_cols):
                 e, mask = rows_of_block(where, min(ONE << log_cols, S.tile), S)
                 p, m, v, u = momentum_update(memory, work, where, e, mask, S)
+                pu = tl.sum(p * u, axis=1)
+                pp = tl.sum(p * p, axis=1)
+                row = tl.arange(0, S.tile // min(ONE << log_cols, S.tile))
+                if S.number == tl.float32:
+                    least = least_square(eps).to(S.number)
+                    rows_left = left_float32(pp + tl.abs(pu), pp, least, S) & (row < rows_here) & (given == 0)
+                    left = tl.max(rows_left.to(tl.int32)) != 0
                 # A row outside the tile divides 0 by eps^2, or by 0: what it holds is masked.
-                row_c = projection(tl.sum(p * u, axis=1), tl.sum(p * p, axis=1), eps.to(S.number))
+                row_c = projection(pu, pp, eps.to(S.number))
                 if given:
-                    row = tl.arange(0, S.tile // min(ONE << log_cols, S.tile))
                     row_c = given_projection(work, x, where[1] + row, row < rows_here).to(S.number)
-                store(memory, work, where, e, mask, p, m, v, u, row_c[:, None], decision, S)
+                if left == 0:
+                    store(memory, work, where, e, mask, p, m, v, u, row_c[:, None], decision, S)
     else:
-        n = rows_here * cols_here
+        n = tl.where(left, 0, rows_here * cols_here)
         for start in range(0, n, S.tile):
             e, mask = elements(where, start, S)
             p, m, v, u = momentum_update(memory, work, where, e, mask, S)
@@ -830,5 +938,53 @@ def update_tile(memory, work, tile, decision, S: tl.constexpr):
                 e = whole + tl.arange(0, VECTOR)
                 p, m, v, u = momentum_update(memory, work, where, e, e < n, S)
                 store(memory, work, where, e, e < n, p, m, v, u, c.to(S.number), decision, S)
+    if S.number == tl.float32:
+        mark(work, epoch, x, left, TILES_LEFT, S)
+        tl.store(work[TILE_SUMS] + tile * SUMS + LIMIT, -epoch.to(tl.float64), left)
     if tile == tl.load(entry + FIRST_TILE):
         report(memory, work, x, decision, S)
+
+
+@triton.jit
+def redo(memory, work, epoch, x, S: tl.constexpr):
+    """The step of a parameter, or of its tiles, that this epoch's stages have left. S.number is float64.
+
+    One program does it all, one stage after the other: this is slow, and rare.
+    """
+    counters = work[COUNTS] + x * COUNTERS
+    measure_left = tl.load(counters + MEASURE_LEFT) == epoch
+    whole = measure_left | (tl.load(counters + DOT_LEFT) == epoch)
+    if whole | (tl.load(counters + TILES_LEFT) == epoch):
+        first = tl.load(memory[TABLE] + x * COLUMNS + FIRST_TILE).to(tl.int32)
+        tiles, segments = tiles_of(memory, x)
+        n = tiles.to(tl.int32)
+        if measure_left:
+            for tile in tl.range(first, first + n, disable_licm=True):
+                sum_rows(memory, work, epoch, tile, 0, S, False)
+            tl.debug_barrier()
+            conclude(memory, work, x, views_of(memory, x, tiles, segments), segments, 0, False)
+            tl.debug_barrier()
+        decision = decide(memory, work, epoch, x, S, False)
+        if whole & is_wide(decision, tiles, segments) & (is_given(memory, x, decision, S) == 0):
+            dot_tiles(memory, work, epoch, first, n, S)
+            tl.debug_barrier()
+            conclude_dot(memory, work, x, tiles, decision)
+            tl.debug_barrier()
+        for tile in tl.range(first, first + n, disable_licm=True):
+            if whole | (tl.load(work[TILE_SUMS] + tile * SUMS + LIMIT) == -epoch.to(tl.float64)):
+                update_tile(memory, work, epoch, tile, decision, S)
+
+
+@triton.jit
+def redo_ahead(memory, work, epoch, x, S: tl.constexpr):
+    """What ranks are told of a parameter, or the squares for the norm, if sums have left float32. See :func:`redo`."""
+    if tl.load(work[COUNTS] + x * COUNTERS + MEASURE_LEFT) == epoch:
+        first = tl.load(memory[TABLE] + x * COLUMNS + FIRST_TILE).to(tl.int32)
+        n = tl.load(memory[TABLE] + x * COLUMNS + TILES).to(tl.int32)
+        if S.shared:
+            need = tl.load(part(work, x, NEED, tl.uint8)).to(tl.int32)
+            share_tiles(memory, work, epoch, first, n, need, S)
+            tl.debug_barrier()
+            conclude_shares(memory, work, x, need)
+        else:
+            square(memory, work, epoch, first, n, S, False)

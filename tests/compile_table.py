@@ -98,7 +98,8 @@ def variants() -> list[Variant]:
     if os.environ.get("FUSED_ADAMP_VARIANTS") == "few":
         remainder: dict[str, Any] = {"dtypes": ("bf16", "bf16", "fp32"), "rounding": "remainder"}
         found = [Variant(kernel, **more) for kernel in ("measure", "dot", "update") for more in ({}, remainder)]
-        return [*found, Variant("one_pass"), Variant("dot", layout="FLAT"), Variant("dot", "gfx942")]
+        found += [Variant("one_pass"), Variant("dot", layout="FLAT"), Variant("dot", "gfx942")]
+        return [*found, Variant("redo"), Variant("redo_ahead", shared=True)]
     found = [Variant(kernel, target) for target in TARGETS for kernel in KERNELS]
     for kernel in KERNELS:
         found += [Variant(kernel, layout=layout) for layout in ("FLAT", "STRIDED")]
@@ -122,6 +123,12 @@ def variants() -> list[Variant]:
         found += [Variant(kernel, dtypes=(dtype, dtype, dtype), shared=True) for dtype in ("bf16", "fp64")]
         found += [Variant(kernel, dtypes=("bf16", "bf16", "fp32"), rounding="remainder", shared=True)]
     found += [Variant("update", dtypes=("bf16", "bf16", "bf16"), rounding="stochastic", shared=True)]
+    for kernel in ("redo", "redo_ahead"):
+        found += [Variant(kernel, target) for target in TARGETS]
+        found += [Variant(kernel, layout=layout) for layout in ("FLAT", "STRIDED")]
+        found += [Variant(kernel, shared=True)]
+    found += [Variant("redo", dtypes=("bf16",) * 3, rounding="stochastic")]
+    found += [Variant("redo", dtypes=("bf16", "bf16", "fp32"), rounding="remainder", shared=True)]
     return found
 
 
@@ -197,9 +204,10 @@ def make_spec(variant: Variant) -> Any:
     adaptive, buffer = RULES[variant.rule]
     p, g, state = (DTYPES[dtype] for dtype in variant.dtypes)
     layout = getattr(tiles, variant.layout).value
-    return backend.make_spec(
+    spec = backend.make_spec(
         p, g, state, layout, adaptive=adaptive, buffer=buffer, rounding=variant.rounding, shared=variant.shared
     )
+    return backend.in_float64(spec) if variant.kernel.startswith("redo") else spec
 
 
 def compile_variant(variant: Variant) -> Row:

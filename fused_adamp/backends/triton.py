@@ -1,5 +1,7 @@
 """The Triton backend: kernels/ over a bucket, one launch (one pass) or three (split), and two more where ranks share.
 
+One more follows each of these, of float32 math: it does again, in float64, what has left float32's range.
+
 What a kernel reads besides the tensors stays on the device between steps and is uploaded again only when it changed:
 the addresses when a tensor moved, the hyperparameters when one has another value. Nothing here waits for the device.
 
@@ -736,6 +738,13 @@ def make_spec(
     return Spec(types[p], types[g], types[state], number, *map(tl.constexpr, flags))
 
 
+def in_float64(spec: Any) -> Any:
+    """The same tensors, with the math in float64."""
+    import triton.language as tl
+
+    return spec._replace(number=tl.float64)
+
+
 def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
     """How a kernel of plans.py is compiled, besides what the spec says; for ``"cuda"`` or ``"hip"``.
 
@@ -801,32 +810,46 @@ def _square_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
     from fused_adamp.kernels import plans
 
     jobs = _jobs_ahead(batch, tables, launch)
-    return [_run(plans.measure_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)]
+    run = _run(plans.measure_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
+    return [run, *_redo_runs(plans.redo_ahead_kernel, batch, tables, launch)]
 
 
 def _share_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
     from fused_adamp.kernels import plans
 
     prepare = [launch.jobs[0][: launch.blocks]] if launch.spec.adaptive.value else []
-    return [
+    runs = [
         _run(plans.share_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
         for jobs in (*prepare, _jobs_ahead(batch, tables, launch))
     ]
+    return runs + _redo_runs(plans.redo_ahead_kernel, batch, tables, launch)
 
 
 def _step_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
     from fused_adamp.kernels import plans
 
+    redo = _redo_runs(plans.redo_kernel, batch, tables, launch)
     if launch.plan == "one_pass":
         (jobs,) = launch.jobs
         arguments = (*_arguments(batch, tables, launch, jobs), len(jobs), launch.blocks)
-        return [_run(plans.one_pass_kernel, min(len(jobs), _programs(tables.device)), arguments, launch.spec)]
+        programs = min(len(jobs), _programs(tables.device))
+        return [_run(plans.one_pass_kernel, programs, arguments, launch.spec), *redo]
     kernels = plans.measure_kernel, plans.dot_kernel, plans.update_kernel
-    return [
+    runs = [
         _run(kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
         for kernel, jobs in zip(kernels, launch.jobs, strict=True)
         if len(jobs)
     ]
+    return runs + redo
+
+
+def _redo_runs(kernel: Any, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
+    """What does again what has left float32's range: nothing, where the math is in float64 as it is."""
+    spec = in_float64(launch.spec)
+    if spec == launch.spec:
+        return []
+    arguments = _arguments(batch, tables, launch, launch.active)  # of jobs there are none
+    return [_run(kernel, len(launch.active), arguments, spec)]
 
 
 def _arguments(batch: Batch, tables: Tables, launch: Launch, jobs: Tensor) -> tuple[Any, ...]:
