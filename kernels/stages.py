@@ -582,6 +582,24 @@ def share_nothing(memory, work, x):
 
 
 @triton.jit
+def four_sums(a, b, c, d, AXIS: tl.constexpr):
+    """Each one's sums along an axis, by one reduction: its barriers are most of what a reduction costs."""
+    ab, cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=AXIS))
+    a, b = tl.split(ab)
+    c, d = tl.split(cd)
+    if AXIS == 0:
+        return a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
+    return a, b, c, d
+
+
+@triton.jit
+def least_and_largest(a, b):
+    """The least of a and the largest of b, by one reduction."""
+    a, b = tl.split(tl.max(tl.join(-a, b), axis=0))
+    return -a.to(tl.float64), b.to(tl.float64)
+
+
+@triton.jit
 def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
     """Per row p.g, g.g, p.p and what the test makes of them; the sums of the tile. With SHARE p.u too, if needed."""
     where = locate(memory[TABLE], work[OWNERS], tile)
@@ -613,13 +631,10 @@ def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constex
             pgs = tl.fma(p, g, pgs)
             ggs = tl.fma(g, g, ggs)
             pps = tl.fma(p, p, pps)
-        pg = tl.sum(pgs).to(tl.float64)
-        gg = tl.sum(ggs).to(tl.float64)
-        pp = tl.sum(pps).to(tl.float64)
+        pg, gg, pp, pu = four_sums(pgs, ggs, pps, pus, 0)
         lowest = tl.minimum(gg, pp)
         limit, largest = compare(pg, gg, pp, delta, eps, cols_here)
         if SHARE:
-            pu = tl.sum(pus).to(tl.float64)
             share_rows(memory, work, x, where[1], cols_here == tl.load(entry + COLS), need, pg, gg, pp, pu)
     for log_cols in tl.static_range(NARROWEST, S.log_tile + WIDTH_STEP, WIDTH_STEP):
         if (cols_here <= S.tile) & fits(cols_here, log_cols):
@@ -628,21 +643,16 @@ def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constex
             g = measured_gradient(memory, work, where, e, mask, S, SHARE)
             row = tl.arange(0, S.tile // min(ONE << log_cols, S.tile))
             live = row < rows_here
+            pus = tl.zeros_like(p)
             if SHARE:
-                pus = tl.sum(products(memory, work, where, e, mask, p, g, need, S), axis=1)
-            pgs = tl.sum(p * g, axis=1)
-            ggs = tl.sum(g * g, axis=1)
-            pps = tl.sum(p * p, axis=1)
+                pus = products(memory, work, where, e, mask, p, g, need, S)
+            pgs, ggs, pps, pus = four_sums(p * g, g * g, p * p, pus, 1)
             if least_square(eps) >= 0:
                 lowest = tl.min(tl.where(live, tl.minimum(ggs, pps), float("inf"))).to(tl.float64)
             limits, cosines = compare(pgs, ggs, pps, delta, eps, cols_here)
-            limit = tl.min(tl.where(live, limits, float("inf"))).to(tl.float64)
-            largest = tl.max(tl.where(live, cosines, 0.0)).to(tl.float64)
-            pg = tl.sum(pgs).to(tl.float64)
-            gg = tl.sum(ggs).to(tl.float64)
-            pp = tl.sum(pps).to(tl.float64)
+            limit, largest = least_and_largest(tl.where(live, limits, float("inf")), tl.where(live, cosines, 0.0))
+            pg, gg, pp, pu = four_sums(pgs, ggs, pps, pus, 0)
             if SHARE:
-                pu = tl.sum(pus).to(tl.float64)
                 live &= cols_here == tl.load(entry + COLS)
                 share_rows(memory, work, x, where[1] + row, live, need, pgs, ggs, pps, pus)
     sums = work[TILE_SUMS] + tile * SUMS
