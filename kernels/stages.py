@@ -587,9 +587,14 @@ def four_sums(a, b, c, d, AXIS: tl.constexpr):
     ab, cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=AXIS))
     a, b = tl.split(ab)
     c, d = tl.split(cd)
-    if AXIS == 0:
-        return a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
     return a, b, c, d
+
+
+@triton.jit
+def four_totals(a, b, c, d):
+    """Each one's sum of all elements."""
+    a, b, c, d = four_sums(a, b, c, d, 0)
+    return a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
 
 
 @triton.jit
@@ -631,7 +636,7 @@ def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constex
             pgs = tl.fma(p, g, pgs)
             ggs = tl.fma(g, g, ggs)
             pps = tl.fma(p, p, pps)
-        pg, gg, pp, pu = four_sums(pgs, ggs, pps, pus, 0)
+        pg, gg, pp, pu = four_totals(pgs, ggs, pps, pus)
         lowest = tl.minimum(gg, pp)
         limit, largest = compare(pg, gg, pp, delta, eps, cols_here)
         if SHARE:
@@ -651,7 +656,7 @@ def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constex
                 lowest = tl.min(tl.where(live, tl.minimum(ggs, pps), float("inf"))).to(tl.float64)
             limits, cosines = compare(pgs, ggs, pps, delta, eps, cols_here)
             limit, largest = least_and_largest(tl.where(live, limits, float("inf")), tl.where(live, cosines, 0.0))
-            pg, gg, pp, pu = four_sums(pgs, ggs, pps, pus, 0)
+            pg, gg, pp, pu = four_totals(pgs, ggs, pps, pus)
             if SHARE:
                 live &= cols_here == tl.load(entry + COLS)
                 share_rows(memory, work, x, where[1] + row, live, need, pgs, ggs, pps, pus)
@@ -922,8 +927,7 @@ def update_tile(memory, work, epoch, tile, decision, S: tl.constexpr):
             if fits(cols_here, log_cols):
                 e, mask = rows_of_block(where, min(ONE << log_cols, S.tile), S)
                 p, m, v, u = momentum_update(memory, work, where, e, mask, S)
-                pu = tl.sum(p * u, axis=1)
-                pp = tl.sum(p * p, axis=1)
+                pu, pp = tl.split(tl.sum(tl.join(p * u, p * p), axis=1))
                 row = tl.arange(0, S.tile // min(ONE << log_cols, S.tile))
                 if S.number == tl.float32:
                     least = least_square(eps).to(S.number)
