@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from decode import Instruction
 
-__all__ = ["CACHE", "Finding", "Kernel", "Memory", "Outcome", "unavailable"]
+__all__ = ["CACHE", "Finding", "Kernel", "Memory", "Outcome", "cache_folder", "unavailable"]
 
 CACHE = "PTX_EMULATOR_CACHE"
 """Environment variable that names the folder of compiled machines; else one in the user's cache folder."""
@@ -67,7 +67,8 @@ def unavailable() -> str | None:
     return None if shutil.which("g++") else "g++ is missing, which compiles the emulator: apt install g++"
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where compiled machines are kept, and what is compiled for them."""
     if CACHE in os.environ:
         return Path(os.environ[CACHE])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_adamp" / "ptx"
@@ -101,7 +102,7 @@ def _library() -> ctypes.CDLL:
     key = hashlib.sha256("\0".join([version, _processor(), *options]).encode())
     for header in headers:
         key.update(header.read_bytes())
-    path = _cache_folder() / f"machine-{key.hexdigest()[:16]}.so"
+    path = cache_folder() / f"machine-{key.hexdigest()[:16]}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")

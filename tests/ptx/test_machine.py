@@ -6,6 +6,7 @@ import math
 from itertools import product
 
 import compiler
+import emulator
 import pytest
 import torch
 from emulator import POLICIES, Kernel, Memory, Outcome
@@ -248,6 +249,11 @@ def test_bytes_between_elements_are_out_of_bounds() -> None:
 def test_a_kernel_that_does_not_end() -> None:
     text = ".visible .entry loop()\n{\nforever:\nbra forever;\n}"
     assert Kernel(text).launch((1,), [], Memory(), limit=1000).kinds == {"too long"}
+
+
+def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert "g++ is missing" in str(emulator.unavailable())
 
 
 def test_bad_launches() -> None:

@@ -1,0 +1,45 @@
+"""Runs steps_in_emulator.py under each plan."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fused_adamp.backends import triton
+
+pytestmark = pytest.mark.skipif(triton.load() is not None, reason=f"{triton.load()}; no compiled kernel was run")
+
+FILE = Path(__file__).with_name("steps_in_emulator.py")
+
+
+PLANS = ["one_pass", "split"]
+
+
+@pytest.fixture(scope="module")
+def sessions() -> dict[str, tuple[int, str]]:
+    """Per plan, pytest's exit status and output. The plans run side by side."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    runs = {
+        plan: subprocess.Popen(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FILE)],
+            env=environment | {triton.PLAN: plan},
+            cwd=FILE.parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for plan in PLANS
+    }
+    outputs = {plan: run.communicate()[0] for plan, run in runs.items()}
+    return {plan: (run.returncode, outputs[plan]) for plan, run in runs.items()}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_compiled_kernels_in_the_emulator(plan: str, sessions: dict[str, tuple[int, str]]) -> None:
+    status, output = sessions[plan]
+    assert status == 0, output
+    assert " passed" in output, output
