@@ -345,14 +345,16 @@ def as_float(f: Format, bits: int) -> float:
 
 
 def reals(f: Format, count: int) -> Sequence[tuple[int, ...]]:
-    """Cases of ``count`` numbers: pairs of the samples, random bits, and sums that nearly cancel."""
+    """Cases of ``count`` numbers: of the samples and random bits, and for three also sums that nearly cancel."""
     chance = random.Random(f.width + count)
     drawn = [chance.getrandbits(f.width) for _ in range(8)]
     samples = exact.samples(f, drawn)
     if count == 1:
         return [(x,) for x in samples] + [(chance.getrandbits(f.width),) for _ in range(300)]
     if count == 2:
-        return list(product(samples, repeat=2))
+        core = [0, 1, f.normal, f.round(Fraction(1), "rn"), f.infinity, f.nan]
+        core += [x | f.sign for x in core]
+        return [*product(core, repeat=2), *chance.sample(list(product(samples, repeat=2)), 1200)]
     cases = [tuple(chance.choice(samples) for _ in range(3)) for _ in range(1000)]
     for _ in range(500):
         a, b = (f.round(Fraction(chance.uniform(-2, 2)), "rn") for _ in range(2))

@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulator
 import pytest
 
 from fused_adamp.backends import triton
 
-pytestmark = pytest.mark.skipif(triton.load() is not None, reason=f"{triton.load()}; no compiled kernel was run")
+REASON = emulator.unavailable() or triton.load()
+pytestmark = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; no compiled kernel was run")
 
 FILE = Path(__file__).with_name("steps_in_emulator.py")
 
