@@ -1,4 +1,4 @@
-"""Runs steps_in_emulator.py under each plan."""
+"""Runs emulated_steps.py under each plan."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fused_adamp.backends import triton
 REASON = emulator.unavailable() or triton.load()
 pytestmark = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; no compiled kernel was run")
 
-FILE = Path(__file__).with_name("steps_in_emulator.py")
+FILE = Path(__file__).with_name("emulated_steps.py")
 
 
 PLANS = ["one_pass", "split"]

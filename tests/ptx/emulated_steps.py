@@ -1,8 +1,8 @@
 """Steps of the Triton backend whose kernels, compiled for sm_90, run in the emulator. Compared with the reference.
 
-test_steps.py runs this file under each plan in a process of its own, since another may interpret the kernels. By hand:
+test_emulated.py runs this file under each plan in a process of its own, since another may interpret the kernels. By hand:
 
-    FUSED_ADAMP_PLAN=one_pass python -m pytest tests/ptx/steps_in_emulator.py
+    FUSED_ADAMP_PLAN=one_pass python -m pytest tests/ptx/emulated_steps.py
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ MODEL = (
 )
 """Each decision, of one tile and of several. All are aligned, so that one kernel a stage has to be compiled."""
 STEPS = 2
-KERNELS = {"one_pass": {"one_pass_kernel"}, "split": {"measure_kernel", "dot_kernel", "update_kernel"}}
+KERNELS = {
+    "one_pass": {"one_pass_kernel", "redo_kernel"},
+    "split": {"measure_kernel", "dot_kernel", "update_kernel", "redo_kernel"},
+}
 
 
 @pytest.fixture(autouse=True)
