@@ -122,7 +122,7 @@ def update_kernel(
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     if tl.load(found_inf) == 0:
         job = jobs + tl.program_id(0) * 3
-        update(memory, work, epoch, tl.load(job + 1), tl.load(job + 2), S, False)
+        update(memory, work, epoch + tl.load(replays), tl.load(job + 1), tl.load(job + 2), S, False)
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active", "n_jobs", "n_blocks"])
