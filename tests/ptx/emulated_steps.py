@@ -1,41 +1,45 @@
 """Steps of the Triton backend whose kernels, compiled for sm_90, run in the emulator. Compared with the reference.
 
-test_emulated.py runs this file under each plan in a process of its own, since another may interpret the kernels. By hand:
+test_emulated.py runs this file and those beside it under each plan, in a process of its own. By hand:
 
-    FUSED_ADAMP_PLAN=one_pass python -m pytest tests/ptx/emulated_steps.py
+    FUSED_ADAMP_PLAN=split python -m pytest tests/ptx/emulated_steps.py
+    FUSED_ADAMP_PLAN=split python -m pytest -m "" tests/ptx/emulated_steps.py     # takes its time
 """
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
+import math
+from typing import Any
 
 import pytest
 import torch
-from harness import Harness, Schedule, unavailable
+from harness import Harness, Schedule
+from models import (
+    ADAMP,
+    MODEL,
+    PLAN,
+    SGDP_,
+    TILE,
+    Shapes,
+    assert_same,
+    every_alignment,
+    exhaustive,
+    grad_of,
+    model,
+    pair,
+    params_of,
+    tensors,
+    usual_under,
+)
 from tolerances import assert_close
 from torch.nn import Parameter
 
-from fused_adamp import AdamP
-from fused_adamp.backends import triton
+from fused_adamp import SGDP, AdamP
 from fused_adamp.reference import Decision
 from fused_adamp.verify import make_gradient
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+pytestmark = pytest.mark.usefixtures("emulated")
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"{unavailable()}; no compiled kernel was run")
-
-PLAN = os.environ.get(triton.PLAN) or "one_pass"
-TILE = 1 << triton._LOG_TILE
-MODEL = (
-    ((24, 16), Decision.CHANNEL),
-    ((40, 136), Decision.LAYER),
-    ((16, 16), Decision.NONE),
-    ((300,), Decision.NONE),
-    ((2, TILE + 8), Decision.CHANNEL),
-)
-"""Each decision, of one tile and of several. All are aligned, so that one kernel a stage has to be compiled."""
 STEPS = 2
 KERNELS = {
     "one_pass": {"one_pass_kernel", "redo_kernel"},
@@ -43,18 +47,11 @@ KERNELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(triton.PLAN, PLAN)
-        yield
-
-
 def steps(harness: Harness, count: int) -> None:
-    """Steps a model in the emulator and in the reference, and compares weights, state and decisions after each step."""
+    """Steps the model in the emulator and in the reference, and compares all of it after each step."""
     generator = torch.Generator().manual_seed(0)
     values = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape, _ in MODEL]
-    with harness.installed():
+    with harness.installed():  # in the place of the fixture's
         ours, theirs = (
             AdamP([Parameter(v.float()) for v in values], lr=0.1, weight_decay=0.1, backend=name)
             for name in ("triton", "reference")
@@ -107,3 +104,157 @@ def test_kernels_with_weaker_order_are_found(strong: str, weak: str) -> None:
             optimizer.step()
     assert sum(changed) > 0
     assert any(finding.split("\n")[1].strip().startswith("race at") for finding in harness.take())
+
+
+# Scaling and clipping.
+
+
+@every_alignment
+@pytest.mark.parametrize(("make", "options"), [(AdamP, ADAMP), (SGDP, SGDP_)])
+def test_a_clipped_step_equals_the_reference(make: Any, options: Any, whole: Shapes) -> None:
+    ours, theirs = pair(make, model((*whole, ((2, 17 * TILE), Decision.CHANNEL))), **options)
+    ours.found_inf = torch.ones(1)  # makes state and moves nothing: only then do kernels take the norm
+    ours.step()
+    del ours.found_inf
+    for number in range(1 + (make is SGDP)):
+        expected = torch.nn.utils.get_total_norm([p.grad for p in params_of(ours)])
+        norms = [optimizer.clip_grad_norm_(0.5) for optimizer in (ours, theirs)]
+        torch.testing.assert_close(norms[0], expected, rtol=1e-5, atol=0)
+        for optimizer in (ours, theirs):
+            optimizer.step()
+        assert_same(ours, theirs)
+        assert ours.decisions()[params_of(ours)[3]] is Decision.CHANNEL or number > 0
+
+
+@pytest.mark.parametrize("norms", [(2.0,), (2.0, 1.0), (2.0, float("inf"))])
+@pytest.mark.parametrize(
+    "change", ["gradient", "weight", "weight through .data", "delta", "a gradient missing", "nothing"]
+)
+@every_alignment
+def test_a_step_decides_by_what_it_finds(change: str, norms: tuple[float, ...], whole: Shapes) -> None:
+    ours, theirs = pair(AdamP, model(whole[3:6]), **ADAMP)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+        optimizer.clip_grad_norm_(0.5, norms[0])
+        p = params_of(optimizer)[0]
+        if change == "gradient":
+            grad_of(p).copy_(p.detach())
+        elif change == "weight":
+            p.detach().copy_(grad_of(p))
+        elif change == "weight through .data":
+            p.data.copy_(grad_of(p))
+        elif change == "delta":
+            optimizer.param_groups[0]["delta"] = 1e3
+        elif change == "a gradient missing":
+            p.grad = None
+        for norm_type in norms[1:]:
+            optimizer.clip_grad_norm_(0.5, norm_type)
+        optimizer.step()
+    assert_same(ours, theirs)
+
+
+def test_the_norm_leaves_out_what_has_no_gradient_any_more() -> None:
+    optimizer = AdamP(model(MODEL[3:6]), **ADAMP, backend="triton")
+    optimizer.clip_grad_norm_(1.0)
+    params_of(optimizer)[0].grad = None
+    expected = torch.nn.utils.get_total_norm([p.grad for p in params_of(optimizer) if p.grad is not None])
+    torch.testing.assert_close(optimizer.clip_grad_norm_(1.0), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("rounding", [usual_under("one_pass", "nearest"), usual_under("split", "stochastic")])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("cols", [72, pytest.param(65, marks=exhaustive)])
+def test_a_step_on_infinite_gradients_moves_nothing(rounding: str, clip: bool, cols: int) -> None:
+    params = model((MODEL[1], ((17, cols), Decision.CHANNEL), MODEL[5]), torch.bfloat16)
+    optimizer = AdamP(params, **ADAMP, rounding=rounding, backend="triton")
+    optimizer.step()
+    (bucket,) = optimizer.buckets
+    before = [t.clone() for t in (*tensors(optimizer), bucket.decisions, bucket.results)]
+    for found_inf, moves in ((1.0, False), (math.nan, False), (0.0, True)):
+        for p in params:
+            grad_of(p).copy_(torch.randn(p.shape))
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor([4.0]), torch.tensor([found_inf])
+        if clip:
+            optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+        after = [*tensors(optimizer), bucket.decisions, bucket.results]
+        same = [torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(after, before, strict=True)]
+        assert all(same) != moves, (found_inf, same)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [((17, 72), (3, 16), (2, TILE + 8), (1, 2 * TILE)), pytest.param(((17, 65), (3, 9)), marks=exhaustive)],
+    ids=["aligned", "flat"],
+)
+def test_the_scale_decides_where_the_clamp_of_tiny_norms_does(shapes: tuple[tuple[int, ...], ...]) -> None:
+    """Gradients along the weight, so small that eps stands in for their norm until they are scaled up."""
+    seen = set()
+    for factor in (0.0, 1.0, 1e3, 1e6, math.nan):
+        params = model(tuple((shape, Decision.NONE) for shape in shapes))
+        for p in params:
+            p.grad = p.detach() * torch.logspace(-13, -12, p.size(0))[:, None]
+        ours, theirs = pair(SGDP, params, **SGDP_)
+        for optimizer in (ours, theirs):
+            optimizer.grad_scale = torch.tensor([1 / factor if factor else math.inf], dtype=torch.float64)
+            optimizer.step()
+        decisions = list(ours.decisions().values())
+        assert decisions == list(theirs.decisions().values()), factor
+        seen.update(decisions)
+        for a, b in zip(tensors(ours), tensors(theirs), strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, equal_nan=True)
+    assert seen >= {Decision.CHANNEL, Decision.NONE}
+
+
+@every_alignment
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_a_gradient_of_zeros_is_orthogonal_unless_nothing_clamps_its_norm(eps: float, whole: Shapes) -> None:
+    params = model(whole[3:6])
+    for p in params:
+        grad_of(p).zero_()
+    ours, theirs = pair(SGDP, params, **SGDP_, eps=eps)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert list(ours.decisions().values()) == list(theirs.decisions().values())
+    assert set(ours.decisions().values()) == {Decision.CHANNEL if eps else Decision.NONE}
+
+
+# Projections and their report.
+
+
+@pytest.mark.parametrize(("large", "small"), [((33, 72), (4, 16)), pytest.param((33, 65), (4, 9), marks=exhaustive)])
+def test_the_results_are_those_of_tested_parameters(large: tuple[int, int], small: tuple[int, int]) -> None:
+    shapes = (large, (2, TILE + 8), (2, 17 * TILE), (5,), *[small] * 4)
+    params = model(tuple((shape, Decision.NONE) for shape in shapes))
+    grad_of(params[7])[0, 0] = math.nan
+    groups: list[dict[str, Any]] = [{"params": params[:4] + params[7:]}, {"params": params[4:5], "projection": "layer"}]
+    groups += [{"params": params[5:6], "projection": "none"}, {"params": params[6:7], "delta": 0.0}]
+    optimizer = AdamP(groups, **ADAMP, backend="triton")
+    optimizer.step()
+    (bucket,) = optimizer.buckets
+    found = {id(p): row.tolist() for p, row in zip(bucket.params, bucket.results, strict=True)}
+    for i, p in enumerate(params):
+        cosine, norm = found[id(p)]
+        if i in (0, 1, 2):
+            before = model(tuple((shape, Decision.NONE) for shape in shapes))[i].detach().flatten(1).double()
+            g = grad_of(p).flatten(1).double()
+            expected = torch.nn.functional.cosine_similarity(g, before).abs().max() / 0.1 * math.sqrt(g.size(1))
+            assert (cosine, norm) == pytest.approx((expected.item(), before.norm().item()), rel=1e-5)
+        elif i == 7:
+            assert cosine == math.inf
+        else:
+            assert math.isnan(cosine)
+            assert math.isnan(norm)
+    decisions = [optimizer.decisions()[p] for p in params[4:]]
+    assert decisions == [Decision.LAYER, Decision.NONE, Decision.NONE, Decision.NONE]
+
+
+@exhaustive
+def test_moments_of_two_dtypes_are_given_one() -> None:
+    ours, theirs = pair(AdamP, model(MODEL[3:5]), **ADAMP)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+        for p in params_of(optimizer):
+            optimizer.state[p]["exp_avg"] = optimizer.state[p]["exp_avg"].double()
+        optimizer.step()
+    assert_same(ours, theirs)

@@ -21,7 +21,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from decode import LANES, Constant, Module
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from decode import Instruction
 
-__all__ = ["CACHE", "Finding", "Kernel", "Memory", "Outcome", "cache_folder", "unavailable"]
+__all__ = ["CACHE", "Finding", "Kernel", "Memory", "Outcome", "Traffic", "cache_folder", "unavailable"]
 
 CACHE = "PTX_EMULATOR_CACHE"
 """Environment variable that names the folder of compiled machines; else one in the user's cache folder."""
@@ -58,7 +58,7 @@ POLICIES = {"in order": 0, "by chance": 1, "priorities": 2}
 _NONE = -(1 << 31)
 _SLOTS = 12
 _INSTRUCTION = struct.Struct("<HBB4B4BB3x12B12iii4xq")  # isa.h, Instruction
-_OPTIONS = struct.Struct("<3I3Iiiiii4x2Q")  # isa.h, Options
+_OPTIONS = struct.Struct("<3I3Iiiiiii2Q")  # isa.h, Options
 _MOST_CTAS, _MOST_THREADS = (1 << 16) - 2, 1024
 
 
@@ -177,6 +177,23 @@ class Finding:
         return text
 
 
+class Traffic(NamedTuple):
+    """Bytes and sectors that loads and stores move of a tensor.
+
+    A byte that several lanes of a warp access at once counts once. Caches and atomic operations do not count.
+    """
+
+    loaded: int = 0
+    """Bytes."""
+    stored: int = 0
+    load_sectors: int = 0
+    """Pieces of 32 bytes, which move as a whole."""
+    store_sectors: int = 0
+
+    def plus(self, other: Traffic) -> Traffic:
+        return Traffic(*map(sum, zip(self, other, strict=True)))
+
+
 @dataclass
 class Outcome:
     """What came of a launch. Instructions are counted per warp."""
@@ -193,6 +210,8 @@ class Outcome:
     """By instruction, how many warps executed it."""
     lanes: list[int]
     """By instruction, how many threads executed it."""
+    traffic: dict[str, Traffic]
+    """By the name of a region of memory."""
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.findings)) or "nothing found"
@@ -277,6 +296,7 @@ class Kernel:
         seed: int = 0,
         races: bool = True,
         jitter: int = 0,
+        traffic: bool = False,
         limit: int = 20_000_000_000,
     ) -> Outcome:
         """Runs the kernel to its end, or to what it cannot go on after.
@@ -291,6 +311,7 @@ class Kernel:
             seed: of the turns.
             races: whether to look for races and for uninitialised shared memory.
             jitter: if not 0, the seed of errors of approximate instructions, as large as PTX allows.
+            traffic: whether to count what is moved.
             limit: instructions of warps after which it is too long.
 
         Raises:
@@ -302,7 +323,9 @@ class Kernel:
             count = size[0] * size[1] * size[2]
             if not 1 <= count <= most or min(size) < 1:
                 raise ValueError(f"{self.name}: {size} is {count} {what}, and the machine takes 1 to {most}")
-        options = _OPTIONS.pack(*ctas, *threads, resident, POLICIES[policy], shared, races, jitter, seed, limit)
+        options = _OPTIONS.pack(
+            *ctas, *threads, resident, POLICIES[policy], shared, races, jitter, traffic, seed, limit
+        )
         regions = dict(memory.regions)
         for v in self.module.variables:
             regions[v.address, v.address + v.size] = v.name, 2 if v.size % 4 == 0 else 0, v.writable, None
@@ -316,11 +339,16 @@ class Kernel:
             n = len(self.code)
             executed, lanes, totals = (ctypes.c_uint64 * n)(), (ctypes.c_uint64 * n)(), (ctypes.c_uint64 * 3)()
             library.ptx_counts(machine, executed, lanes, totals)
+            moved: dict[str, Traffic] = {}
+            for (begin, _), (name, *_) in regions.items():
+                numbers = (ctypes.c_uint64 * 4)()
+                library.ptx_traffic(machine, ctypes.c_uint64(begin), numbers)
+                moved[name] = moved.get(name, Traffic()).plus(Traffic(*numbers))
         finally:
             library.ptx_free_machine(machine)
         findings, harmless = ([f for f in found if (f.kind in HARMLESS) == mild] for mild in (False, True))
         instructions, switches, accesses = totals
-        return Outcome(findings, harmless, instructions, switches, accesses, list(executed), list(lanes))
+        return Outcome(findings, harmless, instructions, switches, accesses, list(executed), list(lanes), moved)
 
     def _finding(self, machine: ctypes.c_void_p, n: int) -> Finding:
         numbers = (ctypes.c_int64 * 8)()

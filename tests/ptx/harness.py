@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -55,6 +55,10 @@ class Schedule(NamedTuple):
     """Seed of the errors of approximate instructions, the same for all kernels, since one GPU runs them; 0: none."""
     capability: int = 90
     """For which GPU Triton compiles."""
+    idle_redo: bool = True
+    """Whether a redo kernel is compiled and run that finds no mark of its epoch, and so does nothing."""
+    traffic: bool = False
+    """Whether to count what is moved of each parameter's tensors."""
 
 
 class Harness:
@@ -73,6 +77,8 @@ class Harness:
         self.chance = random.Random(self.schedule.seed)
         self.kernels: dict[Any, Launcher] = {}
         self.launches = self.instructions = self.switches = 0
+        self.traffic: dict[str, emulator.Traffic] = {}
+        """By tensor, as "p[0]"."""
         self.harmless: list[str] = []
         self._findings: list[str] = []
         self._tensors: dict[int, list[tuple[str, torch.Tensor, bool]]] = {}
@@ -147,12 +153,24 @@ class Harness:
     def _run(self, kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> Any:
         key = kernel, spec
         if key not in self.kernels:
-            self.kernels[key] = Launcher(self, kernel, arguments, spec)
+            self.kernels[key] = Launcher(self, kernel, spec)
         return backend._Run(self.kernels[key], grid, (*arguments, spec))
+
+    @staticmethod
+    def _is_marked(arguments: dict[str, Any]) -> bool:
+        """Whether a stage has left something to redo."""
+        from fused_adamp.kernels.stages import DOT_LEFT, MEASURE_LEFT, TILES_LEFT
+
+        marks = arguments["counters"][:, [which.value for which in (MEASURE_LEFT, DOT_LEFT, TILES_LEFT)]]
+        return bool((marks == arguments["epoch"] + arguments["replays"]).any())
 
     def launch(self, it: Launcher, grid: tuple[int, ...], *arguments: Any) -> None:
         """Runs a kernel to its end and keeps what was found."""
         chosen, chance = self.schedule, self.chance
+        named = dict(zip(it.names, arguments, strict=True))
+        if it.name.startswith("redo") and not chosen.idle_redo and not self._is_marked(named):
+            return
+        it.compile(arguments)
         memory = emulator.Memory()
         values: list[int | float | bytes] = []
         for i, (name, argument) in enumerate(zip(it.names, arguments, strict=True)):
@@ -165,8 +183,8 @@ class Harness:
                 values.append(value)
             else:
                 values.append(argument)
-        addresses = arguments[it.names.index("addresses")]
-        for name, tensor, writable in self._tensors[addresses.data_ptr()]:
+        tensors = self._tensors[named["addresses"].data_ptr()]
+        for name, tensor, writable in tensors:
             memory.add(name, tensor, writable=writable)
         scratch = len(it.kernel.module.parameters) - len(values)  # Triton's own, of which there is none
         outcome = it.kernel.launch(
@@ -179,7 +197,11 @@ class Harness:
             policy=chosen.policy or chance.choice(("in order", "by chance", "by chance", "priorities")),
             seed=chance.getrandbits(60),
             jitter=chosen.jitter,
+            traffic=chosen.traffic,
         )
+        for name, _, _ in tensors if chosen.traffic else ():
+            moved = outcome.traffic.get(name, emulator.Traffic())
+            self.traffic[name] = self.traffic.get(name, emulator.Traffic()).plus(moved)
         self.launches += 1
         self.instructions += outcome.instructions
         self.switches += outcome.switches
@@ -187,16 +209,28 @@ class Harness:
         self.harmless += [f"{it.label}\n  {finding}" for finding in outcome.harmless]
 
 
-class Launcher:
-    """A compiled kernel, to be launched as Triton's are: ``launcher[grid](*arguments)``."""
+@cache
+def decoded(ptx: str) -> emulator.Kernel:
+    return emulator.Kernel(ptx)
 
-    def __init__(self, harness: Harness, kernel: Any, arguments: tuple[Any, ...], spec: Any) -> None:
-        compiled = backend.compile_kernel(kernel, arguments, spec)
-        self.harness, self.names = harness, kernel.arg_names
-        self.label = " ".join([kernel.__name__, *(str(getattr(value, "value", value)) for value in spec)])
+
+class Launcher:
+    """A kernel that is compiled when it is launched first, as Triton's are: ``launcher[grid](*arguments)``."""
+
+    def __init__(self, harness: Harness, kernel: Any, spec: Any) -> None:
+        self.harness, self.names, self.name = harness, kernel.arg_names, kernel.__name__
+        self.label = " ".join([self.name, *(str(getattr(value, "value", value)) for value in spec)])
+        self.spec = spec
+        self._source = kernel
+        self._compiled: Any = None
+
+    def compile(self, arguments: tuple[Any, ...]) -> None:
+        if self._compiled is not None:
+            return
+        self._compiled = compiled = backend.compile_kernel(self._source, arguments[:-1], self.spec)
         self.signature, self.attributes = compiled.src.signature, compiled.src.attrs
         self.shared, self.warps = compiled.metadata.shared, compiled.metadata.num_warps
-        self.kernel = emulator.Kernel(harness.transform(kernel.__name__, compiled.asm["ptx"]))
+        self.kernel = decoded(self.harness.transform(self.name, compiled.asm["ptx"]))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self.harness.launch, self, grid)

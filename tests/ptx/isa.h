@@ -91,7 +91,7 @@ struct Instruction {  // emulator.py, _INSTRUCTION
 
 struct Options {  // emulator.py, _OPTIONS
   u32 grid[3], block[3];
-  i32 resident, policy, dynamic_shared, races, jitter, pad;
+  i32 resident, policy, dynamic_shared, races, jitter, traffic;
   u64 seed, limit;
 };
 

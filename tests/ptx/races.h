@@ -53,6 +53,7 @@ struct Region {
   std::string name;
   std::vector<u8> holes;  // by cell, whether it belongs to nobody; empty: none does
   std::vector<Cell> cells;
+  u64 traffic[4] = {};  // bytes loaded and stored, and sectors: runtime.h, count_traffic
 
   // The first cell and the last of an access.
   std::pair<u64, u64> span(u64 address, u32 size) {

@@ -70,6 +70,7 @@ struct Kernel {
 };
 
 constexpr u8 GARBAGE = 0xA5;  // in what was never written
+constexpr u64 SECTOR = 32;    // bytes of memory that move together
 
 class Machine : Arithmetic {
  public:
@@ -430,6 +431,19 @@ class Machine : Arithmetic {
     return at != regions.end() && holds(at->get()) ? last_region = at->get() : nullptr;
   }
 
+  // Bytes and 32-byte sectors that a warp's access moves: what several lanes access counts once. An access is no longer
+  // than a sector and lies in one, since it is aligned.
+  void count_traffic(std::pair<u64, Region*>* begin, std::pair<u64, Region*>* end, u32 size, bool writes) {
+    std::sort(begin, end);
+    u64 last_address = ~0ull, last_sector = ~0ull;
+    for (auto access = begin; access != end; ++access) {
+      auto [address, region] = *access;
+      region->traffic[writes] += address == last_address ? 0 : size;
+      region->traffic[2 + writes] += address / SECTOR != last_sector;
+      last_address = address, last_sector = address / SECTOR;
+    }
+  }
+
   // This process's address of what a lane accesses, or null after a finding. Local memory has no region.
   u8* locate(const Instruction& i, int l, u64 address, u32 size, bool writes, Region*& region) {
     u8 space = i.space;
@@ -624,11 +638,13 @@ class Machine : Arithmetic {
     u64 a[LANES];
     addresses(i, a);
     u32 size = u32(i.n) * i.bytes, checked = 0, spoiled = 0;
+    std::pair<u64, Region*> moved[LANES], *end = moved;
     spend(i);
     for (u32 rest = m; rest; rest &= rest - 1) {
       int l = __builtin_ctz(rest);
       Region* region = nullptr;
       const u8* at = locate(i, l, a[l], size, false, region);
+      if (at && region && region != &c->shadow) *end++ = {u64(at), region};
       u8 bad[32];
       const u8* from = at;
       if (at && region && opt->races && !(checked >> l & 1)) {
@@ -656,6 +672,7 @@ class Machine : Arithmetic {
         acquire(region, at, acquires(i) ? t.extra : t.pending);
       }
     }
+    if (opt->traffic) count_traffic(moved, end, size, false);
     if (i.order != WEAK && chance() & 1) budget = 0;
   }
 
@@ -663,12 +680,14 @@ class Machine : Arithmetic {
     u64 a[LANES];
     addresses(i, a);
     u32 size = u32(i.n) * i.bytes;
+    std::pair<u64, Region*> moved[LANES], *end = moved;
     spend(i);
     for (u32 rest = m; rest; rest &= rest - 1) {
       int l = __builtin_ctz(rest), thread = warp * LANES + l;
       Region* region = nullptr;
       u8* at = locate(i, l, a[l], size, true, region);
       if (!at) continue;
+      if (region && region != &c->shadow) *end++ = {u64(at), region};
       u8 value[32];
       for (int n = 0; n < i.n; ++n) {
         u64 x = lane(i, n, l);
@@ -685,6 +704,7 @@ class Machine : Arithmetic {
       if (releases(i)) release(box, thread);
       else if (i.order != WEAK && c->threads[thread].fenced) messages[box] = *c->threads[thread].fenced;
     }
+    if (opt->traffic) count_traffic(moved, end, size, true);
     if (i.order != WEAK && chance() & 1) budget = 0;
   }
 
@@ -924,7 +944,7 @@ void ptx_free_machine(Machine* machine) { delete machine; }
 void ptx_region(Machine* machine, u64 begin, u64 end, int shift, int writable, const char* name, const u8* holes) {
   std::vector<u8> of_cells;
   if (holes) of_cells.assign(holes, holes + ((end - begin) >> shift));
-  machine->regions.push_back(std::make_unique<Region>(Region{begin, end, shift, bool(writable), name, of_cells, {}}));
+  machine->regions.push_back(std::make_unique<Region>(Region{begin, end, shift, bool(writable), name, of_cells, {}, {}}));
 }
 int ptx_launch(Machine* machine, const Kernel* kernel, const Options* options, const u8* arguments) {
   machine->launch(*kernel, *options, arguments);
@@ -935,6 +955,10 @@ const char* ptx_finding(Machine* machine, int i, i64* numbers) {
   i64 all[] = {f.kind, f.instruction, f.other, f.cta, f.thread, f.other_cta, f.other_thread, i64(f.count)};
   memcpy(numbers, all, sizeof all);
   return f.where.c_str();
+}
+void ptx_traffic(Machine* machine, u64 begin, u64* traffic) {
+  for (auto& region : machine->regions)
+    if (region->begin == begin) memcpy(traffic, region->traffic, sizeof region->traffic);
 }
 void ptx_counts(Machine* machine, u64* executed, u64* lanes, u64* totals) {
   memcpy(executed, machine->executed.data(), 8 * machine->executed.size());
