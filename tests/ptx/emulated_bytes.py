@@ -138,8 +138,8 @@ def measured(harness: Harness, count: Count) -> tuple[Traffic, Decision, int]:
     return moved, made, p.numel()
 
 
-USUAL_UNDER = {"channel, rows of no whole vectors": "one_pass", "bfloat16": "one_pass"}
-USUAL_UNDER |= dict.fromkeys(("remainder", "stochastic"), "split")
+USUAL_UNDER = dict.fromkeys(("channel, rows of no whole vectors", "bfloat16", "remainder"), "one_pass")
+USUAL_UNDER |= {"stochastic": "split"}
 USUAL_UNDER |= {name: "split" for name, count in COUNTS.items() if count.sharing != "LOCAL"}
 """By name, the plan under which a step is counted without being asked for; else under both. Compiling takes time."""
 USUAL_UNDER |= dict.fromkeys(("float32 state", "bfloat16 state", "test, channel"), "")

@@ -242,7 +242,7 @@ def test_a_capture_is_refused_where_it_would_go_wrong(monkeypatch: pytest.Monkey
     optimizer.add_param_group({"params": [late], "capturable": False})
 
 
-@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("clip", [usual_under("split", False), usual_under("split", True)])
 def test_a_replay_does_again_what_has_left_float32(clip: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The epoch of a replay is not the host's: stages mark, and look for marks, under the one on the device."""
     shapes = emulated_range.RANGE_MODEL[1:]

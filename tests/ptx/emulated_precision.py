@@ -28,7 +28,7 @@ STRIDED: Shapes = (((17, 65), Decision.CHANNEL), ((9, 129), Decision.LAYER))
 @pytest.mark.parametrize(
     ("layout", "shapes"),
     [
-        usual_under("split", "contiguous", MODEL, id="aligned"),
+        usual_under("one_pass", "contiguous", MODEL, id="aligned"),
         pytest.param("contiguous", flat(MODEL), marks=exhaustive, id="some flat"),
         pytest.param("transposed", STRIDED, marks=exhaustive, id="transposed"),
     ],

@@ -44,4 +44,5 @@ def test_compiled_kernels_in_the_emulator(plan: str, sessions: dict[str, tuple[i
     print(output)
     assert status == 0, output
     assert " passed" in output, output
+    assert " skipped" not in output, output
     assert "emulated: " in output, output
