@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
     from harness import Harness
 
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (1, 2))]
+MORE_SEEDS = "PTX_SEEDS"
+"""Environment variable with the number of seeds of every usual test, 1 by default. Exhaustive ones have three."""
+USUAL_SEEDS = range(int(os.environ.get(MORE_SEEDS, "1")))
+SEEDS = [*USUAL_SEEDS, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2) if n not in USUAL_SEEDS)]
 counts: Counter[str] = Counter()
 """What all tests have run together."""
 

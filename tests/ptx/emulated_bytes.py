@@ -58,10 +58,10 @@ class Count(NamedTuple):
 
 
 # 32 lanes load 128 bytes, from the middle of a sector on. What is left of one is in the first-level cache for the next.
-FLAT = {"load_use": 0.8, "store_use": 0.8}
+FLAT: dict[str, Any] = {"load_use": 0.8, "store_use": 0.8}
 END: dict[str, Any] = {"load_use": 0.99, "store_use": 0.99}
 # Eight elements a thread, for the sake of the weights: state in float32 is loaded in two pieces, each of half sectors.
-HALVES = {"load_use": 2 / 3}
+HALVES: dict[str, Any] = {"load_use": 2 / 3}
 
 
 COUNTS = {
@@ -131,7 +131,7 @@ def measured(harness: Harness, count: Count) -> tuple[Traffic, Decision, int]:
         batch = batch_of(optimizer, bucket)
         bucket.key.backend.measure(batch)
         bucket.key.backend.step(batch)
-        made = Decision(bucket.decisions.item())
+        made = Decision(int(bucket.decisions.item()))
     moved = Traffic()
     for name in ("p", "g", "remainder", "exp_avg", "exp_avg_sq"):
         moved = moved.plus(harness.traffic.get(f"{name}[0]", Traffic()))

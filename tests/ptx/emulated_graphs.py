@@ -53,7 +53,7 @@ class OnDevice(AdamP):
     def scalars(self, group: dict[str, Any]) -> Scalars:
         row = super().scalars(group)
         lr = self.learning_rate.double().reshape(())
-        beta = torch.full((), row.beta2, dtype=torch.float64)
+        beta = torch.full((), float(row.beta2), dtype=torch.float64)
         return row._replace(lr=lr, beta2=beta, gain2=1 - beta)
 
 
@@ -87,13 +87,13 @@ def test_hyperparameters_on_the_device_are_copied_there_in_every_step(
     assert all(map(torch.equal, tensors(ours), tensors(expected)))
 
 
-class Graph(TorchDispatchMode):
+class Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What a CUDA graph is to the backend: a capture records operators and launches and carries out none that write to
     tensors that are there; a replay repeats all of them on the capture's tensors.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Callable[[], object]] = []
         self._patch = monkeypatch
 
@@ -256,7 +256,8 @@ def test_a_replay_does_again_what_has_left_float32(clip: bool, monkeypatch: pyte
             optimizer.clip_grad_norm_(1.0)
         optimizer.step()
 
-    train(captured), train(eager)
+    for optimizer in (captured, eager):
+        train(optimizer)
     graph = Graph(monkeypatch)
     graph.capture(lambda: train(captured))
     for number, size in enumerate((1e20, 1.0, 1e20)):

@@ -50,8 +50,8 @@ def test_a_weight_with_a_remainder_is_the_float32_weight_bit_for_bit(
         if number == 0:  # makes the state
             before = [p.detach().clone() for p in whole]
             ours.step()
-            for p, half in zip(before, halves, strict=True):
-                high, low = split(p.contiguous())
+            for weight, half in zip(before, halves, strict=True):
+                high, low = split(weight.contiguous())
                 half.detach().copy_(high)
                 ours.state[half]["remainder"].copy_(low)
                 for name, tensor in ours.state[half].items():
@@ -69,6 +69,24 @@ def test_a_weight_with_a_remainder_is_the_float32_weight_bit_for_bit(
             )
             for name, moment in expected.state[p].items():
                 assert torch.equal(state[name].nan_to_num(7), moment.nan_to_num(7)), name
+
+
+@pytest.mark.parametrize("shape", [usual_under("one_pass", (3, 72))])
+def test_a_zero_has_no_negative_remainder(shape: tuple[int, int]) -> None:
+    """Somebody has set the weight to 0, and what was left of the old one does not count."""
+    params = [Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer = AdamP(params, **ADAMP, rounding="remainder", backend="triton")
+    optimizer.step()
+    stale, fresh = (optimizer.state[p]["remainder"] for p in params)
+    stale.fill_(-5)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert torch.equal(*params)
+    assert torch.equal(stale, fresh)
+    assert params[0].all()
 
 
 STOCHASTIC: tuple[tuple[tuple[int, ...], str, int], ...] = (

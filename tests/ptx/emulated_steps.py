@@ -107,6 +107,15 @@ def test_kernels_with_weaker_order_are_found(strong: str, weak: str) -> None:
     assert any(finding.split("\n")[1].strip().startswith("race at") for finding in harness.take())
 
 
+def test_more_parameters_than_one_program_prepares() -> None:
+    """All of them have to be prepared before the first one is stepped."""
+    ours, theirs = pair(AdamP, model((*[((5,), Decision.NONE)] * 200, *MODEL[3:5])), **ADAMP)
+    for _ in range(2):
+        for optimizer in (ours, theirs):
+            optimizer.step()
+        assert_same(ours, theirs)
+
+
 # Scaling and clipping.
 
 
@@ -118,7 +127,7 @@ def test_a_clipped_step_equals_the_reference(make: Any, options: Any, whole: Sha
     ours.step()
     del ours.found_inf
     for number in range(1 + (make is SGDP)):
-        expected = torch.nn.utils.get_total_norm([p.grad for p in params_of(ours)])
+        expected = torch.nn.utils.get_total_norm([grad_of(p) for p in params_of(ours)])
         norms = [optimizer.clip_grad_norm_(0.5) for optimizer in (ours, theirs)]
         torch.testing.assert_close(norms[0], expected, rtol=1e-5, atol=0)
         for optimizer in (ours, theirs):
@@ -167,7 +176,7 @@ def test_the_norm_leaves_out_what_has_no_gradient_any_more() -> None:
 @pytest.mark.parametrize("cols", [72, pytest.param(65, marks=exhaustive)])
 def test_a_step_on_infinite_gradients_moves_nothing(rounding: str, clip: bool, cols: int) -> None:
     params = model((MODEL[1], ((17, cols), Decision.CHANNEL), MODEL[5]), torch.bfloat16)
-    optimizer = AdamP(params, **ADAMP, rounding=rounding, backend="triton")
+    optimizer: Any = AdamP(params, **ADAMP, rounding=rounding, backend="triton")
     optimizer.step()
     (bucket,) = optimizer.buckets
     before = [t.clone() for t in (*tensors(optimizer), bucket.decisions, bucket.results)]
@@ -220,17 +229,27 @@ def test_a_gradient_of_zeros_is_orthogonal_unless_nothing_clamps_its_norm(eps: f
     assert set(ours.decisions().values()) == {Decision.CHANNEL if eps else Decision.NONE}
 
 
+def test_without_eps_a_gradient_that_is_scaled_to_nothing_is_orthogonal_to_nothing() -> None:
+    """The cosine of nothing is 0/0 then, though that of the gradient before it was scaled is 0."""
+    ours, theirs = pair(SGDP, model(MODEL[3:5]), **SGDP_, eps=0.0)
+    for optimizer in (ours, theirs):
+        optimizer.grad_scale = torch.tensor([math.inf], dtype=torch.float64)
+        optimizer.step()
+    assert [*ours.decisions().values()] == [*theirs.decisions().values()] == 2 * [Decision.NONE]
+
+
 # Projections and their report.
 
 
 @pytest.mark.parametrize(("large", "small"), [((33, 72), (4, 16)), pytest.param((33, 65), (4, 9), marks=exhaustive)])
-def test_the_results_are_those_of_tested_parameters(large: tuple[int, int], small: tuple[int, int]) -> None:
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_the_results_are_those_of_tested_parameters(large: tuple[int, int], small: tuple[int, int], eps: float) -> None:
     shapes = (large, (2, TILE + 8), (2, 17 * TILE), (5,), *[small] * 4)
     params = model(tuple((shape, Decision.NONE) for shape in shapes))
     grad_of(params[7])[0, 0] = math.nan
     groups: list[dict[str, Any]] = [{"params": params[:4] + params[7:]}, {"params": params[4:5], "projection": "layer"}]
     groups += [{"params": params[5:6], "projection": "none"}, {"params": params[6:7], "delta": 0.0}]
-    optimizer = AdamP(groups, **ADAMP, backend="triton")
+    optimizer = AdamP(groups, **ADAMP, eps=eps, backend="triton")
     optimizer.step()
     (bucket,) = optimizer.buckets
     found = {id(p): row.tolist() for p, row in zip(bucket.params, bucket.results, strict=True)}

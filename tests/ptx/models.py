@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 PLAN = os.environ.get(triton.PLAN) or "one_pass"
 TILE = 1 << triton._LOG_TILE
-ADAMP = {"lr": 0.1, "weight_decay": 0.1}
-SGDP_ = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+ADAMP: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
+SGDP_: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 
 Shapes = tuple[tuple[tuple[int, ...], Decision], ...]
 """Of parameters, with the decision that their gradients lead to."""
