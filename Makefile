@@ -22,6 +22,9 @@ test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emula
 	done
 	nice $(BIN)/python -m pytest tests/ptx/test_instructions.py tests/ptx/test_machine.py
 
+mutants: $(VENV)/test.done build  ## plant small faults in the kernels, one at a time: which tests find them (an hour on two cores)
+	nice $(BIN)/python tests/ptx/mutants.py
+
 test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9 too (about a minute)
 	test -d $(VENV)/triton39 || $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps \
 		--target $(VENV)/triton39 'triton==3.9.*'
@@ -72,4 +75,4 @@ $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo train test test-ptx test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean
+.PHONY: help demo train test test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean
