@@ -187,7 +187,7 @@ def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any, monkeypatch: pyt
     rows, cols = 6, 3 * TILE + 24
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(-128, 128, (rows, cols), generator=generator).bfloat16() / 16
-    gradient = torch.randint(-8, 8, (rows, cols), generator=generator).bfloat16() / 8
+    gradient = torch.randint(-128, 128, (rows, cols), generator=generator).bfloat16() / 8
     whole = Parameter(weight.clone())
     whole.grad = gradient.clone()
     reference = make([whole], **options, backend="reference")

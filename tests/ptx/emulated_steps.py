@@ -229,6 +229,16 @@ def test_a_gradient_of_zeros_is_orthogonal_unless_nothing_clamps_its_norm(eps: f
     assert set(ours.decisions().values()) == {Decision.CHANNEL if eps else Decision.NONE}
 
 
+@every_alignment
+@pytest.mark.parametrize(("make", "options"), [(AdamP, ADAMP), (SGDP, SGDP_)])
+def test_without_eps_nothing_is_divided_by_nothing(make: Any, options: Any, whole: Shapes) -> None:
+    """Nor in the parts of a block that are no elements."""
+    ours, theirs = pair(make, model(whole), **options, eps=0.0)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert_same(ours, theirs)
+
+
 def test_without_eps_a_gradient_that_is_scaled_to_nothing_is_orthogonal_to_nothing() -> None:
     """The cosine of nothing is 0/0 then, though that of the gradient before it was scaled is 0."""
     ours, theirs = pair(SGDP, model(MODEL[3:5]), **SGDP_, eps=0.0)

@@ -56,7 +56,7 @@ class Schedule(NamedTuple):
     capability: int = 90
     """For which GPU Triton compiles."""
     idle_redo: bool = True
-    """Whether a redo kernel is compiled and run that finds no mark of its epoch, and so does nothing."""
+    """Whether a redo kernel is compiled and run that finds no mark at all, and so does nothing."""
     traffic: bool = False
     """Whether to count what is moved of each parameter's tensors."""
 
@@ -158,11 +158,11 @@ class Harness:
 
     @staticmethod
     def _is_marked(arguments: dict[str, Any]) -> bool:
-        """Whether a stage has left something to redo."""
+        """Whether a stage has ever left something to redo: that of another epoch, a redo kernel has to pass over."""
         from fused_adamp.kernels.stages import DOT_LEFT, MEASURE_LEFT, TILES_LEFT
 
         marks = arguments["counters"][:, [which.value for which in (MEASURE_LEFT, DOT_LEFT, TILES_LEFT)]]
-        return bool((marks == arguments["epoch"] + arguments["replays"]).any())
+        return bool(marks.any())
 
     def launch(self, it: Launcher, grid: tuple[int, ...], *arguments: Any) -> None:
         """Runs a kernel to its end and keeps what was found."""

@@ -47,7 +47,7 @@ CASES = Tests("split", "emulated_table.py", "AdamP and contiguous and not stocha
 CASES_OF_SGDP = Tests("split", "emulated_table.py", "SGDP")
 CHANCE = Tests("split", "emulated_precision.py")
 REMAINDER = Tests("one_pass", "emulated_precision.py")
-ZEROS = Tests("one_pass", "emulated_steps.py", "zeros or clamp or scaled_to_nothing")
+ZEROS = Tests("one_pass", "emulated_steps.py", "zeros or clamp or without_eps")
 REPORT = Tests("split", "emulated_steps.py", "results")
 
 
@@ -448,7 +448,7 @@ BOUNDS = (
         STAGES,
         "mask, other=1.0)",
         "mask, other=0.0)",
-        (RANGE_OF_ONE_PASS,),
+        (ZEROS,),
     ),
     Mutant(
         "the end of a vector is left",
@@ -524,7 +524,7 @@ NUMBERS = (
         "the test: no clamp of |g|",
         "kernels/cosine.py",
         'limit = tl.where(pg < a * g, float("inf"), a * least / pg)',
-        'limit = tl.where(pg < a * g, float("inf"), 0.0)',
+        'limit = tl.where(pg < a * g, float("inf"), a * 0 / pg)',
         (ZEROS,),
     ),
     Mutant("the test: not below", "kernels/cosine.py", "pg < a * g", "pg > a * g", (CASES,)),
