@@ -16,6 +16,15 @@ train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes 
 test: $(VENV)/test.done build lint types  ## lint, types and every test
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, under both plans (an hour on two cores)
+	for plan in one_pass split; do \
+		FUSED_ADAMP_PLAN=$$plan nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py || exit 1; \
+	done
+	nice $(BIN)/python -m pytest tests/ptx/test_instructions.py tests/ptx/test_machine.py
+
+mutants: $(VENV)/test.done build  ## plant small faults in the kernels, one at a time: which tests find them (an hour on two cores)
+	nice $(BIN)/python tests/ptx/mutants.py
+
 test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9 too (about a minute)
 	test -d $(VENV)/triton39 || $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps \
 		--target $(VENV)/triton39 'triton==3.9.*'
@@ -66,4 +75,4 @@ $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo train test test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean
+.PHONY: help demo train test test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean

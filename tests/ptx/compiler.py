@@ -1,0 +1,59 @@
+"""CUDA C++ to PTX by NVRTC, which needs neither a GPU nor a driver nor an installed CUDA toolkit."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ptx", "unavailable"]
+
+FOLDER = Path(__file__).with_name("cuda")
+REMEDY = "pip install cuda-bindings nvidia-cuda-nvrtc"
+
+
+@cache
+def unavailable() -> str | None:
+    """Why there is no NVRTC here, None if there is."""
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        return f"cuda-bindings is missing ({error}); {REMEDY}"
+    try:
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # a library that is not found, under several names
+        return f"NVRTC cannot be loaded ({str(error).splitlines()[0]}); {REMEDY}"
+    return None
+
+
+@cache
+def ptx(name: str, *defined: str, target: str = "compute_90") -> str:
+    """The PTX of a file of cuda/, with these macros defined.
+
+    Raises:
+        RuntimeError: it does not compile. The message is the compiler's.
+    """
+    from cuda.bindings import nvrtc
+
+    def done(result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            size = nvrtc.nvrtcGetProgramLogSize(program)[1]
+            log = b" " * size
+            nvrtc.nvrtcGetProgramLog(program, log)
+            raise RuntimeError(f"{name}: {status}\n{log.decode()}")
+        return values[0] if values else None
+
+    source = (FOLDER / name).read_bytes()
+    _, program = nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], [])
+    options = [
+        f"--gpu-architecture={target}",
+        "--std=c++17",
+        "--generate-line-info",
+        *(f"-D{macro}" for macro in defined),
+    ]
+    done(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
+    text = b" " * done(nvrtc.nvrtcGetPTXSize(program))
+    done(nvrtc.nvrtcGetPTX(program, text))
+    done(nvrtc.nvrtcDestroyProgram(program))
+    return str(text.rstrip(b"\0 "), "utf-8")

@@ -1,0 +1,680 @@
+"""Small faults, planted one at a time in a copy of the kernels and of what lines them up; and which tests find them.
+
+    python tests/ptx/mutants.py [PART OF A NAME]
+
+A mutant that no test finds needs a reason: ``equivalent`` says why it is no fault, or why the emulator cannot see it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+STAGES, PLANS, TILES = "kernels/stages.py", "kernels/plans.py", "kernels/tiles.py"
+HOST = "fused_adamp/backends/triton.py"
+SEEDS = 8
+"""Some faults show in a few interleavings alone."""
+
+
+class Tests(NamedTuple):
+    """Tests that should find a fault, and the plan they run under."""
+
+    plan: str
+    file: str
+    which: str = ""
+    """For pytest's -k."""
+
+
+ONE_PASS = Tests("one_pass", "emulated_steps.py", "(clipped_step and AdamP) or more_parameters or infinite_gradients")
+SPLIT = Tests("split", "emulated_steps.py", "(clipped_step and AdamP) or more_parameters or infinite_gradients")
+RANGE = Tests("split", "emulated_range.py")
+RANGE_OF_ONE_PASS = Tests("one_pass", "emulated_range.py")
+REPLAYS = Tests("split", "emulated_graphs.py")
+REPLAYS_OF_ONE_PASS = Tests("one_pass", "emulated_graphs.py")
+SHARES = Tests("split", "emulated_shares.py")
+FLAT = Tests("one_pass", "emulated_table.py", "prime or 1111 or leave")
+STRIDED = Tests("split", "emulated_table.py", "transposed")
+CASES = Tests("split", "emulated_table.py", "AdamP and contiguous and not stochastic")
+CASES_OF_SGDP = Tests("split", "emulated_table.py", "SGDP")
+CHANCE = Tests("split", "emulated_precision.py")
+REMAINDER = Tests("one_pass", "emulated_precision.py")
+ZEROS = Tests("one_pass", "emulated_steps.py", "zeros or clamp or without_eps")
+REPORT = Tests("split", "emulated_steps.py", "results")
+
+
+class Mutant(NamedTuple):
+    """A fault: text of a file that is there once, or so many ``times``, and what takes its place."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[Tests, ...]
+    times: int = 1
+    equivalent: str = ""
+
+
+NO_CACHES = "the emulator has no caches: what .cg promises, a GPU has to show"
+BARRIER = "    tl.debug_barrier()\n"
+
+ORDER = (
+    Mutant(
+        "count: no barrier",
+        STAGES,
+        BARRIER + "    tl.atomic_max",
+        "    tl.atomic_max",
+        (ONE_PASS, SPLIT),
+        equivalent="Triton 3.6 puts a barrier of its own before an atomic operation whose result all threads get",
+    ),
+    Mutant("count: relaxed", STAGES, 'n, sem="acq_rel"', 'n, sem="relaxed"', (ONE_PASS, SPLIT)),
+    Mutant("count: release alone", STAGES, 'n, sem="acq_rel"', 'n, sem="release"', (ONE_PASS, SPLIT)),
+    Mutant("count: acquire alone", STAGES, 'n, sem="acq_rel"', 'n, sem="acquire"', (ONE_PASS, SPLIT)),
+    Mutant(
+        "announce: no barrier",
+        STAGES,
+        BARRIER + "    tl.atomic_xchg",
+        "    tl.atomic_xchg",
+        (ONE_PASS,),
+        equivalent="all that is told are scalars, and the thread that announces has stored them itself",
+    ),
+    Mutant("announce: relaxed", STAGES, 'epoch, sem="release"', 'epoch, sem="relaxed"', (ONE_PASS,)),
+    Mutant("wait: relaxed", STAGES, '0, sem="acquire"', '0, sem="relaxed"', (ONE_PASS,), times=2),
+    Mutant("wait: for nothing", STAGES, "while seen != epoch:", "while seen < 0:", (ONE_PASS,)),
+    Mutant("wait: for any later epoch", STAGES, "while seen != epoch:", "while seen == 0:", (ONE_PASS,)),
+    Mutant(
+        "decide: waits for no epoch",
+        STAGES,
+        "CONCLUDED, epoch)\n        findings",
+        "CONCLUDED, 0 * epoch)\n        findings",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "decide: no wait",
+        STAGES,
+        "            wait(work[COUNTS] + x * COUNTERS + CONCLUDED, epoch)\n",
+        "            pass\n",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "update: no wait for dot",
+        STAGES,
+        "                wait(work[COUNTS] + x * COUNTERS + PROJECTION_KNOWN, epoch)\n",
+        "                pass\n",
+        (ONE_PASS,),
+    ),
+    Mutant("no wait for prepare", PLANS, "                wait(tickets + PREPARED, now)\n", "", (ONE_PASS,)),
+    Mutant("prepare: announced by the first", PLANS, "now, 1) == n_blocks", "now, 1) == 1", (ONE_PASS,)),
+    Mutant(
+        "measure: concluded by the first",
+        STAGES,
+        "MEASURED, epoch, n) == tiles:\n        conclude(",
+        "MEASURED, epoch, n) == n:\n        conclude(",
+        (ONE_PASS, SPLIT),
+    ),
+    Mutant("measure: never announced", STAGES, "        announce(counters + CONCLUDED, epoch)\n", "", (ONE_PASS,)),
+    Mutant(
+        "dot: concluded by the first", STAGES, "DOTTED, epoch, n) == tiles", "DOTTED, epoch, n) == n", (ONE_PASS, SPLIT)
+    ),
+    Mutant(
+        "dot: never announced",
+        STAGES,
+        "                announce(counters + PROJECTION_KNOWN, epoch)\n",
+        "",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "dot: announced as measured",
+        STAGES,
+        "announce(counters + PROJECTION_KNOWN",
+        "announce(counters + CONCLUDED",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "share: concluded by the first",
+        STAGES,
+        "MEASURED, epoch, n) == tiles:\n            conclude_shares",
+        "MEASURED, epoch, n) == n:\n            conclude_shares",
+        (SHARES,),
+    ),
+    Mutant(
+        "jobs: dot after update",
+        HOST,
+        "*map(order.dot, now), *map(order.update, reversed(now))",
+        "*map(order.update, reversed(now)), *map(order.dot, now)",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "jobs: measured after dot",
+        HOST,
+        "[*map(order.measure, ahead), *map(order.dot, now)",
+        "[*map(order.dot, ahead), *map(order.measure, ahead)",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "jobs: prepared last",
+        HOST,
+        "jobs = (tables.uploaded(torch.cat(pieces)),)",
+        "jobs = (tables.uploaded(torch.cat([*pieces[1:], prepare])),)",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "jobs: one is left out",
+        HOST,
+        "tile = torch.arange(begin, end, width",
+        "tile = torch.arange(begin, max(end - width, begin + 1), width",
+        (SPLIT,),
+    ),
+    Mutant(
+        "loads past the first-level cache: findings",
+        STAGES,
+        'CHANNEL_LIMIT, cache_modifier=".cg"',
+        "CHANNEL_LIMIT",
+        (ONE_PASS,),
+        equivalent=NO_CACHES,
+    ),
+    Mutant(
+        "loads past the first-level cache: sums",
+        STAGES,
+        '+ PG, live, other=0.0, cache_modifier=".cg"',
+        "+ PG, live, other=0.0",
+        (ONE_PASS,),
+        equivalent=NO_CACHES,
+    ),
+)
+
+EPOCHS = (
+    Mutant(
+        "draw: counts on",
+        STAGES,
+        '    tl.atomic_max(counter, epoch << 32, sem="relaxed")\n    return tl.atomic_add(counter, 1',
+        "    return tl.atomic_add(counter, 1",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "count: counts on",
+        STAGES,
+        '    tl.atomic_max(counter, epoch << 32, sem="relaxed")\n    return (tl',
+        "    return (tl",
+        (ONE_PASS, SPLIT),
+    ),
+    Mutant(
+        "draw: by no epoch",
+        STAGES,
+        'atomic_add(counter, 1, sem="relaxed") & 0xFFFFFFFF',
+        'atomic_add(counter, 1, sem="relaxed")',
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "measure: the host's epoch",
+        PLANS,
+        "measure(memory, work, epoch + tl.load(replays)",
+        "measure(memory, work, epoch + 0 * tl.load(replays)",
+        (REPLAYS,),
+    ),
+    Mutant(
+        "square: the host's epoch",
+        PLANS,
+        "square(memory, work, epoch + tl.load(replays)",
+        "square(memory, work, epoch + 0 * tl.load(replays)",
+        (REPLAYS,),
+    ),
+    Mutant(
+        "dot: the host's epoch",
+        PLANS,
+        "dot(memory, work, epoch + tl.load(replays)",
+        "dot(memory, work, epoch + 0 * tl.load(replays)",
+        (REPLAYS,),
+    ),
+    Mutant(
+        "update: the host's epoch",
+        PLANS,
+        "update(memory, work, epoch + tl.load(replays)",
+        "update(memory, work, epoch + 0 * tl.load(replays)",
+        (REPLAYS,),
+    ),
+    Mutant(
+        "one pass: the host's epoch",
+        PLANS,
+        "now = epoch + tl.load(replays)",
+        "now = epoch + 0 * tl.load(replays)",
+        (REPLAYS_OF_ONE_PASS,),
+    ),
+    Mutant(
+        "share: the host's epoch",
+        PLANS,
+        "share(memory, work, epoch + tl.load(replays)",
+        "share(memory, work, epoch + 0 * tl.load(replays)",
+        (REPLAYS,),
+    ),
+    Mutant(
+        "redo: the host's epoch",
+        PLANS,
+        "redo(memory, work, epoch + tl.load(replays)",
+        "redo(memory, work, epoch + 0 * tl.load(replays)",
+        (REPLAYS,),
+    ),
+    Mutant(
+        "redo ahead: the host's epoch",
+        PLANS,
+        "redo_ahead(memory, work, epoch + tl.load(replays)",
+        "redo_ahead(memory, work, epoch + 0 * tl.load(replays)",
+        (REPLAYS,),
+    ),
+    Mutant(
+        "redo: of any epoch",
+        STAGES,
+        "measure_left = tl.load(counters + MEASURE_LEFT) == epoch",
+        "measure_left = tl.load(counters + MEASURE_LEFT) != 0",
+        (RANGE,),
+    ),
+    Mutant(
+        "redo: tiles of any epoch",
+        STAGES,
+        "whole | (tl.load(work[TILE_SUMS] + tile * SUMS + LIMIT) == -epoch.to(tl.float64))",
+        "True",
+        (RANGE,),
+    ),
+)
+
+REDO = (
+    Mutant(
+        "redo: no barrier before conclude",
+        STAGES,
+        BARRIER.replace("    ", " " * 12) + " " * 12 + "conclude(memory",
+        " " * 12 + "conclude(memory",
+        (RANGE,),
+    ),
+    Mutant(
+        "redo: no barrier before decide",
+        STAGES,
+        "segments, 0, False)\n            tl.debug_barrier()\n",
+        "segments, 0, False)\n",
+        (RANGE,),
+        equivalent="conclude stores the limits before its last reduction, whose barriers order them",
+    ),
+    Mutant(
+        "redo: no barrier before conclude_dot",
+        STAGES,
+        " " * 12 + "tl.debug_barrier()\n" + " " * 12 + "conclude_dot",
+        " " * 12 + "conclude_dot",
+        (RANGE,),
+    ),
+    Mutant(
+        "redo: no barrier before update",
+        STAGES,
+        "conclude_dot(memory, work, x, tiles, decision)\n            tl.debug_barrier()\n",
+        "conclude_dot(memory, work, x, tiles, decision)\n",
+        (RANGE,),
+    ),
+    Mutant(
+        "redo ahead: no barrier",
+        STAGES,
+        " " * 12 + "tl.debug_barrier()\n" + " " * 12 + "conclude_shares",
+        " " * 12 + "conclude_shares",
+        (SHARES,),
+    ),
+    Mutant(
+        "measure: no mark", STAGES, "least, S), MEASURE_LEFT, S)", "least, S) & (tile < 0), MEASURE_LEFT, S)", (RANGE,)
+    ),
+    Mutant(
+        "square: no mark",
+        STAGES,
+        "left_float32(gg, gg, -1.0, S), MEASURE_LEFT",
+        "left_float32(gg, gg, -1.0, S) & (tile < 0), MEASURE_LEFT",
+        (RANGE,),
+    ),
+    Mutant(
+        "dot: no mark",
+        STAGES,
+        "mark(work, epoch, where[0], left, DOT_LEFT, S)",
+        "mark(work, epoch, where[0], left & (tile < 0), DOT_LEFT, S)",
+        (RANGE,),
+    ),
+    Mutant(
+        "update: no mark",
+        STAGES,
+        "mark(work, epoch, x, left, TILES_LEFT, S)",
+        "mark(work, epoch, x, left & (tile < 0), TILES_LEFT, S)",
+        (RANGE,),
+    ),
+    Mutant(
+        "update: no mark of the tile",
+        STAGES,
+        "LIMIT, -epoch.to(tl.float64), left)",
+        "LIMIT, -epoch.to(tl.float64), left & (tile < 0))",
+        (RANGE,),
+    ),
+    Mutant(
+        "update: steps what measure has left",
+        STAGES,
+        "left = is_marked(work, epoch, x, MEASURE_LEFT, S)",
+        "left = is_marked(work, epoch, x, MEASURE_LEFT, S) & (first < 0)",
+        (RANGE,),
+    ),
+    Mutant(
+        "update: steps what dot has left",
+        STAGES,
+        "left = is_marked(work, epoch, x, DOT_LEFT, S)",
+        "left = is_marked(work, epoch, x, DOT_LEFT, S) & (first < 0)",
+        (RANGE,),
+    ),
+    Mutant("update: steps rows it leaves", STAGES, "                    mask &= left == 0\n", "", (RANGE,)),
+    Mutant(
+        "update: steps the tile it leaves",
+        STAGES,
+        "n = tl.where(left, 0, rows_here * cols_here)",
+        "n = rows_here * cols_here",
+        (RANGE,),
+    ),
+    Mutant(
+        "dot: of what measure has left",
+        STAGES,
+        "(decision != NONE) & (is_marked(work, epoch, x, MEASURE_LEFT, S) == 0)",
+        "(decision != NONE)",
+        (RANGE,),
+        equivalent="dot's sums are not used then: redo makes them anew",
+    ),
+    Mutant("small sums are lost", STAGES, "(lowest > least)", "(lowest > -1)", (RANGE, RANGE_OF_ONE_PASS)),
+    Mutant("large sums are lost", STAGES, '(sizes < float("inf"))', "(sizes > -1)", (RANGE,)),
+)
+
+BOUNDS = (
+    Mutant(
+        "a row too many",
+        TILES,
+        "rows_here = tl.minimum(tile_rows, tl.load(entry + ROWS) - row)",
+        "rows_here = tl.minimum(tile_rows, tl.load(entry + ROWS) - row + 1)",
+        (SPLIT,),
+    ),
+    Mutant(
+        "a row too few",
+        TILES,
+        "rows_here = tl.minimum(tile_rows, tl.load(entry + ROWS) - row)",
+        "rows_here = tl.minimum(tile_rows - 1, tl.load(entry + ROWS) - row)",
+        (SPLIT,),
+    ),
+    Mutant(
+        "columns of a whole tile",
+        TILES,
+        "cols_here = tl.minimum(tile_cols, tl.load(entry + COLS) - col)",
+        "cols_here = tl.maximum(tile_cols, tl.load(entry + COLS) - col)",
+        (SPLIT,),
+    ),
+    Mutant(
+        "tiles in the wrong row",
+        TILES,
+        "col = (index - view * segments) * tile_cols",
+        "col = (index - view * segments + 0 * view) * tile_rows",
+        (SPLIT,),
+    ),
+    Mutant("mask: an element too many", STAGES, "return e, e < whole", "return e, e <= whole", (SPLIT,)),
+    Mutant("mask: of no row", STAGES, "(r < rows_here) & (c < cols_here)", "(c < cols_here)", (SPLIT,)),
+    Mutant("mask: of no column", STAGES, "(r < rows_here) & (c < cols_here)", "(r < rows_here)", (SPLIT,)),
+    Mutant(
+        "mask: rows that are not there are tested",
+        STAGES,
+        'limit = tl.min(tl.where(live, limits, float("inf")))',
+        "limit = tl.min(limits)",
+        (RANGE,),
+    ),
+    Mutant(
+        "mask: rows that are not there have a cosine",
+        STAGES,
+        "largest = tl.max(tl.where(live, cosines, 0.0))",
+        "largest = tl.max(cosines)",
+        (REPORT,),
+    ),
+    Mutant("mask: a view too many", STAGES, "live = view < views", "live = view <= views", (SPLIT,)),
+    Mutant(
+        "mask: a tile of a view too many",
+        STAGES,
+        "i < n, other=0.0, cache_modifier",
+        "i <= n, other=0.0, cache_modifier",
+        (SPLIT,),
+        times=2,
+    ),
+    Mutant("mask: a parameter too many", STAGES, "    live = i < n\n", "    live = i <= n\n", (SPLIT,)),
+    Mutant(
+        "mask: v is 0 outside",
+        STAGES,
+        "mask, other=1.0)",
+        "mask, other=0.0)",
+        (ZEROS,),
+    ),
+    Mutant(
+        "the end of a vector is left",
+        STAGES,
+        "            if whole < n:\n                e = whole + tl.arange(0, VECTOR)\n                p, m",
+        "            if whole < 0:\n                e = whole + tl.arange(0, VECTOR)\n                p, m",
+        (SPLIT,),
+    ),
+    Mutant(
+        "the end of a vector is not in the norm",
+        STAGES,
+        "        if whole < n:\n            e = whole",
+        "        if whole < 0:\n            e = whole",
+        (SPLIT,),
+    ),
+    Mutant(
+        "blocks too narrow",
+        STAGES,
+        "return (cols <= (ONE << LOG_COLS)) &",
+        "return (cols <= (ONE << LOG_COLS) + 8) &",
+        (SPLIT,),
+    ),
+    Mutant(
+        "blocks for no row of 64",
+        STAGES,
+        "return (cols <= (ONE << LOG_COLS)) &",
+        "return (cols < (ONE << LOG_COLS)) &",
+        (CASES,),
+    ),
+    Mutant(
+        "false alignment",
+        HOST,
+        "aligned = at_vectors and (p.ndim < 2 or cols % tiles.VECTOR.value == 0)",
+        "aligned = at_vectors",
+        (FLAT,),
+    ),
+    Mutant("strides: outer for inner", TILES, "inner * tl.load(stride + 2)", "inner * tl.load(stride + 1)", (STRIDED,)),
+    Mutant("strides: rows of the tile alone", TILES, "(row + r) * tl.load(stride)", "r * tl.load(stride)", (STRIDED,)),
+    Mutant(
+        "found_inf: update moves",
+        PLANS,
+        "    if tl.load(found_inf) == 0:\n        job = jobs + tl.program_id(0) * 3\n        update",
+        "    if True:\n        job = jobs + tl.program_id(0) * 3\n        update",
+        (SPLIT,),
+    ),
+    Mutant(
+        "found_inf: one pass moves",
+        PLANS,
+        "    if tl.load(found_inf) == 0:\n        now",
+        "    if True:\n        now",
+        (ONE_PASS,),
+    ),
+    Mutant(
+        "found_inf: dot is not stopped",
+        PLANS,
+        "    if tl.load(found_inf) == 0:\n        job = jobs + tl.program_id(0) * 3\n        dot",
+        "    if True:\n        job = jobs + tl.program_id(0) * 3\n        dot",
+        (SPLIT,),
+        equivalent="it writes scratch alone",
+    ),
+    Mutant(
+        "every tile reports",
+        STAGES,
+        "    if tile == tl.load(entry + FIRST_TILE):\n",
+        "    if tile >= 0:\n",
+        (SPLIT,),
+        equivalent="all tiles report the same: a race of equal values",
+    ),
+)
+
+NUMBERS = (
+    Mutant(
+        "the test: no clamp of |g|",
+        "kernels/cosine.py",
+        'limit = tl.where(pg < a * g, float("inf"), a * least / pg)',
+        'limit = tl.where(pg < a * g, float("inf"), a * 0 / pg)',
+        (ZEROS,),
+    ),
+    Mutant("the test: not below", "kernels/cosine.py", "pg < a * g", "pg > a * g", (CASES,)),
+    Mutant("the test: nothing at eps 0", "kernels/cosine.py", "& ((scale > 0) | (eps > 0))", "", (ZEROS,)),
+    Mutant("projection: once", "kernels/projection.py", "pu / norm / norm", "pu / norm", (CASES,)),
+    Mutant(
+        "projection: without eps",
+        "kernels/projection.py",
+        "tl.sqrt(pp) + eps",
+        "tl.sqrt(pp)",
+        (CASES,),
+    ),
+    Mutant(
+        "decay: projected as not",
+        STAGES,
+        "tl.where(decision == NONE, 1.0, scalar(work, group, WD_RATIO))",
+        "1.0",
+        (CASES,),
+    ),
+    Mutant(
+        "nesterov: never", "kernels/momentum.py", "tl.where(nesterov,", "tl.where(nesterov & (momentum < 0),", (CASES,)
+    ),
+    Mutant(
+        "SGDP: the buffer is always projected",
+        STAGES,
+        "(decision != NONE) & (scalar(work, group, PROJECT_BUFFER) != 0)",
+        "(decision != NONE)",
+        (CASES_OF_SGDP,),
+    ),
+    Mutant(
+        "chance: another number",
+        STAGES,
+        "return tl.load(entry + FIRST_NUMBER) + row *",
+        "return tl.load(entry + FIRST_NUMBER) + 1 + row *",
+        (CHANCE,),
+    ),
+    Mutant(
+        "chance: the same for both",
+        STAGES,
+        "rounded(m, random >> 16, S.state, S)",
+        "rounded(m, random & 0xFFFF, S.state, S)",
+        (CHANCE,),
+    ),
+    Mutant("chance: the seed stays", STAGES, "tl.store(seed, s + 1, live)", "tl.store(seed, s, live)", (CHANCE,)),
+    Mutant(
+        "remainder: ties the other way",
+        "kernels/precision.py",
+        "(bits + 0x8000) >> 16",
+        "(bits + 0x7FFF) >> 16",
+        (REMAINDER,),
+    ),
+    Mutant("remainder: stale beside a zero", "kernels/precision.py", "tl.where(stale, 0, rest)", "rest", (REMAINDER,)),
+    Mutant(
+        "share: unscaled", STAGES, "        g *= tl.load(work[SCALE]).to(S.number)\n", "        g *= 1.0\n", (SHARES,)
+    ),
+    Mutant(
+        "share: rows of the first",
+        STAGES,
+        "share_rows(memory, work, x, where[1] + row, live,",
+        "share_rows(memory, work, x, row, live,",
+        (SHARES,),
+    ),
+    Mutant(
+        "share: no verdict",
+        STAGES,
+        "tl.load(entry + SHARING) == LOCAL, decision, verdict)\n    return",
+        "tl.load(entry + SHARING) >= LOCAL, decision, verdict)\n    return",
+        (SHARES,),
+    ),
+)
+
+MUTANTS = (*ORDER, *EPOCHS, *REDO, *BOUNDS, *NUMBERS)
+
+
+def copied(folder: Path) -> Path:
+    """A copy of what the tests need."""
+    for name in ("kernels", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "fused_adamp", folder / "fused_adamp", symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    if not (folder / "fused_adamp" / "kernels").exists():
+        (folder / "fused_adamp" / "kernels").symlink_to("../kernels")
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def cause(output: str) -> str:
+    """What gave a fault away: a finding of the emulator, or what a test found wrong."""
+    from emulator import HARMLESS, KINDS
+
+    for kind in KINDS:
+        if kind not in HARMLESS and re.search(rf"^E?\s+(AssertionError: )?{kind} at ", output, re.MULTILINE):
+            return kind
+    if "CompilationError" in output:
+        return "does not compile"
+    return "wrong numbers" if re.search(r"^E\s+\w*(Error|assert)", output, re.MULTILINE) else "error"
+
+
+def run(mutant: Mutant) -> str:
+    """Which tests find the mutant, and how; empty if none does."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = copied(Path(name))
+        path = folder / mutant.file
+        text = path.read_text()
+        found = text.count(mutant.old)
+        if found != mutant.times:
+            raise ValueError(f"{mutant.name}: {mutant.old!r} is {found} times in {mutant.file}, not {mutant.times}")
+        path.write_text(text.replace(mutant.old, mutant.new))
+        for tests in mutant.tests:
+            environment = os.environ | {
+                "FUSED_ADAMP_PLAN": tests.plan,
+                "PTX_SEEDS": str(SEEDS),
+                "PYTHONPATH": str(folder),
+            }
+            environment.pop("TRITON_INTERPRET", None)
+            which = ["-k", tests.which] if tests.which else []
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+            done = subprocess.run(
+                [*command, f"tests/ptx/{tests.file}", *which],
+                env=environment,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode == 1:
+                test = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", done.stdout, re.MULTILINE)
+                return f"{tests.plan}: {cause(done.stdout)} ({test[1] if test else '?'})"
+            if done.returncode:
+                raise RuntimeError(f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
+    return ""
+
+
+def main() -> int:
+    chosen = [mutant for mutant in MUTANTS if all(part in mutant.name for part in sys.argv[1:])]
+    began, counts, unexplained = perf_counter(), Counter[str](), []
+    print("| mutant | killed by |\n|---|---|")
+    for mutant in chosen:
+        killed = run(mutant)
+        said = killed or f"survives: {mutant.equivalent or 'NOT EXPLAINED'}"
+        print(f"| {mutant.name} | {said} |", flush=True)
+        counts["killed" if killed else "explained" if mutant.equivalent else "survived"] += 1
+        if bool(killed) == bool(mutant.equivalent):
+            unexplained.append(mutant.name)
+    print(f"\n{dict(counts)} in {(perf_counter() - began) / 60:.0f} minutes")
+    if unexplained:
+        print(f"Not as said: {', '.join(unexplained)}")
+    return len(unexplained) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
