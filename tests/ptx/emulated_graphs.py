@@ -127,8 +127,10 @@ class Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(
     whole: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ADAMP | {"capturable": True}
-    batches = [emulated_shares.shared_model(monkeypatch, whole, options=options)[1] for _ in range(2)]
+    batches = [
+        emulated_shares.shared_model(monkeypatch, whole, options=ADAMP | {"capturable": flag})[1]
+        for flag in (True, False)
+    ]
     for batch in batches:
         for tensor in test_shares.state_of(batch.rule, batch.bucket):
             tensor.fill_(0.5)
