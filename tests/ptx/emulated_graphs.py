@@ -127,8 +127,10 @@ class Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(
     whole: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ADAMP | {"capturable": True}
-    batches = [emulated_shares.shared_model(monkeypatch, whole, options=options)[1] for _ in range(2)]
+    batches = [
+        emulated_shares.shared_model(monkeypatch, whole, options=ADAMP | {"capturable": flag})[1]
+        for flag in (True, False)
+    ]
     for batch in batches:
         for tensor in test_shares.state_of(batch.rule, batch.bucket):
             tensor.fill_(0.5)
@@ -260,7 +262,7 @@ def test_a_replay_does_again_what_has_left_float32(clip: bool, monkeypatch: pyte
         train(optimizer)
     graph = Graph(monkeypatch)
     graph.capture(lambda: train(captured))
-    for number, size in enumerate((1e20, 1.0, 1e20)):
+    for number, size in enumerate((1.0, 1e20, 1.0, 1.0, 1e20)):
         for optimizer in (captured, eager):
             values = emulated_range.range_model(size, size, shapes)
             for p, value in zip(params_of(optimizer), values, strict=True):
