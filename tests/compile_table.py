@@ -90,12 +90,20 @@ class Variant(NamedTuple):
         return "-".join((*names, *["shared"] * self.shared))
 
 
-def variants() -> list[Variant]:
-    """All targets in the most usual case, and all cases on one target; of what ranks share, the kernels that differ.
+ENVIRONMENT = "FUSED_ADAMP_VARIANTS"
+"""Environment variable that says which variants are compiled: "all", "usual" or "few"."""
 
-    With FUSED_ADAMP_VARIANTS=few in the environment, a handful: for another version of Triton.
+
+def variants(which: str | None = None) -> list[Variant]:
+    """The variants to compile.
+
+    Args:
+        which: "all", every target in the most usual case and every case on one target; "usual", those of them that have
+            differed in what the tests look at; or "few", a handful for another version of Triton. By default what the
+            environment variable FUSED_ADAMP_VARIANTS says, or all.
     """
-    if os.environ.get("FUSED_ADAMP_VARIANTS") == "few":
+    which = which or os.environ.get(ENVIRONMENT, "all")
+    if which == "few":
         remainder: dict[str, Any] = {"dtypes": ("bf16", "bf16", "fp32"), "rounding": "remainder"}
         found = [Variant(kernel, **more) for kernel in ("measure", "dot", "update") for more in ({}, remainder)]
         found += [Variant("one_pass"), Variant("dot", layout="FLAT"), Variant("dot", "gfx942")]
@@ -129,7 +137,24 @@ def variants() -> list[Variant]:
         found += [Variant(kernel, shared=True)]
     found += [Variant("redo", dtypes=("bf16",) * 3, rounding="stochastic")]
     found += [Variant("redo", dtypes=("bf16", "bf16", "fp32"), rounding="remainder", shared=True)]
-    return found
+    return found if which == "all" else list(filter(_is_usual, found))
+
+
+def _is_usual(variant: Variant) -> bool:
+    plain = variant == Variant(variant.kernel, variant.target, shared=variant.shared)
+    if variant.kernel.startswith("redo"):
+        return plain and variant.target in ("sm_90", "gfx942")
+    if variant.shared:
+        return plain and (variant.kernel == "share" or variant.target == "sm_90")
+    if variant.target != "sm_90":
+        return plain
+    stores = variant.kernel in ("update", "one_pass")
+    if variant.layout == "STRIDED" or "fp64" in variant.dtypes or variant.rule == "SGDP":
+        return stores
+    remainder = variant.rounding == "remainder" and variant.dtypes[2] == "fp32"
+    if variant.layout == "FLAT":
+        return stores and (remainder or variant.dtypes == ("fp32",) * 3)
+    return plain or remainder or (variant.rounding == "stochastic" and variant.dtypes == ("bf16",) * 3)
 
 
 Accesses = dict[str, dict[int, int]]

@@ -9,12 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_table import RULES, TARGETS, Row, Variant, count, item_sizes, variants, whole_widths
+from compile_table import ENVIRONMENT, RULES, TARGETS, Row, Variant, count, item_sizes, variants, whole_widths
 
 from fused_adamp.backends import triton as backend
 
 pytestmark = pytest.mark.skipif(backend.load() is not None, reason=str(backend.load()))
 
+WHICH = os.environ.get(ENVIRONMENT, "usual")
+VARIANTS = variants(WHICH)
 Rows = dict[Variant, Row]
 
 NVIDIA_REGISTERS = 65536
@@ -36,11 +38,11 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     path = tmp_path_factory.mktemp("compile") / "rows.jsonl"
-    run = _python(str(Path(__file__).with_name("compile_table.py")), "--json", str(path))
+    run = _python(str(Path(__file__).with_name("compile_table.py")), "--json", str(path), **{ENVIRONMENT: WHICH})
     assert run.returncode == 0, run.stderr
     print(run.stdout)
     found = [Row(**json.loads(line, object_hook=_with_numbers)) for line in path.read_text().splitlines()]
-    return dict(zip(variants(), found, strict=True))
+    return dict(zip(VARIANTS, found, strict=True))
 
 
 def _with_numbers(fields: dict[str, object]) -> dict[str | int, object]:
@@ -96,9 +98,9 @@ def test_a_kernel_compiled_for_aligned_arguments_runs_others(target: str, tmp_pa
     assert run.stdout.splitlines()[-1] == "True []"
 
 
-every_variant = pytest.mark.parametrize("variant", variants(), ids=str)
-aligned = pytest.mark.parametrize("variant", [v for v in variants() if v.layout == "ALIGNED"], ids=str)
-unaligned = pytest.mark.parametrize("variant", [v for v in variants() if v.layout != "ALIGNED"], ids=str)
+every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+aligned = pytest.mark.parametrize("variant", [v for v in VARIANTS if v.layout == "ALIGNED"], ids=str)
+unaligned = pytest.mark.parametrize("variant", [v for v in VARIANTS if v.layout != "ALIGNED"], ids=str)
 
 
 @every_variant
@@ -144,7 +146,7 @@ def _with_float32_weights(variant: Variant) -> Variant:
     return variant._replace(dtypes=("fp32", "fp32", variant.dtypes[2]), rounding="nearest")
 
 
-with_remainder = [v for v in variants() if v.rounding == "remainder" and _with_float32_weights(v) in variants()]
+with_remainder = [v for v in VARIANTS if v.rounding == "remainder" and _with_float32_weights(v) in VARIANTS]
 
 
 @pytest.mark.parametrize("variant", with_remainder, ids=str)
