@@ -323,7 +323,11 @@ REDO = (
         (SHARES,),
     ),
     Mutant(
-        "measure: no mark", STAGES, "least, S), MEASURE_LEFT, S)", "least, S) & (tile < 0), MEASURE_LEFT, S)", (RANGE,)
+        "measure: no mark",
+        STAGES,
+        "least_square(eps), S), MEASURE_LEFT, S)",
+        "least_square(eps), S) & (tile < 0), MEASURE_LEFT, S)",
+        (RANGE,),
     ),
     Mutant(
         "square: no mark",
@@ -367,7 +371,13 @@ REDO = (
         "left = is_marked(work, epoch, x, DOT_LEFT, S) & (first < 0)",
         (RANGE,),
     ),
-    Mutant("update: steps rows it leaves", STAGES, "                    mask &= left == 0\n", "", (RANGE,)),
+    Mutant(
+        "update: steps rows it leaves",
+        STAGES,
+        "                if left == 0:\n                    store(",
+        "                if True:\n                    store(",
+        (RANGE,),
+    ),
     Mutant(
         "update: steps the tile it leaves",
         STAGES,
@@ -422,15 +432,15 @@ BOUNDS = (
     Mutant(
         "mask: rows that are not there are tested",
         STAGES,
-        'limit = tl.min(tl.where(live, limits, float("inf")))',
-        "limit = tl.min(limits)",
+        'least_and_largest(tl.where(live, limits, float("inf")),',
+        "least_and_largest(limits,",
         (RANGE,),
     ),
     Mutant(
         "mask: rows that are not there have a cosine",
         STAGES,
-        "largest = tl.max(tl.where(live, cosines, 0.0))",
-        "largest = tl.max(cosines)",
+        'float("inf")), tl.where(live, cosines, 0.0))',
+        'float("inf")), cosines)',
         (REPORT,),
     ),
     Mutant("mask: a view too many", STAGES, "live = view < views", "live = view <= views", (SPLIT,)),
