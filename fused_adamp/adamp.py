@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fused_adamp.bucket import PROJECTIONS, Scalars
-from fused_adamp.projected import ProjectedOptimizer, Range, number
+from fused_adamp.options import chosen, documented, options_of
+from fused_adamp.projected import ProjectedOptimizer, number
 from fused_adamp.reference import Decision, adamp_ref
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
     from torch.optim.optimizer import ParamsT
 
 __all__ = ["AdamP"]
-
-_BETA = Range(0, 1, False, "pass a decay rate of at least 0 and below 1", on_device=True)
 
 
 class AdamP(ProjectedOptimizer):
@@ -45,28 +45,7 @@ class AdamP(ProjectedOptimizer):
 
     Args:
         params: parameters or dicts of groups, as for every torch.optim optimizer.
-        lr: learning rate, at least 0; a number or a 1-element tensor.
-        betas: decay rates, each in [0, 1).
-        eps: at least 0.
-        weight_decay: at least 0.
-        delta: at least 0.
-        wd_ratio: in [0, 1].
-        nesterov: as in the authors' code.
-        foreach: True takes the unfused reference path.
-        maximize: ascend instead of descend.
-        capturable: on a GPU, the step can be captured in a CUDA graph; pass ``lr`` as a tensor on it to change it
-            between replays. Nothing else differs, and the CPU ignores it.
-        differentiable: not supported; present so that the error can say so.
-        fused: None takes the fastest backend there is, True requires a fused one, False takes the reference path.
-        projection: "auto" (the paper's test), or "channel", "layer" or "none": always project in that view, untested.
-        channel_dim: the dimension whose indices are the output channels: 1 for transposed convolutions; a tuple merges
-            several, such as (0, 1) for the stacked matrices of experts. Vectors have none.
-        state_dtype: dtype of the moments; None takes the weight's (float32 with a remainder) or a loaded state's.
-        rounding: how bfloat16 is written: "nearest"; "stochastic", up or down by chance but right on average; or
-            "remainder", which keeps the other 16 bits of the float32 weight in the state and so loses nothing.
-        amp_scaling: True lets the step unscale gradients as it reads them, when GradScaler is used. With False,
-            GradScaler unscales them before the step. None follows torch.optim: True where ``fused=True``, else False.
-        backend: force one by name; see ``python -m fused_adamp doctor``.
+        {options}
 
     Raises:
         ValueError, TypeError: a value, parameter or gradient outside what is allowed; nothing has changed then.
@@ -81,6 +60,7 @@ class AdamP(ProjectedOptimizer):
     """
 
     adaptive = True
+    options = options_of("AdamP")
 
     def __init__(
         self,
@@ -105,27 +85,7 @@ class AdamP(ProjectedOptimizer):
         amp_scaling: bool | None = None,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "delta": delta,
-            "wd_ratio": wd_ratio,
-            "nesterov": nesterov,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "projection": projection,
-            "channel_dim": channel_dim,
-            "state_dtype": state_dtype,
-            "rounding": rounding,
-            "amp_scaling": amp_scaling,
-            "backend": backend,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, chosen(locals()))
 
     def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq")
@@ -169,10 +129,5 @@ class AdamP(ProjectedOptimizer):
         u = m / (v.sqrt() / (1 - beta2**t).sqrt() + number(group["eps"]))
         return u, number(group["lr"]) / (1 - beta1**t)
 
-    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        super()._check_hyperparameters(group)
-        betas = group["betas"]
-        if not isinstance(betas, Sequence) or isinstance(betas, (str, bytes)) or len(betas) != 2:
-            raise ValueError(f"betas={betas!r} is not a pair: pass two decay rates, such as (0.9, 0.999)")
-        for i, beta in enumerate(betas):
-            _BETA.check(f"betas[{i}]", beta)
+
+AdamP.__doc__ = documented(AdamP.__doc__, "AdamP")

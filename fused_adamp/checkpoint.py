@@ -27,6 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused_adamp.options import OPTIONS
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -37,9 +39,8 @@ _SGD = {"lr", "momentum", "dampening", "weight_decay", "nesterov"}
 _PROJECTION = {"delta", "wd_ratio"}
 _PROJECTED = _ADAM | _SGD | _PROJECTION
 _SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
-_OURS = _PROJECTED | _SWITCHES | {"maximize", "projection", "channel_dim", "project_buffer"}
-_OURS |= {"state_dtype", "rounding", "amp_scaling", "backend"}
-_MACHINES = {"backend", "amp_scaling"}
+_OURS = set(OPTIONS)
+_MACHINES = {name for name, option in OPTIONS.items() if option.machine}
 """Our hyperparameters. Other group keys, such as a scheduler's initial_lr, are somebody else's and are passed on."""
 
 

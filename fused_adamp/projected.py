@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections import Counter, defaultdict
 from contextlib import suppress
 from copy import deepcopy
 from itertools import chain, repeat
-from numbers import Real
 from operator import is_, is_not
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from fused_adamp.backends import BACKENDS, check_name, choose
+from fused_adamp.backends import BACKENDS, choose
 from fused_adamp.backends.cpu import empty_like
 from fused_adamp.bucket import (
     ABSENT,
@@ -30,18 +27,16 @@ from fused_adamp.bucket import (
     BucketKey,
     Need,
     Scalars,
-    are_same,
-    has_storage,
-    overlaps,
     place_of,
     span_of,
 )
 from fused_adamp.checkpoint import check, to_ours
+from fused_adamp.clipping import Clipping, Seen
 from fused_adamp.compiled import register
 from fused_adamp.exchange import Exchange, Header, shake_hands
 from fused_adamp.fake import has_numbers, new_state, touch, traces_fakes
-from fused_adamp.precision import ROUNDINGS
-from fused_adamp.reference import Decision, rows_first
+from fused_adamp.options import MAX_NORM, Range, check_options
+from fused_adamp.reference import Decision
 from fused_adamp.report import ProjectionReport, projection_report
 from fused_adamp.sharding import (
     copy,
@@ -51,125 +46,26 @@ from fused_adamp.sharding import (
     local,
     local_gradient,
     marks,
-    odd_placement,
-    slice_of,
+)
+from fused_adamp.validate import (
+    check_channel_dim,
+    check_gradient,
+    check_parameter,
+    check_storage,
+    refuse_flat_buffers,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Self
 
     from fused_adamp.backends import Backend
     from fused_adamp.exchange import Outcome
+    from fused_adamp.options import Option
 
-__all__ = ["ProjectedOptimizer", "Range", "number"]
-
-
-class Range(NamedTuple):
-    """The allowed values of a hyperparameter: from ``low`` up to ``high``, itself allowed if ``closed``."""
-
-    low: float
-    high: float
-    closed: bool
-    remedy: str
-    on_device: bool = False
-    """Whether a tensor may lie on another device than the CPU. It is not read then."""
-
-    def check(self, name: str, value: Any) -> None:
-        """Raises TypeError for what is no number, ValueError for what is outside."""
-        if isinstance(value, Tensor):
-            if value.numel() != 1:
-                raise ValueError(
-                    f"Tensor {name} must be 1-element, but it has {value.numel()} elements: pass a number or a "
-                    "1-element tensor"
-                )
-            if not has_numbers(value):
-                return
-            if value.device.type != "cpu":
-                if not self.on_device:
-                    raise TypeError(f"{name} is a tensor on {value.device}; pass a number or a tensor on the CPU")
-                return
-            value = value.item()
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name}={value!r} is a {type(value).__name__}; pass a number or a 1-element tensor")
-        # Written so that NaN fails.
-        if not (self.low <= float(value) < self.high or (self.closed and value == self.high)):
-            end = "]" if self.closed else ")"
-            raise ValueError(f"{name}={value!r} is outside [{self.low:g}, {self.high:g}{end}: {self.remedy}")
-
-
-_FLAT_REMEDY = (
-    "Say of what it is a slice, by fused_adamp.mark_slice(p, shape=..., begin=...) on all ranks: see docs/sharding.md. "
-    "Or shard with FSDP2, or keep parameters whole (DistributedDataParallel, ZeroRedundancyOptimizer)"
-)
-
-_MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may have", on_device=True)
-
-
-class _Seen(NamedTuple):
-    """Gradients and their weights, as they were: which gradients, all versions, all addresses."""
-
-    gradients: list[ref[Tensor]]
-    marks: tuple[list[int], ...] | None
-    """None where a tensor keeps no version, as those of inference mode."""
-
-    @classmethod
-    def of(cls, params: list[Tensor], grads: list[Tensor]) -> _Seen:
-        return cls(list(map(ref, grads)), cls._marks(params, grads))
-
-    @staticmethod
-    def _marks(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], ...] | None:
-        tensors = [*params, *grads]
-        try:
-            return [t._version for t in tensors], list(map(Tensor.data_ptr, tensors))
-        except RuntimeError:
-            return None
-
-    def still_holds(self, params: list[Tensor], grads: list[Tensor]) -> bool:
-        """Whether these are the same gradients, and none of them and no weight has changed."""
-        same = are_same(self.gradients, grads)
-        return same and self.marks is not None and self.marks == self._marks(params, grads)
-
-
-class _Clipping(NamedTuple):
-    """What :meth:`ProjectedOptimizer.clip_grad_norm_` leaves for the next step, and what that was computed from.
-
-    It is the one thing that a step believes from an earlier call. ``seen`` says whether the step may go by the
-    norm, :meth:`test_of` whether it may go by the sums of the test too.
-    """
-
-    max_norm: Any
-    norm_type: float
-    norm: Tensor
-    """Of the gradients as they are, 0-dim float64."""
-    unscaled: bool
-    """Whether GradScaler's scale was known, so that the norm over the scale is clipped: over the step's scale."""
-    seen: _Seen
-    """The gradients that the norm was computed from, and their weights."""
-    outcome: Outcome | None
-    """The sums of the cosine test that the ranks exchanged on the way."""
-    test_options: list[tuple[float, float, float]]
-    """The options of the test that the outcome was computed for."""
-
-    def norm_over(self, unscale: Tensor | None) -> Tensor:
-        """The norm that is clipped; ``unscale`` is the inverse of GradScaler's scale as it is now."""
-        if unscale is None or not self.unscaled or self.norm_type == 0:  # the order 0 counts
-            return self.norm
-        return self.norm * unscale.to(self.norm.device, non_blocking=True)
-
-    def coefficient(self, unscale: Tensor | None) -> Tensor:
-        """What the step multiplies the gradients with, beside ``unscale``: 0-dim float64."""
-        norm, limit = self.norm_over(unscale), self.max_norm
-        if isinstance(limit, Tensor):
-            limit = limit.double().to(norm.device, non_blocking=True)
-        coefficient: Tensor = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
-        return coefficient
-
-    def test_of(self, options: list[tuple[float, float, float]], measured: Outcome | None) -> Outcome | None:
-        """The outcome, if the test is made with the same options now, and its shares are those that the ranks hold."""
-        return self.outcome if self.test_options == options and self.outcome is measured else None
+__all__ = ["ProjectedOptimizer", "number"]
 
 
 class _Label(NamedTuple):
@@ -217,7 +113,7 @@ class _Memory:
         self.seen_marks = 0
         self.addresses: list[list[int]] = []
         self.rounds: list[list[set[int]]] | None = None
-        self.clipping: _Clipping | None = None
+        self.clipping: Clipping | None = None
         self.exchange: Exchange | None = None
         self.agreed: Exchange | None = None
         self.filled: dict[Tensor, Tensor] = {}
@@ -229,13 +125,8 @@ class ProjectedOptimizer(Optimizer):
     adaptive: ClassVar[bool]
     """Whether the rule divides by a second moment, counts steps and corrects biases."""
 
-    ranges: ClassVar[dict[str, Range]] = {
-        "lr": Range(0, math.inf, False, "pass a finite learning rate of at least 0", on_device=True),
-        "eps": Range(0, math.inf, False, "pass a small number of at least 0, such as 1e-8"),
-        "weight_decay": Range(0, math.inf, False, "pass a finite coefficient of at least 0"),
-        "delta": Range(0, math.inf, False, "pass a threshold of at least 0, such as 0.1; 0 never projects"),
-        "wd_ratio": Range(0, 1, True, "pass the part of the weight decay that projected weights keep"),
-    }
+    options: ClassVar[dict[str, Option]]
+    """What the rule has of :data:`fused_adamp.options.OPTIONS`."""
 
     _handle: str
     _memory: _Memory
@@ -248,7 +139,7 @@ class ProjectedOptimizer(Optimizer):
         return self
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._check_hyperparameters(defaults)
+        check_options(defaults, self.options)
         self._step_supports_amp_scaling = _supports_amp_scaling(defaults)
         super().__init__(params, defaults)
 
@@ -278,12 +169,16 @@ class ProjectedOptimizer(Optimizer):
         raise NotImplementedError
 
     def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group's hyperparameters of :attr:`ranges`, by :func:`number`."""
-        return {name: number(group[name]) for name in self.ranges}
+        """The group's options that are numbers, by :func:`number`."""
+        return {name: number(group[name]) for name in self._numbers}
 
     def reference_options(self, group: dict[str, Any], *flags: str) -> dict[str, Any]:
-        """The group's hyperparameters of :attr:`ranges` as floats, the named ones as they are."""
-        return {name: float(group[name]) for name in self.ranges} | {name: group[name] for name in flags}
+        """The group's options that are numbers as floats, the named ones as they are."""
+        return {name: float(group[name]) for name in self._numbers} | {name: group[name] for name in flags}
+
+    @property
+    def _numbers(self) -> list[str]:
+        return [name for name, option in self.options.items() if isinstance(option.allowed, Range)]
 
     # What users call.
 
@@ -361,7 +256,7 @@ class ProjectedOptimizer(Optimizer):
     def _step_fakes(self) -> None:
         """All that a step does but for the numbers: errors, state, versions. No backend is asked whether it could."""
         for group in self.param_groups:
-            self._check_hyperparameters(group)
+            check_options(group, self.options)
         keys = {p: self._bucket_key(p, group, BACKENDS[-1]) for p, group in self._fakes()}
         for p, key in keys.items():
             self._check_member(p, key.channel_dim)
@@ -423,7 +318,7 @@ class ProjectedOptimizer(Optimizer):
 
             total: Tensor = eager_clip(self, max_norm, norm_type, error_if_nonfinite)
             return total
-        _MAX_NORM.check("max_norm", max_norm)
+        MAX_NORM.check("max_norm", max_norm)
         max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
         batches = [] if traces_fakes() else self._gathered(make_state=False, check=norm_type != 2.0)
         if traces_fakes() or self._memory.has_fakes:
@@ -484,10 +379,10 @@ class ProjectedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            self._check_hyperparameters(group)
+            check_options(group, self.options)
             for p in filter(self._takes_part, group["params"]):
-                _check_parameter(p, self._label(p), fused=group["fused"])
-                _check_channel_dim(p, group["channel_dim"], self._label(p))
+                check_parameter(p, self._label(p), fused=group["fused"])
+                check_channel_dim(p, group["channel_dim"], self._label(p))
         except Exception:
             del self.param_groups[before:]
             raise
@@ -537,7 +432,7 @@ class ProjectedOptimizer(Optimizer):
             if "param_names" in own:
                 group.setdefault("param_names", own["param_names"])
             group["state_dtype"] = group["state_dtype"] or self._dtype_of(group, state)
-            self._check_hyperparameters(self.defaults | group)
+            check_options(self.defaults | group, self.options)
         clipping, agreed = self._memory.clipping, self._memory.agreed
         self.__setstate__({"state": state, "param_groups": groups})
         self._memory.clipping, self._memory.agreed = clipping, agreed
@@ -721,12 +616,12 @@ class ProjectedOptimizer(Optimizer):
         square = torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum()
         return square.sqrt(), outcome
 
-    def _clipped(self, batches: list[Batch], max_norm: Any, norm_type: float, *, unscaled: bool) -> _Clipping:
+    def _clipped(self, batches: list[Batch], max_norm: Any, norm_type: float, *, unscaled: bool) -> Clipping:
         """What a clipping leaves for the next step."""
         norm, outcome = self._total_norm(batches, norm_type)
-        seen = _Seen.of(*_gradients(batches))
+        seen = Seen.of(*_gradients(batches))
         options = [] if outcome is None else self._test_options()
-        return _Clipping(max_norm, norm_type, norm, unscaled, seen, outcome, options)
+        return Clipping(max_norm, norm_type, norm, unscaled, seen, outcome, options)
 
     def _norm_of_fakes(self, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         """A norm without a number, of what is here. The next step needs none."""
@@ -971,18 +866,18 @@ class ProjectedOptimizer(Optimizer):
         keys: dict[Tensor, BucketKey] = {}
         known = {p for bucket in self._memory.buckets if bucket not in without for p in bucket.index}
         for group in self.param_groups:
-            self._check_hyperparameters(group)
+            check_options(group, self.options)
             members = [p for p in group["params"] if self._takes_part(p) and has_numbers(p)]
             for p in members:
                 if p not in known:
-                    _check_parameter(p, self._label(p))
-                _check_channel_dim(p, group["channel_dim"], self._label(p))
+                    check_parameter(p, self._label(p))
+                check_channel_dim(p, group["channel_dim"], self._label(p))
             backends = {
                 device: choose(device, backend=group["backend"], fused=group["fused"], foreach=group["foreach"])
                 for device in {p.device for p in members}
             }
             keys |= {p: self._bucket_key(p, group, backends[p.device]) for p in members}
-        _refuse_flat_buffers(keys, self._memory.buckets, self._label)
+        refuse_flat_buffers(keys, self._memory.buckets, self._label)
         return keys
 
     def _takes_part(self, p: Tensor) -> bool:
@@ -1045,32 +940,6 @@ class ProjectedOptimizer(Optimizer):
 
     # Checks. Every message names what was received and what would do.
 
-    def _check_hyperparameters(self, group: dict[str, Any]) -> None:
-        for name, allowed in self.ranges.items():
-            allowed.check(name, group[name])
-        if group["differentiable"]:
-            raise ValueError(
-                "differentiable=True is not supported: the step writes weights and state in place, outside autograd; "
-                "leave it False, or differentiate through a copy of fused_adamp.adamp_ref or sgdp_ref"
-            )
-        if group["fused"] and group["foreach"]:
-            raise ValueError("fused=True and foreach=True exclude each other: pass at most one of them as True")
-        if group["backend"] is not None:
-            check_name(group["backend"], "backend")
-        _check_choice("projection", group["projection"], PROJECTIONS)
-        _check_choice("rounding", group["rounding"], ROUNDINGS)
-        if group["state_dtype"] not in (None, *FLOATING):
-            raise TypeError(
-                f"state_dtype={group['state_dtype']!r} is no dtype for moments: choose one of {_listed(FLOATING)}, or "
-                "None for the parameter's own"
-            )
-        dims = group["channel_dim"]
-        if not all(type(d) is int for d in (dims if isinstance(dims, tuple) else (dims,))) or dims == ():
-            raise TypeError(
-                f"channel_dim={dims!r} is no dimension: pass the index of the output channels' dimension, or a tuple "
-                "of several whose indices together are the channels"
-            )
-
     def _check_state(self, p: Tensor, key: BucketKey) -> None:
         state = self.state.get(p)
         if not state:
@@ -1095,13 +964,13 @@ class ProjectedOptimizer(Optimizer):
                 self._check_member(p, bucket.key.channel_dim)
                 for name, t in self.state.get(p, {}).items():
                     if name in bucket.key.storage and isinstance(t, Tensor):
-                        _check_storage(local(t), f"state {name!r} of ", self._label(p))
+                        check_storage(local(t), f"state {name!r} of ", self._label(p))
 
     def _check_member(self, p: Tensor, channel_dim: int | tuple[int, ...]) -> None:
-        _check_parameter(p, self._label(p))
-        _check_channel_dim(p, channel_dim, self._label(p))
+        check_parameter(p, self._label(p))
+        check_channel_dim(p, channel_dim, self._label(p))
         if p.grad is not None:
-            _check_gradient(p, p.grad, self._label(p))
+            check_gradient(p, p.grad, self._label(p))
 
     def _label(self, p: Tensor) -> _Label:
         return _Label(self, p)
@@ -1114,140 +983,6 @@ class ProjectedOptimizer(Optimizer):
             for index, p in enumerate(group["params"]):
                 labels[p] = f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
         return labels
-
-
-def _crosses_rows(p: Tensor, matrix: Tensor) -> bool:
-    """Whether a contiguous vector is a run of a contiguous matrix's elements that crosses from one row to the next."""
-    if matrix.ndim < 2 or not matrix.is_contiguous() or not p.is_contiguous() or not 0 < p.numel() < matrix.numel():
-        return False
-    cols = matrix.numel() // matrix.size(0)
-    first = p.storage_offset() - matrix.storage_offset()
-    return first // cols != (first + p.numel() - 1) // cols
-
-
-def _refuse_flat_buffers(
-    params: Collection[Tensor], buckets: Sequence[Bucket], label: Callable[[Tensor], _Label]
-) -> None:
-    """Raises TypeError if a new vector holds the memory of matrices that were stepped before and are gone now."""
-    before = {p for bucket in buckets for p in bucket.index}
-    gone = [span_of(local(p)) for p in before if p.ndim >= 2 and p not in params]
-    for p in params if gone else ():
-        if p.ndim == 1 and p not in before and slice_of(p) is None:
-            begin, end = span_of(p)
-            if any(begin <= first and last <= end and first < last for first, last in gone):
-                raise TypeError(
-                    f"{label(p)} has taken the place of matrices, whose memory it holds: a vector is never projected. "
-                    f"{_FLAT_REMEDY}"
-                )
-
-
-def _check_parameter(p: Tensor, label: _Label, *, fused: bool | None = None) -> None:
-    if getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):  # FSDP1's marks
-        raise TypeError(
-            f"{label} is part of a flat parameter of FSDP1, of which no rows are left: stepped, it would never be "
-            "projected. Shard with FSDP2 (torch.distributed.fsdp.fully_shard), or keep the parameters whole, e.g. with "
-            "DistributedDataParallel"
-        )
-    flat = slice_of(p)
-    if flat is not None and p.numel() != flat.end - flat.begin:
-        raise ValueError(
-            f"{label} has {p.numel()} elements, but was marked as elements {flat.begin} to {flat.end} of a tensor of "
-            f"shape {flat.shape}: call fused_adamp.mark_slice again, on all ranks"
-        )
-    if flat is None and p.ndim == 1 and p._base is not None and _crosses_rows(p, p._base):
-        raise TypeError(
-            f"{label} is a one-dimensional slice of a tensor of shape {tuple(p._base.shape)}: stepped as a vector, it "
-            f"would never be projected. {_FLAT_REMEDY}"
-        )
-    if (odd := odd_placement(p)) is not None:
-        raise TypeError(
-            f"{label} has the placement {odd!r}, which is neither Shard nor Replicate: redistribute it first, e.g. "
-            "p.redistribute(placements=[Replicate()])"
-        )
-    p = local(p)
-    if p.is_meta and fused:
-        raise RuntimeError(
-            "`fused=True` requires all the params to be floating point Tensors of supported devices, but "
-            f"{label} is on the meta device and holds no data: materialise it first, e.g. model.to_empty()"
-        )
-    if p.is_meta:
-        raise TypeError(f"{label} is on the meta device and holds no data: materialise it first, e.g. model.to_empty()")
-    if p.layout is not torch.strided:
-        raise TypeError(f"{label} has layout {p.layout}: pass a dense tensor, e.g. p.to_dense()")
-    if p.dtype not in FLOATING:
-        remedy = "train torch.view_as_real(p)" if p.is_complex() else "pass a floating-point parameter"
-        raise TypeError(f"{label} has dtype {p.dtype}, allowed are {_listed(FLOATING)}: {remedy}")
-    _check_storage(p, "", label)
-    if overlaps(p):
-        raise ValueError(
-            f"elements of {label} share memory (shape {tuple(p.shape)}, strides {p.stride()}): pass p.contiguous()"
-        )
-
-
-def _check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: _Label) -> None:
-    flat = slice_of(p)
-    if flat is not None and len(flat.shape) >= 2 and channel_dim not in (0, (0,)):
-        raise ValueError(
-            f"channel_dim={channel_dim} does not fit {label}, a flat slice of a tensor of shape {flat.shape}: its rows "
-            "are those of dim 0; pass channel_dim=0"
-        )
-    if p.ndim < 2 or channel_dim == 0:
-        return
-    dims = channel_dim if isinstance(channel_dim, tuple) else (channel_dim,)
-    if len({d % p.ndim for d in dims}) < len(dims) or not all(-p.ndim <= d < p.ndim for d in dims):
-        raise ValueError(
-            f"channel_dim={channel_dim} does not fit {label} of {p.ndim} dimensions (shape {tuple(p.shape)}): pass "
-            f"different dimensions from -{p.ndim} to {p.ndim - 1}"
-        )
-    try:
-        rows_first(local(p), channel_dim)
-    except RuntimeError as error:
-        raise ValueError(
-            f"channel_dim={channel_dim} of {label} (shape {tuple(p.shape)}, strides {p.stride()}) cannot be merged "
-            "without a copy: pass p.contiguous(), or dimensions that follow each other"
-        ) from error
-
-
-def _check_storage(t: Tensor, role: str, label: _Label) -> None:
-    """Raises ValueError if elements lie outside the tensor's storage. ``role`` says whose it is."""
-    if not has_storage(t):
-        raise ValueError(
-            f"the storage of {role}{label} holds {t.untyped_storage().nbytes()} bytes, too few for shape "
-            f"{tuple(t.shape)}: an offloading hook may have freed it; bring it back before the step"
-        )
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}")
-
-
-def _check_gradient(p: Tensor, g: Tensor, label: _Label) -> None:
-    if is_distributed(p) != is_distributed(g):
-        kinds = ("a plain tensor", "a DTensor")
-        raise TypeError(
-            f"the gradient of {label} is {kinds[is_distributed(g)]}, the parameter {kinds[is_distributed(p)]}: make "
-            "the gradient lie as the parameter does, e.g. by DTensor.from_local"
-        )
-    if g.shape == p.shape:
-        p, g = local(p), local(g)
-    if g.layout is not torch.strided:
-        raise TypeError(
-            f"the gradient of {label} has layout {g.layout}: use sparse=False, or p.grad = p.grad.to_dense()"
-        )
-    if g.shape != p.shape:
-        raise ValueError(f"the gradient of {label} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
-    _check_storage(g, "the gradient of ", label)
-    if g.device != p.device:
-        raise ValueError(f"the gradient of {label} is on {g.device}, the parameter on {p.device}: move one of them")
-    if g.dtype not in FLOATING:
-        raise TypeError(f"the gradient of {label} has dtype {g.dtype}, allowed are {_listed(FLOATING)}")
-    if has_numbers(p) != has_numbers(g) and not traces_fakes():
-        kinds = ("a tensor of FakeTensorMode", "a real tensor")
-        raise TypeError(
-            f"the gradient of {label} is {kinds[has_numbers(g)]}, the parameter {kinds[has_numbers(p)]}: make both in "
-            "the same mode"
-        )
 
 
 def _supports_amp_scaling(defaults: dict[str, Any]) -> bool:
@@ -1343,7 +1078,3 @@ def _promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     for other in dtypes:
         dtype = torch.promote_types(dtype, other)
     return dtype
-
-
-def _listed(items: Iterable[Any]) -> str:
-    return ", ".join(map(str, items))

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fused_adamp.bucket import PROJECTIONS, Scalars
-from fused_adamp.projected import ProjectedOptimizer, Range, number
+from fused_adamp.options import chosen, documented, options_of
+from fused_adamp.projected import ProjectedOptimizer, number
 from fused_adamp.reference import Decision, sgdp_ref
 
 if TYPE_CHECKING:
@@ -41,31 +42,7 @@ class SGDP(ProjectedOptimizer):
 
     Args:
         params: parameters or dicts of groups, as for every torch.optim optimizer.
-        lr: learning rate, at least 0; a number or a 1-element tensor.
-        momentum: in [0, 1); 1 would divide the decay by zero.
-        dampening: in [0, 1].
-        weight_decay: at least 0.
-        nesterov: step along ``g + momentum * b``.
-        eps: at least 0.
-        delta: at least 0.
-        wd_ratio: in [0, 1].
-        foreach: True takes the unfused reference path.
-        maximize: ascend instead of descend.
-        capturable: on a GPU, the step can be captured in a CUDA graph; pass ``lr`` as a tensor on it to change it
-            between replays. Nothing else differs, and the CPU ignores it.
-        differentiable: not supported; present so that the error can say so.
-        fused: None takes the fastest backend there is, True requires a fused one, False takes the reference path.
-        projection: "auto" (the paper's test), or "channel", "layer" or "none": always project in that view, untested.
-        channel_dim: the dimension whose indices are the output channels: 1 for transposed convolutions; a tuple merges
-            several, such as (0, 1) for the stacked matrices of experts. Vectors have none.
-        state_dtype: dtype of the moments; None takes the weight's (float32 with a remainder) or a loaded state's.
-        rounding: how bfloat16 is written: "nearest"; "stochastic", up or down by chance but right on average; or
-            "remainder", which keeps the other 16 bits of the float32 weight in the state and so loses nothing.
-        amp_scaling: True lets the step unscale gradients as it reads them, when GradScaler is used. With False,
-            GradScaler unscales them before the step. None follows torch.optim: True where ``fused=True``, else False.
-        project_buffer: project the stored momentum too wherever the update is projected (no effect with nesterov). The
-            paper's algorithm does not; clovaai/AdamP 0.3.0 does. For reproducing results of that code.
-        backend: force one by name; see ``python -m fused_adamp doctor``.
+        {options}
 
     Raises:
         ValueError, TypeError: a value, parameter or gradient outside what is allowed; nothing has changed then.
@@ -80,10 +57,7 @@ class SGDP(ProjectedOptimizer):
     """
 
     adaptive = False
-    ranges = ProjectedOptimizer.ranges | {
-        "momentum": Range(0, 1, False, "pass a decay rate of at least 0 and below 1: at 1, decay is infinite"),
-        "dampening": Range(0, 1, True, "pass the part of the gradient to leave out"),
-    }
+    options = options_of("SGDP")
 
     def __init__(
         self,
@@ -110,29 +84,7 @@ class SGDP(ProjectedOptimizer):
         project_buffer: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "eps": eps,
-            "delta": delta,
-            "wd_ratio": wd_ratio,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "projection": projection,
-            "channel_dim": channel_dim,
-            "state_dtype": state_dtype,
-            "rounding": rounding,
-            "amp_scaling": amp_scaling,
-            "project_buffer": project_buffer,
-            "backend": backend,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, chosen(locals()))
 
     def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
@@ -169,3 +121,6 @@ class SGDP(ProjectedOptimizer):
         self, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor | float]:
         return moments[0], number(group["lr"])
+
+
+SGDP.__doc__ = documented(SGDP.__doc__, "SGDP")
