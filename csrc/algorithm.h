@@ -118,7 +118,7 @@ struct Sums {
 // -1 where nobody would notice: the clamp at eps hides what is lost, and so does |p| + eps.
 FUSED_ADAMP_INLINE double least_square(double eps2) { return eps2 < 0x1p-90 ? 0x1p-100 : -1; }
 
-// What the cosine test compares with.
+// The numbers that the cosine test compares with.
 struct Test {
   double delta2 = 0, eps2 = 0;
   bool limits = false;  // whether squared_limit is wanted: 5 ns for a row that fails, 20% of rows of 9

@@ -13,7 +13,7 @@
 
 namespace fused_adamp {
 
-// What a step needs to know of a tensor, read through the stable C interface. No data: there is none.
+// The properties of a tensor that a step reads through the stable C interface. No data: there is none.
 struct TensorRef {
   TensorRef() = default;
   explicit TensorRef(AtenTensorHandle handle);
@@ -67,7 +67,7 @@ struct TableRow {
 // Whether measure has moved a parameter that lies on several ranks, as if nothing or every row were projected.
 enum class Swept : uint8_t { no, plain, channel };
 
-// What this rank tells the others of a parameter, and what all have agreed on: fused_adamp/bucket.py, SHARES and Shared.
+// This rank's shares of a parameter, and the verdict of all ranks: fused_adamp/bucket.py, SHARES and Shared.
 struct Shares {
   double limit, cosine;
   ViewSums sums;

@@ -589,7 +589,7 @@ Decision decide(const Parameter& x) {
   return cosine_ratio(all.total.sums, x.test, double(t.rows) * double(t.cols)) < 1 ? Decision::layer : Decision::none;
 }
 
-// What the other ranks have to know, as far as they need it: rows whose parts they hold, else the parameter.
+// The sums that the other ranks need: of rows whose parts they hold, else of the parameter.
 void share_sums(const Parameter& x) {
   const TileSums all = sum_tiles(x);
   const double scale = x.needs == need_square ? x.coefficients_f64.scale : 1;  // of gradients as they are
@@ -815,7 +815,7 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
   }
 }
 
-// What an operator is given: registration.cpp.
+// The arguments of an operator: registration.cpp.
 struct Arguments {
   explicit Arguments(StableIValue* stack);
 
@@ -1078,7 +1078,7 @@ void make_key(uint64_t seed, uint32_t (&key)[2]) {
   key[1] = uint32_t(z >> 32);
 }
 
-// Of every parameter, whose t and scale are known.
+// For every parameter; its t and scale are known.
 void Step::compute_coefficients() {
   for (int64_t i = 0; i < count_; ++i) {
     Parameter& x = parameters_[i];

@@ -346,7 +346,7 @@ struct LaneSums {
   Vec<T> pg{}, gg{}, pp{}, pu{}, p_size{}, g_size{};
 };
 
-// Of the rows whose first starts at x.p[at].
+// Sums of the rows whose first starts at x.p[at].
 template <bool with_u, bool with_sizes, class T>
 FUSED_ADAMP_INLINE LaneSums<T> sum_lanes(const RowBlock<T>& x, int64_t at, int64_t cols) {
   LaneSums<T> s;
@@ -381,7 +381,7 @@ FUSED_ADAMP_INLINE LaneSums<T> sum_lanes(const RowBlock<T>& x, int64_t at, int64
   return s;
 }
 
-// What sum_block does with the sums of each row, besides adding them up.
+// How sum_block uses the sums of each row, besides adding them up.
 template <class T>
 struct RowUse {
   const Test& test;
@@ -518,7 +518,7 @@ FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL void measure_short(TileData<F> t, int64_t
   *tile = sums;
 }
 
-// What advance_short does with the weights: nothing, move them at once, or leave them to wait for the block's sums.
+// How advance_short treats the weights: nothing, move them at once, or leave them to wait for the block's sums.
 enum Weights { stay, move_now, move_later };
 
 // The state of n elements advances.
@@ -539,7 +539,7 @@ FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL void advance_block(Block<F> b, int64_t n,
   });
 }
 
-// Of which lanes recoverable() holds.
+// The lanes for which recoverable() holds.
 template <class T>
 FUSED_ADAMP_INLINE auto recoverable_lanes(Vec<T> shrink) {
   return (shrink.lane <= T(0.5)) & (shrink.lane >= T(-0.5));
@@ -770,7 +770,7 @@ constexpr Kernels<F> kernels() {
            rule_kernels<RuleSgdNoBuffer, F>()}};
 }
 
-// Of the usual rules only, to keep the build short.
+// For the usual rules only, to keep the build short.
 template <class F>
 constexpr Kernels<F> half_kernels() {
 #if defined(FUSED_ADAMP_HALVES)

@@ -79,7 +79,7 @@ constexpr bool is_short(int64_t rows, int64_t cols) {
   return rows >= 4 && cols < 64;
 }
 
-// What one reading of a view, or of a tile's part of one, tells: fused_adamp/bucket.py, ROW_SHARES.
+// The sums of one reading of a view, or of a tile's part of one: fused_adamp/bucket.py, ROW_SHARES.
 struct ViewSums {
   Sums sums{0, 0, 0};
   double pu = 0;  // p.u
@@ -98,7 +98,7 @@ FUSED_ADAMP_INLINE bool representable(const ViewSums& s, double least) {
   return (s.sums.pp + s.sums.gg + std::fabs(s.pu) < HUGE_VAL) & (least_of_both > least);
 }
 
-// What the stages know of a tile: a row of the bucket's scratch.
+// The stages' results for a tile: a row of the bucket's scratch.
 struct TileSums {
   double largest = 0;             // cosine_ratio of a row
   double least_limit = HUGE_VAL;  // squared_limit of a row, if it is wanted
@@ -136,7 +136,7 @@ struct RowShares {
   }
 };
 
-// What sweep needs to take and to test a guess.
+// The numbers by which sweep takes and tests a guess.
 template <class T>
 struct Guess {
   Test test;

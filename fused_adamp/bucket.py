@@ -78,7 +78,7 @@ ROW_SHARES = ("pg", "gg", "pp", "pu")
 
 
 class Need(enum.IntFlag):
-    """What :meth:`Backend.measure` is asked of a member."""
+    """The sums that :meth:`Backend.measure` is asked for, member by member."""
 
     TEST = 1
     """p.g, g.g and p.p, and whether every row passes the cosine test."""
@@ -89,7 +89,7 @@ class Need(enum.IntFlag):
 
 
 class BucketKey(NamedTuple):
-    """What the members of one bucket have in common.
+    """The properties that all members of one bucket have in common.
 
     ``moments`` are stored as ``state_dtype``; ``rounding`` is one of :data:`fused_adamp.precision.ROUNDINGS`, "nearest"
     wherever nothing is stored in bfloat16; ``channel_dim`` is the dimension whose indices are rows.
@@ -121,7 +121,7 @@ class BucketKey(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """What a backend and the front end tell each other about members that lie on several ranks.
+    """Tables through which a backend and the front end talk about members that lie on several ranks.
 
     Attributes:
         needs: ``(P,)`` uint8, of :class:`Need`: what :meth:`Backend.measure` has to find out. 0 of members that do not
@@ -204,7 +204,7 @@ class Bucket:
 
     @property
     def places(self) -> list[tuple[int, ...] | None]:
-        """What :func:`place_of` says of each member, None where nobody may take its place."""
+        """:func:`place_of` of each member; None if no parameter may take its place."""
         if self.distributed or self.sliced or self.shared is not None:
             return [None] * len(self.params)
         first = COLUMNS.index("projected")
@@ -242,7 +242,7 @@ class Bucket:
         return [t if t is ABSENT else self.rows(i, t, copy=copy) for i, t in enumerate(tensors)]
 
     def counts(self, name: str, given: list[Tensor], uncounted: Container[Tensor]) -> list[Tensor]:
-        """Of the members' parameters' counts, the members'.
+        """Step counts per member, expanded from the counts per parameter.
 
         Every piece counts by itself, from what its parameter has; but for parameters that are not ``uncounted``, which
         this step may have counted already.
@@ -282,7 +282,7 @@ class Bucket:
 
 
 class Rule(Protocol):
-    """What a backend asks of the optimizer: which momentum rule, and its numbers for a parameter group."""
+    """The optimizer as a backend sees it: its momentum rule, and the rule's numbers for a parameter group."""
 
     adaptive: ClassVar[bool]
 

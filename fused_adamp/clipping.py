@@ -1,4 +1,4 @@
-"""What a clip leaves for the next step: the one result that a step believes from an earlier call."""
+"""The result that a clip keeps for the next step. It is the one thing that a step believes from an earlier call."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
 
 class Clipping(NamedTuple):
-    """What :meth:`ProjectedOptimizer.clip_grad_norm_` leaves for the next step, and what that was computed from.
+    """The result that :meth:`ProjectedOptimizer.clip_grad_norm_` keeps for the next step, and its inputs.
 
     It is the one thing that a step believes from an earlier call. ``seen`` says whether the step may go by the
     norm, :meth:`test_of` whether it may go by the sums of the test too.
@@ -50,7 +50,7 @@ class Clipping(NamedTuple):
     max_norm: Any
     norm_type: float
     norm: Tensor
-    """Of the gradients as they are, 0-dim float64."""
+    """Norm of the gradients as they are, 0-dim float64."""
     unscaled: bool
     """Whether GradScaler's scale was known, so that the norm over the scale is clipped: over the step's scale."""
     seen: Seen
@@ -67,7 +67,7 @@ class Clipping(NamedTuple):
         return self.norm * unscale.to(self.norm.device, non_blocking=True)
 
     def coefficient(self, unscale: Tensor | None) -> Tensor:
-        """What the step multiplies the gradients with, beside ``unscale``: 0-dim float64."""
+        """The factor of the gradients in the step, beside ``unscale``: 0-dim float64."""
         norm, limit = self.norm_over(unscale), self.max_norm
         if isinstance(limit, Tensor):
             limit = limit.double().to(norm.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""What the ranks that share parameters tell each other in a step: one packed all_reduce for each group of them.
+"""The collectives of a step whose parameters lie on several ranks: one packed all_reduce for each group of ranks.
 
 A step of sharded parameters goes
 
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
     from fused_adamp.bucket import Bucket
     from fused_adamp.sharding import Layout
 
-__all__ = ["Exchange", "Header", "Outcome", "shake_hands"]
+__all__ = ["Exchange", "Header", "Outcome", "compare_headers"]
 
 _DIGEST = 8  # bytes
 
 _RECORD = ("fails", "present", "pg", "gg", "pp", "pu")
-"""Of a parameter: ranks on which a row fails the cosine test, ranks that have a gradient, and sums."""
+"""Columns of a parameter's record: ranks on which a row fails the test, ranks that have a gradient, and sums."""
 
 
 class Header(NamedTuple):
-    """What goes along with the sums, one number each, and is summed.
+    """Numbers that travel with the sums, and are summed like them.
 
     Attributes:
         ranks: 1 of each.
@@ -90,7 +90,7 @@ class Header(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the ranks' shares add up to.
+    """The sums of all ranks' shares.
 
     Attributes:
         header: ``(len(header),)`` float64 on the device.
@@ -119,10 +119,10 @@ class _Collective(NamedTuple):
     folds: list[_Fold]
 
 
-def shake_hands(layouts: Iterable[Layout], header: Header) -> Header:
+def compare_headers(layouts: Iterable[Layout], header: Header) -> Header:
     """Sums headers alone, whatever the ranks may have in common besides. Each may be counted more than once.
 
-    Groups come as often as there are groups, so that word gets around; those of replicas among them.
+    One round per group, so that news reaches ranks that share no group. Groups of replicas are included.
     """
     groups = _in_order(layouts, replicas=True)
     numbers = torch.tensor(header.numbers(), dtype=torch.float64, device="cpu")
@@ -143,7 +143,7 @@ def _in_order(layouts: Iterable[Layout], *, replicas: bool = False) -> list[Proc
 
 
 class _Piece(NamedTuple):
-    """What is here of a member: all in one, or a piece of a flat slice.
+    """A member's part on this rank: all of it in one, or a piece of a flat slice.
 
     Attributes:
         p, number: the member, and the piece's index in its bucket.
@@ -250,13 +250,13 @@ class Exchange:
         self._is_elsewhere = self._flags(not piece.layout.holds for piece in pieces)
         self._piece_is_split = self._flags(piece.layout.sharing is Sharing.SPLIT for piece in pieces)
         self._owners = self._indices(i for i, count in enumerate(counts) for _ in range(count))
-        """Of every piece the member that it is part of."""
+        """The member of each piece, by index."""
         ends = [*accumulate(counts)]
         most = range(max(counts))
         self._pieces_of = self._indices(
             end - count + i if i < count else len(pieces) for end, count in zip(ends, counts, strict=True) for i in most
         ).reshape(-1, len(most))
-        """Of every member its pieces, as many of each: the one after the last stands for none."""
+        """The pieces of each member, by index, padded to the same number with the index after the last piece."""
 
     def _find_rows(self, members: Sequence[Sequence[_Piece]]) -> None:
         self._is_split = self._flags(bool(layout.col_groups) for layout in self.layouts)
@@ -271,7 +271,7 @@ class Exchange:
                 places += piece.rows
                 slots += range(start + piece.slot, start + piece.slot + len(piece.rows))
         self._row_places, self._slots = self._indices(places), self._indices(slots)
-        """Of every split row here its place among the buckets' rows, and among those of all ranks."""
+        """For each split row here, its place among the buckets' rows and its place among those of all ranks."""
         self._row_owners = self._indices(i for i in self._split for _ in self._rows_of_member[i])
 
     def _row_numbers(self, members: Iterable[int]) -> Tensor:
@@ -295,7 +295,7 @@ class Exchange:
         return collectives
 
     def header(self, lines: Sequence[str], **flags: bool) -> Header:
-        """What this rank has, together with hyperparameters and the like, in words."""
+        """This rank's parameters, hyperparameters and the like, in words."""
         return Header.of([self._hashed, *lines], **flags)
 
     def disagreement(self, lines: Sequence[str], *, replicas: bool = False) -> str:
@@ -320,7 +320,7 @@ class Exchange:
     # In every step.
 
     def set_options(self, options: list[tuple[float, float, float]]) -> None:
-        """Of every parameter group eps, delta and the projection, an index of PROJECTIONS."""
+        """Takes eps, delta and the projection, an index of PROJECTIONS, of each parameter group."""
         if options == self._options:
             return
         self._options = options
@@ -358,7 +358,7 @@ class Exchange:
         return self._upload([id(p) in wanted for p in self.members]).bool()
 
     def undecided(self, known: Outcome, scale: Tensor) -> Tensor:
-        """Of which members p.u is needed, when the test is known but for the scale: ``(n,)`` bool.
+        """The members whose p.u is needed, when the test is known but for the scale: ``(n,)`` bool.
 
         Whole rows go without if they all pass at any scale, or if the layer does not pass.
         """
@@ -415,7 +415,7 @@ class Exchange:
         return torch.cat([pieces, torch.zeros_like(pieces[:1])])[self._pieces_of].sum(dim=1)
 
     def _in_slots(self, rows: Tensor) -> Tensor:
-        """Of the split rows here, those of all ranks: 0 where nothing of a row is here."""
+        """The split rows of all ranks, from those here: 0 for a row without a part here."""
         return rows.new_zeros(len(self._row_owners), rows.size(1)).index_copy(0, self._slots, rows)
 
     def _reduce(self, outcome: Outcome, fold: Callable[[Tensor, Tensor], Tensor]) -> Outcome:
@@ -511,7 +511,7 @@ class Exchange:
         return self.over_ranks(self._by_member(values.to(self.device)))
 
     def projections(self, dots: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Of every piece c of every row here and c of the layer, from ``(R, 2)`` p.u and p.p of its rows here."""
+        """For each piece, c of each row here and c of the layer, from ``(R, 2)`` p.u and p.p of its rows here."""
         dots = [rows.to(self.device) for rows in dots]
         sums = torch.stack([rows.sum(dim=0) for rows in dots]).masked_fill(self._piece_is_split[:, None], 0.0)
         is_split = self._piece_is_split.tolist()
@@ -529,7 +529,7 @@ class Exchange:
         self.ask_afresh(Need(0))
         return Header.read(self.reduce(header, None, [False] * len(self.members), None).header.tolist())
 
-    # What the ranks have told. On a GPU nobody waits to read it: a step that should not be taken moves nothing, on no
+    # Results of the collectives. On a GPU nobody waits to read it: a step that should not be taken moves nothing, on no
     # rank, and the next one raises the error.
 
     @property

@@ -33,7 +33,7 @@ from fused_adamp.bucket import (
 from fused_adamp.checkpoint import check, to_ours
 from fused_adamp.clipping import Clipping, Seen
 from fused_adamp.compiled import register
-from fused_adamp.exchange import Exchange, Header, shake_hands
+from fused_adamp.exchange import Exchange, Header, compare_headers
 from fused_adamp.fake import has_numbers, new_state, touch, traces_fakes
 from fused_adamp.options import MAX_NORM, Range, check_options
 from fused_adamp.reference import Decision
@@ -69,7 +69,7 @@ __all__ = ["ProjectedOptimizer", "number"]
 
 
 class _Label(NamedTuple):
-    """What messages call a parameter. The parameter groups are searched when the message is written, not before."""
+    """A parameter's name in messages. The parameter groups are searched when the message is written, not before."""
 
     optimizer: ProjectedOptimizer
     p: Tensor
@@ -82,7 +82,7 @@ class _Label(NamedTuple):
 
 
 class _Memory:
-    """What an optimizer remembers from one call to the next.
+    """Everything that an optimizer remembers from one call to the next.
 
     It is created once and then only mutated. Frameworks wrap an optimizer in an object that subclasses its class and
     copies its ``__dict__``: both share this object, so that a call through either is seen by both.
@@ -126,7 +126,7 @@ class ProjectedOptimizer(Optimizer):
     """Whether the rule divides by a second moment, counts steps and corrects biases."""
 
     options: ClassVar[dict[str, Option]]
-    """What the rule has of :data:`fused_adamp.options.OPTIONS`."""
+    """The entries of :data:`fused_adamp.options.OPTIONS` that the rule has."""
 
     _handle: str
     _memory: _Memory
@@ -143,7 +143,7 @@ class ProjectedOptimizer(Optimizer):
         self._step_supports_amp_scaling = _supports_amp_scaling(defaults)
         super().__init__(params, defaults)
 
-    # What AdamP and SGDP supply.
+    # AdamP and SGDP supply these.
 
     def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The state keys that have the parameter's shape."""
@@ -164,7 +164,7 @@ class ProjectedOptimizer(Optimizer):
     ) -> tuple[Tensor, Tensor | float]:
         """The update u that moments in float64 stand for, and the step size. Waits for no device.
 
-        In place of a rule's moments, where it keeps none, comes the gradient. Nesterov momentum is left out.
+        If the rule keeps no moments, ``moments[0]`` is the gradient. Nesterov momentum is left out.
         """
         raise NotImplementedError
 
@@ -180,7 +180,7 @@ class ProjectedOptimizer(Optimizer):
     def _numbers(self) -> list[str]:
         return [name for name, option in self.options.items() if isinstance(option.allowed, Range)]
 
-    # What users call.
+    # Users call these.
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -190,7 +190,7 @@ class ProjectedOptimizer(Optimizer):
             closure: re-evaluates the model and returns the loss; called with gradients enabled.
 
         Returns:
-            What the closure returned, or None without one.
+            The result of the closure, or None without one.
 
         Raises:
             ValueError, TypeError: a parameter, gradient or state that cannot be stepped. Nothing has moved then.
@@ -206,7 +206,7 @@ class ProjectedOptimizer(Optimizer):
         return loss
 
     def _traced_step(self) -> None:
-        """What Dynamo sees of a step: one operator that runs :meth:`_step` when the compiled code runs."""
+        """The step as Dynamo traces it: one operator that runs :meth:`_step` when the compiled code runs."""
         from fused_adamp.tracing import eager_step, needs_eager, tensor_options
 
         # Where Dynamo gives up on this function, it calls it, as Python.
@@ -239,7 +239,7 @@ class ProjectedOptimizer(Optimizer):
             moved = alone and batches[0].bucket.key.backend.step(batches[0]) < 0
             batches = batches if moved else self._scaled(self._refit(batches))
         else:
-            batches, moved = self._judged(self._memory.exchange, batches), False
+            batches, moved = self._decide_across_ranks(self._memory.exchange, batches), False
         for batch in () if moved else self._in_order(batches):
             stale = batch.bucket.key.backend.step(batch)
             assert stale < 0, "a bucket that was checked a moment ago does not fit its tensors"
@@ -447,7 +447,7 @@ class ProjectedOptimizer(Optimizer):
             batches = self._gather(make_state=make_state)
             return self._refit(batches) if check or self._memory.exchange is not None else batches
         except Exception:
-            # What another rank or the network does now must not hide this rank's own error.
+            # An error of another rank or of the network must not hide this rank's own.
             with suppress(Exception):
                 self._withdraw()
             raise
@@ -554,7 +554,7 @@ class ProjectedOptimizer(Optimizer):
         return self._with_scale(batches, self._factor())
 
     def _factor(self) -> Tensor | None:
-        """What the step multiplies gradients with: 0-dim float64; None is 1."""
+        """The factor of the gradients in the step: 0-dim float64; None is 1."""
         unscale = self._unscale()
         factor = None if self._memory.clipping is None else self._memory.clipping.coefficient(unscale)
         if unscale is not None:
@@ -585,7 +585,7 @@ class ProjectedOptimizer(Optimizer):
         self._memory.clipping = self._clipped(batches, old.max_norm, old.norm_type, unscaled=old.unscaled)
 
     def _unscale(self) -> Tensor | None:
-        """What GradScaler leaves to the step to multiply gradients with: 0-dim float64. None is 1."""
+        """The factor that GradScaler leaves to the step, the inverse of its scale: 0-dim float64. None is 1."""
         grad_scale = getattr(self, "grad_scale", None)
         return None if grad_scale is None else grad_scale.double().reciprocal().reshape(())
 
@@ -617,7 +617,7 @@ class ProjectedOptimizer(Optimizer):
         return square.sqrt(), outcome
 
     def _clipped(self, batches: list[Batch], max_norm: Any, norm_type: float, *, unscaled: bool) -> Clipping:
-        """What a clipping leaves for the next step."""
+        """Takes the norm, and returns the result to keep for the next step."""
         norm, outcome = self._total_norm(batches, norm_type)
         seen = Seen.of(*_gradients(batches))
         options = [] if outcome is None else self._test_options()
@@ -657,21 +657,21 @@ class ProjectedOptimizer(Optimizer):
                 raise ValueError(self._memory.agreed.disagreement([*exchange.lines, *lines]))
             self._memory.agreed = None
         if self._memory.agreed is None:
-            header = shake_hands(exchange.layouts, exchange.header(lines))
+            header = compare_headers(exchange.layouts, exchange.header(lines))
             header.check_failure()
             if not header.agreed:
                 raise ValueError(exchange.disagreement([*exchange.lines, *lines], replicas=True))
         self._memory.agreed = exchange
 
     def _measured(self, exchange: Exchange, batches: list[Batch]) -> Outcome:
-        """What the ranks find out for clipping: squares, and sums of the cosine test, of gradients as they are."""
+        """Sums over the ranks for clipping: squares, and sums of the cosine test, of gradients as they are."""
         self._agree(exchange)
         exchange.ask_afresh(Need.TEST | Need.SQUARE)
         lines = [*self._options_in_words(exchange), "clip_grad_norm_"]
-        exchange.measured = self._told(exchange, batches, lines, scale=None)
+        exchange.measured = self._reduce_shares(exchange, batches, lines, scale=None)
         return exchange.measured
 
-    def _judged(self, exchange: Exchange, batches: list[Batch]) -> list[Batch]:
+    def _decide_across_ranks(self, exchange: Exchange, batches: list[Batch]) -> list[Batch]:
         """The batches of a step, with everything decided that the ranks have to decide together."""
         self._agree(exchange)
         found_inf = getattr(self, "found_inf", None)
@@ -689,7 +689,7 @@ class ProjectedOptimizer(Optimizer):
                 assert factor is not None, "a clipping gives a factor"
                 scale = factor.to(exchange.device)
                 exchange.ask(Need.DOT, only=exchange.undecided(known, scale))
-            outcome = self._told(
+            outcome = self._reduce_shares(
                 exchange,
                 self._with_scale(batches, factor, final=clipping is None and found_inf is None),
                 lines,
@@ -709,7 +709,7 @@ class ProjectedOptimizer(Optimizer):
                 }
                 batches = self._gathered() if own else batches
                 exchange.ask(Need.TEST | Need.DOT, only=exchange.mask(own))
-                outcome = self._told(
+                outcome = self._reduce_shares(
                     exchange, self._with_scale(batches, factor), lines, scale=scale, found_inf=found_inf
                 )
             finally:
@@ -729,7 +729,7 @@ class ProjectedOptimizer(Optimizer):
             for group, projection in zip(self.param_groups, projections, strict=True)
         ]
 
-    def _told(
+    def _reduce_shares(
         self,
         exchange: Exchange,
         batches: list[Batch],
@@ -769,7 +769,7 @@ class ProjectedOptimizer(Optimizer):
         else:
             owners = [(p, group["channel_dim"]) for group in self.param_groups for p in group["params"]]
             shared = [(p, channel_dim) for p, channel_dim in owners if is_shared(p) and self._takes_part(p)]
-            shake_hands([layout for of in shared for layout in layouts_of(*of)], failed)
+            compare_headers([layout for of in shared for layout in layouts_of(*of)], failed)
 
     def _options_in_words(self, exchange: Exchange) -> list[str]:
         """The hyperparameters that are to be the same on all ranks."""
@@ -909,11 +909,11 @@ class ProjectedOptimizer(Optimizer):
         return None if usual else _promoted([moment.dtype for _, moment in moments])
 
     def _storage(self, group: dict[str, Any]) -> tuple[Any, ...]:
-        """What of a group decides into which bucket a parameter goes; and the projection, to notice its change."""
+        """The options of a group that choose a parameter's bucket; and the projection, to notice its change."""
         return self.moments(group), *(group[n] for n in ("channel_dim", "state_dtype", "rounding", "projection"))
 
     def _fitted_state(self, bucket: Bucket, p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """What the state of a parameter lacks, and copies of what cannot be used where it lies.
+        """The entries that a parameter's state lacks, and copies of entries that cannot be used where they lie.
 
         That is what no backend takes, and moments of another dtype than the group's ``state_dtype``, if it names one.
         """
@@ -976,7 +976,7 @@ class ProjectedOptimizer(Optimizer):
         return _Label(self, p)
 
     def _labels(self) -> dict[Tensor, str]:
-        """What messages and reports call every parameter, in the order of the parameter groups."""
+        """Each parameter's name in messages and reports, in the order of the parameter groups."""
         labels = {}
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names")
@@ -1067,7 +1067,7 @@ def _on(device: torch.device, tensor: Tensor | None) -> Tensor | None:
 
 
 def _in_words(value: Any) -> str:
-    """A hyperparameter, of which a tensor that is not on the CPU is not waited for."""
+    """``repr()`` of a hyperparameter, without a device sync."""
     if not isinstance(value, Tensor):
         return repr(value)
     return repr(value.tolist()) if value.device.type == "cpu" else f"a tensor on {value.device.type}"

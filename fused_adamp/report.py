@@ -1,4 +1,4 @@
-"""What the projection did: a table for people, plain records for loggers."""
+"""A report on the last step's projection: a table for people, plain records for loggers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _line(record: ProjectionRecord) -> tuple[str, ...]:
 def projection_report(optimizer: ProjectedOptimizer, names: dict[Tensor, str]) -> ProjectionReport:
     """Reads the buckets' results. The rest is computed on each device, which is waited for once.
 
-    Of parameters that lie on several ranks, each rank adds up its part, so all of them have to call this.
+    Each rank adds up its part of a parameter that lies on several ranks, so all of them have to call this.
     """
     sharded = _over_ranks(optimizer)
     tables: dict[torch.device, list[Tensor]] = {}
@@ -106,7 +106,7 @@ def _record(name: str, p: Tensor, row: list[float]) -> ProjectionRecord | None:
 
 
 def _over_ranks(optimizer: ProjectedOptimizer) -> dict[Tensor, tuple[Tensor, Tensor]]:
-    """Of the parameters that lie on several ranks, the cosine and the squares of the whole."""
+    """Cosine and squares of each whole parameter that lies on several ranks."""
     exchange = optimizer.exchange
     if exchange is None:
         return {}
@@ -114,7 +114,7 @@ def _over_ranks(optimizer: ProjectedOptimizer) -> dict[Tensor, tuple[Tensor, Ten
     pieces = [(bucket_of[p], i) for p, i in exchange.pieces]
     results = [bucket_of[p].results[bucket_of[p].index[p]].to(exchange.device) for p in exchange.members]
     cosines = torch.stack(results)[:, RESULTS.index("cosine")]
-    # Of several rows' cosines the largest; a NaN, which nothing is larger than, is one on all ranks.
+    # The largest cosine of all rows. Nothing is larger than a NaN, so a NaN on one rank is one on all ranks.
     largest = exchange.over_ranks(cosines.nan_to_num(-1.0, posinf=math.inf), dist.ReduceOp.MAX)
     factors = exchange.projections([_dots(optimizer, bucket, i) for bucket, i in pieces])
     parts = [_squares(optimizer, *at, factor) for at, factor in zip(pieces, factors, strict=True)]
@@ -124,7 +124,7 @@ def _over_ranks(optimizer: ProjectedOptimizer) -> dict[Tensor, tuple[Tensor, Ten
 
 
 def _weight_and_step(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) -> tuple[Tensor, Tensor]:
-    """Of what is here the weight, and what one more step with these moments would subtract: ``(R, K)`` float64.
+    """The weight here, and the step that these moments would take next: both ``(R, K)`` float64.
 
     Without projection. NaN where there is none: of a rule that keeps no moments, without gradient.
     """
@@ -145,7 +145,7 @@ def _weight_and_step(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) 
 
 
 def _dots(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) -> Tensor:
-    """Of every row here p.u and p.p: ``(R, 2)``."""
+    """p.u and p.p of each row here: ``(R, 2)``."""
     p, u = _weight_and_step(optimizer, bucket, index)
     return torch.stack([(p * u).sum(dim=1), (p * p).sum(dim=1)], dim=1)
 

@@ -46,11 +46,11 @@ class Sharing(enum.IntEnum):
     SHARED = 1
     """Whole rows are here, others elsewhere; vectors too are said to be so."""
     SPLIT = 2
-    """Of every row here, parts are elsewhere."""
+    """Each row here has parts on other ranks."""
 
 
 class Piece(NamedTuple):
-    """What a flat slice has of a matrix in one piece: whole rows, or a part of one row.
+    """The part of a matrix that a flat slice has in one piece: whole rows, or a part of one row.
 
     Attributes:
         size: elements of the slice.
@@ -104,7 +104,7 @@ def is_distributed(t: Any) -> bool:
 
 
 def local(t: Tensor) -> Tensor:
-    """What this rank holds of a DTensor; any other tensor as it is."""
+    """The local part of a DTensor; any other tensor as it is."""
     if not is_distributed(t):
         return t
     part: Any = _as_dtensor(t)._local_tensor  # to_local() makes a new tensor of a Parameter
@@ -122,7 +122,7 @@ def like(t: Tensor, p: Tensor) -> Tensor:
 
 
 def local_gradient(p: Tensor) -> Tensor | None:
-    """What this rank holds of a parameter's gradient, which is redistributed if it does not lie as the parameter."""
+    """The local part of a parameter's gradient, redistributed first if its placements differ from the parameter's."""
     g = p.grad
     if g is None or not is_distributed(p) or not is_distributed(g):
         return g
@@ -150,7 +150,7 @@ def _as_dtensor(t: Tensor) -> DTensor:
 
 
 def in_words(p: Tensor) -> str:
-    """What and where a parameter is that lies on several ranks; the same words on all of them."""
+    """Shape and place of a parameter that lies on several ranks, in the same words on all of them."""
     if flat := slice_of(p):
         return f"shape {flat.shape}, in slices on {flat.group.size()} ranks"  # which, not all ranks need to agree on
     return f"shape {tuple(p.shape)}, {_as_dtensor(p).placements} on {_as_dtensor(p).device_mesh}"
@@ -229,7 +229,7 @@ def _numbers(
 
 
 class FlatSlice(NamedTuple):
-    """What :func:`mark_slice` knows: a parameter is elements ``begin`` to ``end`` of a tensor that lies row by row.
+    """The record of :func:`mark_slice`: a parameter is elements ``begin`` to ``end`` of a tensor that lies row by row.
 
     Attributes:
         shape: of the whole tensor.
@@ -278,7 +278,7 @@ def marks() -> int:
 
 
 def slice_of(p: Tensor) -> FlatSlice | None:
-    """What was said of a parameter by :func:`mark_slice`."""
+    """The record of :func:`mark_slice` for a parameter; None without one."""
     return _slices[p] if p.ndim == 1 and p in _slices else None
 
 

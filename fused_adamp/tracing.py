@@ -1,4 +1,4 @@
-"""What a step asks while Dynamo traces it. Imported by the traced step alone, since this imports torch._dynamo."""
+"""Questions that a step asks while Dynamo traces it. Only the traced step imports this, as it imports torch._dynamo."""
 
 from __future__ import annotations
 

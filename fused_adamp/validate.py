@@ -1,4 +1,4 @@
-"""What is refused of parameters and gradients, and in which words. Every message names the tensor and the remedy.
+"""Parameters and gradients that are refused, and the words. Every message names the tensor and the remedy.
 
 ``label`` is what messages call a parameter: anything that can be formatted.
 """

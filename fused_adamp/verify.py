@@ -132,7 +132,7 @@ class Case:
     late: bool = False
     """The first three quarters of the rows pass the cosine test, whatever the decision."""
     scale: float = 1.0
-    """What the step multiplies the gradient by: the inverse of GradScaler's scale."""
+    """The factor of the gradient in the step: the inverse of GradScaler's scale."""
     tile: int = _TILE
     """The backend's tile: sizes around it are edges there and ordinary elsewhere."""
 
@@ -145,12 +145,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What :func:`check` found."""
+    """The result of :func:`check`."""
 
     error: dict[str, float]
     """Worst error of the weight ("p") and of each moment, in units of the last place."""
     allowed: dict[str, float]
-    """What :data:`TOLERANCE` allows for each of them."""
+    """The largest error that :data:`TOLERANCE` allows for each of them."""
     decisions: list[tuple[Decision, Decision]]
     """Per step, the backend's decision and the reference's."""
 

@@ -52,7 +52,7 @@ SQUARE = tl.constexpr(4)
 SHARE = tl.constexpr(5)
 SHARE_NOTHING = tl.constexpr(6)
 
-# What a launch counts.
+# Counters of a launch.
 TICKET = tl.constexpr(0)
 PREPARING = tl.constexpr(1)
 PREPARED = tl.constexpr(2)

@@ -116,7 +116,7 @@ PROJECT_BUFFER = tl.constexpr(12)
 PROJECTION = tl.constexpr(13)
 SCALARS = tl.constexpr(14)
 
-# What depends on the step count: a parameter's row.
+# A parameter's row of the numbers that depend on the step count.
 INVERSE_BIAS2 = tl.constexpr(0)
 STEP_SIZE = tl.constexpr(1)
 COEFFICIENTS = tl.constexpr(2)
@@ -247,7 +247,7 @@ def is_marked(work, epoch, x, WHICH: tl.constexpr, S: tl.constexpr):
     return marked
 
 
-# What a parameter's tiles have in common.
+# Properties that all tiles of a parameter have in common.
 
 
 @triton.jit
@@ -402,7 +402,7 @@ def first_number(memory, where):
 
 @triton.jit
 def rounded(x, random, TYPE: tl.constexpr, S: tl.constexpr):
-    """What is stored of x in a tensor of that dtype."""
+    """x as a tensor of that dtype stores it."""
     by_chance: tl.constexpr = (S.rounding == STOCHASTIC) & TYPE.is_bf16()
     if S.number == tl.float64 and TYPE.primitive_bitwidth < 32:
         x = x.to(tl.float32)
@@ -574,7 +574,7 @@ def conclude_shares(memory, work, x, need):
 
 @triton.jit
 def share_nothing(memory, work, x):
-    """What the ranks are told of a parameter that has no elements here: rows, if it has any, of no tiles."""
+    """The shares of a parameter that has no elements here: rows, if it has any, of no tiles."""
     need = tl.load(part(work, x, NEED, tl.uint8)).to(tl.int32)
     if need != 0:
         _, segments = tiles_of(memory, x)
@@ -991,7 +991,7 @@ def redo(memory, work, epoch, x, S: tl.constexpr):
 
 @triton.jit
 def redo_ahead(memory, work, epoch, x, S: tl.constexpr):
-    """What ranks are told of a parameter, or the squares for the norm, if sums have left float32. See :func:`redo`."""
+    """The shares of a parameter, or the squares for the norm, again if sums have left float32. See :func:`redo`."""
     if tl.load(work[COUNTS] + x * COUNTERS + MEASURE_LEFT) == epoch:
         first = tl.load(memory[TABLE] + x * COLUMNS + FIRST_TILE).to(tl.int32)
         n = tl.load(memory[TABLE] + x * COLUMNS + TILES).to(tl.int32)

@@ -51,7 +51,7 @@ VECTOR = tl.constexpr(8)  # elements: the most of one load
 
 
 class Spec(NamedTuple):
-    """What a kernel is compiled for.
+    """The properties of tensors and rule that a kernel is compiled for.
 
     Attributes:
         p, g, state: dtypes in memory.

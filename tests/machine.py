@@ -431,7 +431,7 @@ class Machine:
         for i, before in evidence.items():
             assert_identical(_whole(self.params[i].grad), before.gradient, f"gradient {i}")
 
-    def _judged(self, now: dict[int, Evidence]) -> tuple[float, dict[int, Evidence]]:
+    def _decide_across_ranks(self, now: dict[int, Evidence]) -> tuple[float, dict[int, Evidence]]:
         """The factor of all gradients, and what each parameter's cosine test is made of."""
         scale = getattr(self.optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else scale.item()
@@ -453,7 +453,7 @@ class Machine:
 
     def _compare(self, now: dict[int, Evidence], weights: list[Tensor], *, skipped: bool) -> None:
         """The step that was just taken, with one in float64; then the model goes on from the optimizer's values."""
-        factor, tested = self._judged(now)
+        factor, tested = self._decide_across_ranks(now)
         decisions = self.optimizer.decisions()
         for i, (p, entry, group) in enumerate(zip(self.params, self.entries, self.groups, strict=True)):
             if skipped or i not in now:

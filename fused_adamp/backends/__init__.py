@@ -26,7 +26,7 @@ ENVIRONMENT = "FUSED_ADAMP_BACKEND"
 
 
 class Backend(Protocol):
-    """What the front end asks of a backend. Instances are stateless."""
+    """The interface between the front end and a backend. Instances are stateless."""
 
     name: str
     fused: bool
@@ -46,7 +46,7 @@ class Backend(Protocol):
         """Where the step counts and seeds of parameters on ``device`` are kept."""
 
     def scratch(self, bucket: Bucket) -> Any:
-        """What the backend wants to keep for a bucket."""
+        """Whatever the backend keeps for a bucket between steps."""
 
     def first_stale(self, batch: Batch) -> int:
         """Index of the first member that does not fit the bucket's table, -1 if all do. Moves nothing."""
@@ -60,9 +60,9 @@ class Backend(Protocol):
     def measure(self, batch: Batch) -> None:
         """Finds out what the ranks have to tell each other before a step: writes ``bucket.shared``, shares and rows.
 
-        Of every member with a gradient, as far as its ``needs`` ask: all else there stays as it is. The batch fits the
-        bucket's table. If the batch is ``final``, members of which both TEST and DOT are asked may be moved already, by
-        a guess that the step puts right. Each member is asked once per step for what a further call asks of others.
+        It writes for members with a gradient, as far as their ``needs`` ask; all else stays as it is. The batch fits
+        the bucket's table. If the batch is ``final``, members asked for both TEST and DOT may be moved already,
+        by a guess that the step puts right. Each member is asked once per step for what a further call asks of others.
         """
 
     def step(self, batch: Batch) -> int:

@@ -67,14 +67,14 @@ class _Listed(NamedTuple):
 
 @dataclass
 class Scratch:
-    """What the steps of one bucket share."""
+    """Memory that all steps of one bucket use."""
 
     sums: Tensor
     rows: list[Any] = field(default_factory=list)
     scalars: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     """The rows as a tensor."""
     kept: list[Tensor] = field(default_factory=list)
-    """What `measure` leaves for the step that follows it, if members lie on several ranks: :func:`_kept`."""
+    """Tensors that `measure` fills for the step after it, if members lie on several ranks: :func:`_kept`."""
     listed: dict[str, _Listed] = field(default_factory=dict)
     """Per key, the state that was stepped last."""
 
@@ -132,7 +132,7 @@ class CpuBackend:
 
 
 def _kept(bucket: Bucket) -> list[Tensor]:
-    """Of every member whether `measure` has moved it, and by which guess: ``(P,)`` uint8, csrc/bucket.h, Swept.
+    """For each member, whether `measure` has moved it and by which guess: ``(P,)`` uint8, csrc/bucket.h, Swept.
 
     And of rows that lie here whole, in the dtype that they are computed in, what their projection asks for.
     """

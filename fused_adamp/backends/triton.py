@@ -115,7 +115,7 @@ def _too_old(index: int | None) -> str | None:
 
 
 class Tables:
-    """What the kernels read besides the tensors, as it was uploaded last, and what is launched.
+    """The tables that kernels read besides the tensors, as they were uploaded last, and the launches.
 
     A captured step has its own, since its uploads do not happen before a replay and happen again in each.
     """
@@ -130,7 +130,7 @@ class Tables:
         self.strides = torch.empty(count, tiles.STRIDES.value, dtype=torch.int64, device=device)
         self.scalars = torch.empty(0, stages.SCALARS.value, dtype=torch.float64, device=device)
         self.cells: list[Tensor] = []
-        """Of scalars, those that come from tensors on the device."""
+        """The scalars that come from tensors on the device."""
         self.seen: _Seen | None = None
         self.places = torch.empty(0, dtype=torch.int64, device="cpu")
         """The addresses as they were uploaded."""
@@ -171,7 +171,7 @@ class Tables:
 
 
 class Workspace:
-    """What the launches of one bucket share, on its device."""
+    """Memory on the device that all launches of one bucket use."""
 
     def __init__(self, bucket: Bucket) -> None:
         from fused_adamp.kernels import stages
@@ -407,7 +407,7 @@ class _Seen(NamedTuple):
     """The tensors that tables were made from. The tables are good for the same ones: :meth:`fits`."""
 
     layout: _Layout
-    """Of weights and gradients."""
+    """That of weights and gradients."""
     weights: list[int]
     """Addresses."""
     gradients: list[int]
@@ -454,7 +454,7 @@ def _state(batch: Batch) -> list[Tensor]:
 
 
 def _layout_of(batch: Batch) -> _Layout:
-    """Of a batch's weights and gradients. It is looked up once in a batch."""
+    """The layout of a batch's weights and gradients, looked up once in a batch."""
     if "layout" not in batch.notes:
         batch.notes["layout"] = _Layout.of([*batch.params, *batch.grads])
     layout: _Layout = batch.notes["layout"]
@@ -610,7 +610,7 @@ def _launch(
     width: int = stages.PREPARE_BLOCK.value
     blocks = (len(indices) + width - 1) // width
     order = _order(bucket)
-    # Of what ranks share, nothing is measured in the step that one pass would find in cache.
+    # A shared parameter is not measured in the step, so one pass would find nothing in cache.
     fits = not shared and int(elements[indices].max()) <= 4 * _WINDOW
     plan = _forced_plan() or ("one_pass" if fits else "split")
     prepare = torch.tensor(
@@ -721,7 +721,7 @@ def make_spec(
     rounding: str = "nearest",
     shared: bool = False,
 ) -> Any:
-    """What the kernels are compiled for: fused_adamp/kernels/tiles.py."""
+    """The spec that kernels are compiled for: fused_adamp/kernels/tiles.py."""
     import triton.language as tl
 
     from fused_adamp.kernels.tiles import Spec
@@ -753,7 +753,7 @@ def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
     from fused_adamp.kernels.precision import REMAINDER, STOCHASTIC
     from fused_adamp.kernels.tiles import FLAT, STRIDED
 
-    # What is to be fused, the kernels say: left to a compiler, each copy of a formula may round in another way.
+    # The kernels name their fused operations. A compiler that fuses others may round each copy of a formula in its way.
     options = {"num_warps": _WARPS, "enable_fp_fusion": False}
     if target != "cuda":  # LLVM counts on two programs by itself
         return options
@@ -844,7 +844,7 @@ def _step_runs(batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
 
 
 def _redo_runs(kernel: Any, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
-    """What does again what has left float32's range: nothing, where the math is in float64 as it is."""
+    """The launch that repeats in float64 what has left float32's range; none if the math is in float64 already."""
     spec = in_float64(launch.spec)
     if spec == launch.spec:
         return []
@@ -853,7 +853,7 @@ def _redo_runs(kernel: Any, batch: Batch, tables: Tables, launch: Launch) -> lis
 
 
 def _arguments(batch: Batch, tables: Tables, launch: Launch, jobs: Tensor) -> tuple[Any, ...]:
-    """What all kernels take."""
+    """The arguments that all kernels take."""
     bucket, work = batch.bucket, batch.bucket.scratch
     return (
         tables.table,
