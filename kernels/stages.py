@@ -927,7 +927,8 @@ def update_tile(memory, work, epoch, tile, decision, S: tl.constexpr):
             if fits(cols_here, log_cols):
                 e, mask = rows_of_block(where, min(ONE << log_cols, S.tile), S)
                 p, m, v, u = momentum_update(memory, work, where, e, mask, S)
-                pu, pp = tl.split(tl.sum(tl.join(p * u, p * p), axis=1))
+                pu = tl.sum(p * u, axis=1)
+                pp = tl.sum(p * p, axis=1)
                 row = tl.arange(0, S.tile // min(ONE << log_cols, S.tile))
                 if S.number == tl.float32:
                     least = least_square(eps).to(S.number)
