@@ -332,8 +332,8 @@ struct Axis {
   int64_t size, tensor, tile;
 };
 
-// The axes of a tile, in the order that walks through the tensor's memory.
-std::vector<Axis> axes_of(const Layout& layout, int role, const Tile& tile, int64_t cols) {
+// The axes of a tile of whole rows, in the order that walks through the tensor's memory.
+std::vector<Axis> axes_of(const Layout& layout, int role, const Tile& tile) {
   std::vector<Axis> axes;
   const auto add = [&](const Axis& axis) {
     if (axis.size != 1) axes.push_back(axis);
@@ -341,7 +341,7 @@ std::vector<Axis> axes_of(const Layout& layout, int role, const Tile& tile, int6
   int64_t step = 1;
   for (int d = int(layout.inner_sizes.size()) - 1; d >= 0; step *= layout.inner_sizes[d--])
     add({layout.inner_sizes[d], layout.inner[role][d], step});
-  add({tile.rows, layout.row_stride[role], cols});
+  add({tile.rows, layout.row_stride[role], tile.cols});
   std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.tensor > b.tensor; });
   size_t last = 0;  // of those that are merged
   for (size_t i = 1; i < axes.size(); ++i) {
@@ -434,7 +434,7 @@ void copy(const Parameter& x, int role, const Tile& tile, char* scratch) {
     auto* const tensor = reinterpret_cast<Element*>(o.data);
     auto* const to = reinterpret_cast<Element*>(scratch);
     if (tile.cols < x.table->cols) return copy_part<Element, back>(*x.layout, role, tile, tensor, to);
-    std::vector<Axis> axes = axes_of(*x.layout, role, tile, tile.cols);
+    std::vector<Axis> axes = axes_of(*x.layout, role, tile);
     const auto unit = std::find_if(axes.begin(), axes.end(), [](const Axis& axis) { return axis.tile == 1; });
     if (unit != axes.end() && unit + 1 != axes.end()) std::rotate(unit, unit + 1, axes.end() - 1);  // next to the last
     copy<Element, back>(axes.data(), axes.size(), tensor + tile.row * x.layout->row_stride[role], to);

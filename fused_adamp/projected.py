@@ -128,8 +128,15 @@ class ProjectedOptimizer(Optimizer):
     options: ClassVar[dict[str, Option]]
     """The entries of :data:`fused_adamp.options.OPTIONS` that the rule has."""
 
+    _numbers: ClassVar[list[str]]
+    """The options that are numbers. Every step reads them."""
+
     _handle: str
     _memory: _Memory
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._numbers = [name for name, option in cls.options.items() if isinstance(option.allowed, Range)]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         # Not in __init__, which copied and unpickled optimizers skip.
@@ -175,10 +182,6 @@ class ProjectedOptimizer(Optimizer):
     def reference_options(self, group: dict[str, Any], *flags: str) -> dict[str, Any]:
         """The group's options that are numbers as floats, the named ones as they are."""
         return {name: float(group[name]) for name in self._numbers} | {name: group[name] for name in flags}
-
-    @property
-    def _numbers(self) -> list[str]:
-        return [name for name, option in self.options.items() if isinstance(option.allowed, Range)]
 
     # Users call these.
 

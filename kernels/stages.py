@@ -402,7 +402,7 @@ def first_number(memory, where):
 
 @triton.jit
 def rounded(x, random, TYPE: tl.constexpr, S: tl.constexpr):
-    """x as a tensor of that dtype stores it."""
+    """Rounds x to a value that a tensor of that dtype stores."""
     by_chance: tl.constexpr = (S.rounding == STOCHASTIC) & TYPE.is_bf16()
     if S.number == tl.float64 and TYPE.primitive_bitwidth < 32:
         x = x.to(tl.float32)
@@ -857,7 +857,7 @@ def view_projection(memory, work, x, begin, n):
         i = start + tl.arange(0, CONCLUDE_BLOCK)
         pu += tl.load(first + i * SUMS + PU, i < n, other=0.0, cache_modifier=".cg")
         pp += tl.load(first + i * SUMS + PP, i < n, other=0.0, cache_modifier=".cg")
-    return projection(tl.sum(pu), tl.sum(pp), scalar(work, tl.load(entry + GROUP), EPS))
+    return projection(tl.sum(pu), tl.sum(pp), eps_of(memory, work, x))
 
 
 @triton.jit

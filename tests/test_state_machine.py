@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from distributed import backends, run
+from each_plan import HERE, PLANS, under_each_plan
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from machine import COUNT, OPTIONS, Machine, Op, begin, do
-from test_triton import HERE, PLANS, under_each_plan
 from trajectory import KINDS, RULES
 
 from fused_adamp.backends import triton

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from each_plan import PLANS, under_each_plan
 
 import fused_adamp
 from fused_adamp.backends import triton
@@ -21,8 +19,6 @@ from fused_adamp.sharding import Sharing
 pytestmark = pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
 
 TILE = 1 << triton._LOG_TILE
-PLANS = ("split", "one_pass")
-HERE = Path(__file__).parent
 
 _STEPS = """
 import torch
@@ -48,22 +44,6 @@ for p, q in zip(*runs):
     torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-6)
 print("stepped", triton.interpreted())
 """
-
-
-def under_each_plan(*arguments: str) -> dict[str, tuple[int, str]]:
-    """Exit status and output of Python in Triton's interpreter. The plans run side by side."""
-    runs = {
-        plan: subprocess.Popen(
-            [sys.executable, *arguments],
-            env=os.environ | {"TRITON_INTERPRET": "1", triton.PLAN: plan},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for plan in PLANS
-    }
-    outputs = {plan: run.communicate()[0] for plan, run in runs.items()}
-    return {plan: (run.returncode, outputs[plan]) for plan, run in runs.items()}
 
 
 @pytest.fixture(scope="module")

@@ -427,21 +427,22 @@ class _Seen(NamedTuple):
 
         State does not change its layout while it is the same tensor at the same address.
         """
-        from fused_adamp.kernels.tiles import WIDEST_LOAD
-
         gradients = list(map(Tensor.data_ptr, batch.grads))
         return (
             self.layout == _layout_of(batch)
             and self.weights == list(map(Tensor.data_ptr, batch.params))
-            and (
-                self.gradients == gradients
-                or all(
-                    (a - b) % WIDEST_LOAD.value == 0 and has_storage(g)
-                    for a, b, g in zip(self.gradients, gradients, batch.grads, strict=True)
-                    if a != b
-                )
-            )
+            and (self.gradients == gradients or self._gradients_fit(gradients, batch.grads))
             and (not state or self._state_fits(_state(batch)))
+        )
+
+    def _gradients_fit(self, addresses: list[int], gradients: list[Tensor]) -> bool:
+        """Whether gradients at other addresses are aligned as those before them, and inside their storage."""
+        from fused_adamp.kernels.tiles import WIDEST_LOAD
+
+        return all(
+            (a - b) % WIDEST_LOAD.value == 0 and has_storage(g)
+            for a, b, g in zip(self.gradients, addresses, gradients, strict=True)
+            if a != b
         )
 
     def _state_fits(self, state: list[Tensor]) -> bool:

@@ -1,0 +1,37 @@
+"""Python processes under each plan of the Triton backend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fused_adamp.backends import triton
+
+__all__ = ["HERE", "PLANS", "under_each_plan"]
+
+PLANS = ("split", "one_pass")
+HERE = Path(__file__).parent
+
+
+def under_each_plan(*arguments: str, interpreted: bool = True) -> dict[str, tuple[int, str]]:
+    """Exit status and output of Python with these arguments, per plan. The plans run side by side.
+
+    A process of its own, since Triton reads when it is imported whether kernels are interpreted.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_INTERPRET": "1"} if interpreted else {}
+    runs = {
+        plan: subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment | {triton.PLAN: plan},
+            cwd=HERE.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for plan in PLANS
+    }
+    outputs = {plan: run.communicate()[0] for plan, run in runs.items()}
+    return {plan: (run.returncode, outputs[plan]) for plan, run in runs.items()}
