@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.workloads import WORKLOADS, llama_layer
-from fused_adamp.bucket import ROW_SHARES, SHARES
-from fused_adamp.exchange import _RECORD, Header
-from fused_adamp.sharding import Layout, Sharing, schedule
+from fused_adamp.batch import ROW_SHARES, SHARES, Sharing
+from fused_adamp.sharded.exchange import _RECORD
+from fused_adamp.sharded.header import Header
+from fused_adamp.sharded.layout import Layout, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

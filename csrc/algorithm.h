@@ -17,7 +17,7 @@
 
 namespace fused_adamp {
 
-// A row of the hyperparameter table, in the order of fused_adamp/bucket.py, Scalars.
+// A row of the hyperparameter table, in the order of fused_adamp/batch.py, Scalars.
 struct Scalars {
   double lr, momentum, gain, nesterov_gain, beta2, gain2, eps, decay, delta, wd_ratio, sign, nesterov, project_buffer,
       projection;
@@ -25,7 +25,7 @@ struct Scalars {
 
 enum class Decision : uint8_t { none = 0, channel = 1, layer = 2 };
 
-// fused_adamp/bucket.py, PROJECTIONS.
+// fused_adamp/batch.py, PROJECTIONS.
 enum class Projection { automatic = 0, channel = 1, layer = 2, none = 3 };
 
 // Which momentum rule, at compile time.

@@ -27,7 +27,7 @@ struct TensorRef {
   const int64_t* strides = nullptr;
 
   bool same_sizes(const TensorRef& other) const;
-  bool overlaps() const;  // elements may share memory: fused_adamp/bucket.py
+  bool overlaps() const;  // elements may share memory: fused_adamp/tensors.py
 };
 
 // An operator's argument of type Tensor[], owned until the end of the call.
@@ -49,10 +49,10 @@ class TensorList {
 // Counted up whenever TableRow, TileSums, Scalars, Shared or the operators change: fused_adamp/backends/cpu.py compares it.
 constexpr int64_t layout_version = 6;
 
-// How a parameter's rows lie on the ranks: fused_adamp/sharding.py.
+// How a parameter's rows lie on the ranks: fused_adamp/batch.py, Sharing.
 enum class Sharing : int64_t { local = 0, shared = 1, split = 2 };
 
-// One row of the bucket's table: fused_adamp/bucket.py, COLUMNS.
+// One row of the bucket's table: fused_adamp/batch.py, COLUMNS.
 struct TableRow {
   int64_t group, projected, rows, cols, tile_rows, tile_cols, first_tile;
   Sharing sharing;
@@ -67,7 +67,7 @@ struct TableRow {
 // Whether measure has moved a parameter that lies on several ranks, as if nothing or every row were projected.
 enum class Swept : uint8_t { no, plain, channel };
 
-// This rank's shares of a parameter, and the verdict of all ranks: fused_adamp/bucket.py, SHARES and Shared.
+// This rank's shares of a parameter, and the verdict of all ranks: fused_adamp/batch.py, SHARES and Shared.
 struct Shares {
   double limit, cosine;
   ViewSums sums;
@@ -109,7 +109,7 @@ struct Parameter {
   const TableRow* table;
   TileSums* tiles;  // this parameter's
   uint8_t* decision;
-  double* results;  // fused_adamp/bucket.py, RESULTS
+  double* results;  // fused_adamp/batch.py, RESULTS
   RuleIndex rule;
   const Scalars* scalars;
   Test test;

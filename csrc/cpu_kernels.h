@@ -79,7 +79,7 @@ constexpr bool is_short(int64_t rows, int64_t cols) {
   return rows >= 4 && cols < 64;
 }
 
-// The sums of one reading of a view, or of a tile's part of one: fused_adamp/bucket.py, ROW_SHARES.
+// The sums of one reading of a view, or of a tile's part of one: fused_adamp/batch.py, ROW_SHARES.
 struct ViewSums {
   Sums sums{0, 0, 0};
   double pu = 0;  // p.u
@@ -118,7 +118,7 @@ struct TileSums {
   }
 };
 
-// fused_adamp/bucket.py, Need.
+// fused_adamp/batch.py, Need.
 enum Need { need_test = 1, need_dot = 2, need_square = 4 };
 
 FUSED_ADAMP_INLINE void put_needed(const ViewSums& s, int needs, ViewSums* to) {

@@ -3,7 +3,7 @@
 
 #include "cpu.h"
 
-// A bucket's tensors in one step, fused_adamp/bucket.py, Batch. A list is empty where the members have none of that kind;
+// A bucket's tensors in one step, fused_adamp/batch.py, Batch. A list is empty where the members have none of that kind;
 // what stands for a member without gradient has no elements. Instead of several members' state, a list may hold the table
 // of where it lies, if all of it is contiguous and has one dtype: of moments `state_dtype`. `shared` is empty where no
 // member lies on several ranks; else it holds the tensors of Shared, and what fused_adamp/backends/cpu.py keeps between measure and step: `swept` and `shrink`.

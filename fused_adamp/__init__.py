@@ -7,7 +7,7 @@ arXiv:2006.08217.
 from fused_adamp.adamp import AdamP
 from fused_adamp.reference import Decision, adamp_ref, sgdp_ref
 from fused_adamp.sgdp import SGDP
-from fused_adamp.sharding import mark_slice
+from fused_adamp.sharded.flat_slice import mark_slice
 
 __all__ = ["SGDP", "AdamP", "Decision", "__version__", "adamp_ref", "mark_slice", "sgdp_ref"]
 

@@ -1,79 +1,138 @@
-"""The result that a clip keeps for the next step. It is the one thing that a step believes from an earlier call."""
+"""The factor of a step's gradients: GradScaler's scale, and the norm that ``clip_grad_norm_`` takes."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import ref
+from itertools import chain
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from fused_adamp.bucket import are_same
+from fused_adamp.gather import refit
+from fused_adamp.memory import Clipping, Seen
+from fused_adamp.sharded import agreement
+from fused_adamp.sharded.dtensor import local, local_gradient
+from fused_adamp.tensors import promoted
 
 if TYPE_CHECKING:
-    from fused_adamp.exchange import Outcome
+    from fused_adamp.batch import Batch
+    from fused_adamp.memory import Owner
+    from fused_adamp.sharded.exchange import Outcome
 
-__all__ = ["Clipping", "Seen"]
-
-
-class Seen(NamedTuple):
-    """Gradients and their weights, as they were: which gradients, all versions, all addresses."""
-
-    gradients: list[ref[Tensor]]
-    marks: tuple[list[int], ...] | None
-    """None where a tensor keeps no version, as those of inference mode."""
-
-    @classmethod
-    def of(cls, params: list[Tensor], grads: list[Tensor]) -> Seen:
-        return cls(list(map(ref, grads)), cls._marks(params, grads))
-
-    @staticmethod
-    def _marks(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], ...] | None:
-        tensors = [*params, *grads]
-        try:
-            return [t._version for t in tensors], list(map(Tensor.data_ptr, tensors))
-        except RuntimeError:
-            return None
-
-    def still_holds(self, params: list[Tensor], grads: list[Tensor]) -> bool:
-        """Whether these are the same gradients, and none of them and no weight has changed."""
-        same = are_same(self.gradients, grads)
-        return same and self.marks is not None and self.marks == self._marks(params, grads)
+__all__ = ["clip", "clipping_holds", "factor_of", "norm_of_fakes", "renew", "scaled", "unscale_of", "with_scale"]
 
 
-class Clipping(NamedTuple):
-    """The result that :meth:`ProjectedOptimizer.clip_grad_norm_` keeps for the next step, and its inputs.
+def scaled(owner: Owner, batches: list[Batch]) -> list[Batch]:
+    """The batches with what GradScaler has set and clip_grad_norm_ has left for this step."""
+    if batches and not clipping_holds(owner, batches):
+        renew(owner, refit(owner, batches))
+    return with_scale(owner, batches, factor_of(owner))
 
-    It is the one thing that a step believes from an earlier call. ``seen`` says whether the step may go by the
-    norm, :meth:`test_of` whether it may go by the sums of the test too.
+
+def factor_of(owner: Owner) -> Tensor | None:
+    """The factor of the gradients in the step: 0-dim float64; None is 1."""
+    unscale, clipping = unscale_of(owner), owner._memory.clipping
+    factor = None if clipping is None else clipping.coefficient(unscale)
+    if unscale is not None:
+        factor = unscale if factor is None else factor.to(unscale.device, non_blocking=True) * unscale
+    return factor
+
+
+def unscale_of(owner: Owner) -> Tensor | None:
+    """The factor that GradScaler leaves to the step, the inverse of its scale: 0-dim float64. None is 1."""
+    grad_scale = getattr(owner, "grad_scale", None)
+    return None if grad_scale is None else grad_scale.double().reciprocal().reshape(())
+
+
+def with_scale(owner: Owner, batches: list[Batch], factor: Tensor | None, *, final: bool = False) -> list[Batch]:
+    """The batches with a factor of their gradients and GradScaler's ``found_inf``."""
+    found_inf = getattr(owner, "found_inf", None)
+    if factor is None and found_inf is None and not final:
+        return batches
+    return [
+        batch._replace(
+            scale=on_device(factor, batch.bucket.key.device),
+            found_inf=on_device(found_inf, batch.bucket.key.device),
+            final=final,
+        )
+        for batch in batches
+    ]
+
+
+def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    """A number of one element as a batch takes it: ``(1,)`` on the device, which is not waited for."""
+    return None if tensor is None else tensor.to(device, non_blocking=True).reshape(1)
+
+
+def clip(owner: Owner, batches: list[Batch], max_norm: Any, norm_type: float, *, unscaled: bool) -> Clipping:
+    """Takes the norm of all gradients, and returns the result to keep for the next step."""
+    norm, outcome = _total_norm(owner, batches, norm_type)
+    options = [] if outcome is None else agreement.cosine_options(owner)
+    return Clipping(max_norm, norm_type, norm, unscaled, Seen.of(*_gradients(batches)), outcome, options)
+
+
+def clipping_holds(owner: Owner, batches: list[Batch]) -> bool:
+    """Whether the gradients and weights are those that were clipped, unchanged; True if nothing was clipped."""
+    clipping = owner._memory.clipping
+    return clipping is None or clipping.seen.still_holds(*_gradients(batches))
+
+
+def renew(owner: Owner, batches: list[Batch]) -> None:
+    """Clips again, as the last call of clip_grad_norm_ asked for."""
+    old = owner._memory.clipping
+    assert old is not None, "nothing was clipped"
+    owner._memory.clipping = clip(owner, batches, old.max_norm, old.norm_type, unscaled=old.unscaled)
+
+
+def _total_norm(owner: Owner, batches: list[Batch], norm_type: float) -> tuple[Tensor, Outcome | None]:
+    """The norm of all gradients taken together, 0-dim float64 on the first one's device.
+
+    And what the ranks that share parameters have found out of the cosine test on the way.
     """
+    exchange = owner._memory.exchange
+    if norm_type != 2.0:
+        found = [(p, local_gradient(p)) for batch in batches for p in batch.bucket.index]
+        grads = {p: g for p, g in found if g is not None}
+        if exchange is None:
+            return torch.nn.utils.get_total_norm(grads.values(), norm_type).double(), None
+        agreement.agree(owner, exchange)
+        return torch.linalg.vector_norm(torch.stack(exchange.norms(grads, norm_type)), norm_type), None
+    squares, outcome = [], None
+    for batch in batches:
+        if batch.bucket.shared is None:
+            square = batch.bucket.key.backend.square_norm(batch)
+            if square is None:
+                return _total_norm(owner, refit(owner, batches), norm_type)
+            squares.append(square)
+    if exchange is not None:
+        outcome = agreement.measure(owner, exchange, batches)
+        squares.append(exchange.square_norm(outcome))
+    if not squares:
+        return torch.zeros((), dtype=torch.float64, device="cpu"), None
+    square = torch.stack([square.to(squares[0].device, non_blocking=True) for square in squares]).sum()
+    return square.sqrt(), outcome
 
-    max_norm: Any
-    norm_type: float
-    norm: Tensor
-    """Norm of the gradients as they are, 0-dim float64."""
-    unscaled: bool
-    """Whether GradScaler's scale was known, so that the norm over the scale is clipped: over the step's scale."""
-    seen: Seen
-    """The gradients that the norm was computed from, and their weights."""
-    outcome: Outcome | None
-    """The sums of the cosine test that the ranks exchanged on the way."""
-    test_options: list[tuple[float, float, float]]
-    """The options of the test that the outcome was computed for."""
 
-    def norm_over(self, unscale: Tensor | None) -> Tensor:
-        """The norm that is clipped; ``unscale`` is the inverse of GradScaler's scale as it is now."""
-        if unscale is None or not self.unscaled or self.norm_type == 0:  # the order 0 counts
-            return self.norm
-        return self.norm * unscale.to(self.norm.device, non_blocking=True)
+def norm_of_fakes(owner: Owner, norm_type: float, error_if_nonfinite: bool) -> Tensor:
+    """A norm without a number, of the gradients on this rank. The next step needs none."""
+    owner._memory.clipping = None
+    params = chain.from_iterable(group["params"] for group in owner.param_groups)
+    grads = [g for p in params if (g := local_gradient(p)) is not None]
+    return torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite).to(promoted([g.dtype for g in grads]))
 
-    def coefficient(self, unscale: Tensor | None) -> Tensor:
-        """The factor of the gradients in the step, beside ``unscale``: 0-dim float64."""
-        norm, limit = self.norm_over(unscale), self.max_norm
-        if isinstance(limit, Tensor):
-            limit = limit.double().to(norm.device, non_blocking=True)
-        coefficient: Tensor = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
-        return coefficient
 
-    def test_of(self, options: list[tuple[float, float, float]], measured: Outcome | None) -> Outcome | None:
-        """The outcome, if the test is made with the same options now, and its shares are those that the ranks hold."""
-        return self.outcome if self.test_options == options and self.outcome is measured else None
+def _gradients(batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights that have a gradient, and their gradients; of DTensors also the parts that lie here.
+
+    A DTensor and its local tensor count apart what was written through either.
+    """
+    params, grads = [], []
+    for batch in batches:
+        of = [p for p in batch.bucket.params if p.grad is not None]
+        gradients = [p.grad for p in of if p.grad is not None]
+        params += of
+        grads += gradients
+        if batch.bucket.distributed:
+            params += map(local, of)
+            grads += map(local, gradients)
+    return params, grads

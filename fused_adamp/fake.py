@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fused_adamp.sharding import local
+from fused_adamp.sharded.dtensor import local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import Tensor
 
-    from fused_adamp.bucket import BucketKey
+    from fused_adamp.batch import BucketKey
 
 __all__ = ["has_numbers", "new_state", "touch", "traces_fakes"]
 
@@ -33,7 +33,7 @@ def traces_fakes() -> bool:
 
 
 def new_state(p: Tensor, key: BucketKey) -> dict[str, Tensor]:
-    """The keys, shapes and dtypes of :meth:`fused_adamp.bucket.Bucket.new_state`, each in a storage of its own."""
+    """The keys, shapes and dtypes of :func:`fused_adamp.bucket.new_state`, each in a storage of its own."""
     counters = {name: local(p).new_zeros((), dtype=dtype) for name, dtype in key.counters.items()}
     storage = {name: torch.zeros_like(p, dtype=dtype, requires_grad=False) for name, dtype in key.storage.items()}
     return counters | storage

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from torch import Tensor
 
 from fused_adamp.backends import check_name
-from fused_adamp.bucket import FLOATING, PROJECTIONS
+from fused_adamp.batch import FLOATING, PROJECTIONS
 from fused_adamp.fake import has_numbers
 from fused_adamp.precision import ROUNDINGS
 

@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.distributed as dist
 
-from fused_adamp.bucket import RESULTS, UNDECIDED, rows_cols
+from fused_adamp.batch import RESULTS, UNDECIDED
 from fused_adamp.precision import join
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import local, local_gradient, shape_of
+from fused_adamp.sharded.dtensor import local, local_gradient
+from fused_adamp.sharded.placement import placement_of
+from fused_adamp.tensors import rows_cols
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fused_adamp.bucket import Bucket
-    from fused_adamp.projected import ProjectedOptimizer
+    from fused_adamp.memory import Owner
 
 __all__ = ["ProjectionRecord", "ProjectionReport", "projection_report"]
 
@@ -75,14 +77,14 @@ def _line(record: ProjectionRecord) -> tuple[str, ...]:
     )
 
 
-def projection_report(optimizer: ProjectedOptimizer, names: dict[Tensor, str]) -> ProjectionReport:
+def projection_report(optimizer: Owner, names: dict[Tensor, str]) -> ProjectionReport:
     """Reads the buckets' results. The rest is computed on each device, which is waited for once.
 
     Each rank adds up its part of a parameter that lies on several ranks, so all of them have to call this.
     """
     sharded = _over_ranks(optimizer)
     tables: dict[torch.device, list[Tensor]] = {}
-    for bucket in optimizer.buckets:
+    for bucket in optimizer._memory.buckets:
         rows = []
         for i, p in enumerate(bucket.params):
             cosine, squares = sharded.get(p) or (bucket.results[i, 0], _squares(optimizer, bucket, i))
@@ -91,7 +93,7 @@ def projection_report(optimizer: ProjectedOptimizer, names: dict[Tensor, str]) -
         decided = [bucket.decisions.double()[:, None], bucket.results[:, 1:]]
         tables.setdefault(bucket.key.device, []).append(torch.cat([*decided, torch.stack(rows)], dim=1))
     read = {device: iter(torch.cat(parts).tolist()) for device, parts in tables.items()}
-    records = {p: _record(names[p], p, next(read[p.device])) for b in optimizer.buckets for p in b.params}
+    records = {p: _record(names[p], p, next(read[p.device])) for b in optimizer._memory.buckets for p in b.params}
     ordered = (records.get(p) for group in optimizer.param_groups for p in group["params"])
     return ProjectionReport(record for record in ordered if record is not None)
 
@@ -101,16 +103,16 @@ def _record(name: str, p: Tensor, row: list[float]) -> ProjectionRecord | None:
     if decision == UNDECIDED:
         return None
     growth = norm / before - 1 if before else math.nan
-    turn = turns[int(decision)]
-    return ProjectionRecord(name, shape_of(p), Decision(int(decision)).name.lower(), cosine, norm, growth, turn)
+    view = Decision(int(decision))
+    return ProjectionRecord(name, placement_of(p).shape(p), view.name.lower(), cosine, norm, growth, turns[view])
 
 
-def _over_ranks(optimizer: ProjectedOptimizer) -> dict[Tensor, tuple[Tensor, Tensor]]:
+def _over_ranks(optimizer: Owner) -> dict[Tensor, tuple[Tensor, Tensor]]:
     """Cosine and squares of each whole parameter that lies on several ranks."""
-    exchange = optimizer.exchange
+    exchange = optimizer._memory.exchange
     if exchange is None:
         return {}
-    bucket_of = {p: bucket for bucket in optimizer.buckets for p in bucket.index}
+    bucket_of = {p: bucket for bucket in optimizer._memory.buckets for p in bucket.index}
     pieces = [(bucket_of[p], i) for p, i in exchange.pieces]
     results = [bucket_of[p].results[bucket_of[p].index[p]].to(exchange.device) for p in exchange.members]
     cosines = torch.stack(results)[:, RESULTS.index("cosine")]
@@ -123,7 +125,7 @@ def _over_ranks(optimizer: ProjectedOptimizer) -> dict[Tensor, tuple[Tensor, Ten
     return dict(zip(exchange.members, found, strict=True))
 
 
-def _weight_and_step(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) -> tuple[Tensor, Tensor]:
+def _weight_and_step(optimizer: Owner, bucket: Bucket, index: int) -> tuple[Tensor, Tensor]:
     """The weight here, and the step that these moments would take next: both ``(R, K)`` float64.
 
     Without projection. NaN where there is none: of a rule that keeps no moments, without gradient.
@@ -134,25 +136,24 @@ def _weight_and_step(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) 
     weight = local(param.detach())
     if "remainder" in state:
         weight = join(weight, local(state["remainder"]))
-    p = bucket.rows(index, weight).double()
+    part = bucket.layouts[index].part
+    p = part.of(weight).double()
     p = p.reshape(rows_cols(p))
     if any(moment is None for moment in moments):
         return p, torch.full_like(p, math.nan)
     here = [local(m) for m in moments if m is not None] if key.moments else [local_gradient(param)]
-    here = [bucket.rows(index, m, copy=True).double().reshape(p.shape) for m in here if m is not None]
+    here = [part.of(m, copy=True).double().reshape(p.shape) for m in here if m is not None]
     u, step_size = optimizer.direction(here, state.get("step"), group)
     return p, step_size * u
 
 
-def _dots(optimizer: ProjectedOptimizer, bucket: Bucket, index: int) -> Tensor:
+def _dots(optimizer: Owner, bucket: Bucket, index: int) -> Tensor:
     """p.u and p.p of each row here: ``(R, 2)``."""
     p, u = _weight_and_step(optimizer, bucket, index)
     return torch.stack([(p * u).sum(dim=1), (p * p).sum(dim=1)], dim=1)
 
 
-def _squares(
-    optimizer: ProjectedOptimizer, bucket: Bucket, index: int, factors: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def _squares(optimizer: Owner, bucket: Bucket, index: int, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The squares of what is here of the weight, and by decision of the update projected so: ``(4,)`` float64.
 
     ``factors``: c of every row and of the layer, of parameters of which not all is here.

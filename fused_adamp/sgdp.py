@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fused_adamp.bucket import PROJECTIONS, Scalars
+from fused_adamp.batch import PROJECTIONS, Scalars
+from fused_adamp.optimizer import ProjectedOptimizer, number
 from fused_adamp.options import chosen, documented, options_of
-from fused_adamp.projected import ProjectedOptimizer, number
 from fused_adamp.reference import Decision, sgdp_ref
 
 if TYPE_CHECKING:

@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from fused_adamp.compiled import OPTIMIZERS
-from fused_adamp.projected import ProjectedOptimizer
-from fused_adamp.sharding import is_distributed
+from fused_adamp.sharded.dtensor import is_distributed
+from fused_adamp.torch_compile import OPTIMIZERS
 
 __all__ = ["eager_step", "needs_eager", "tensor_options"]
 
 # assume_constant_result: Dynamo does not trace the function but calls it, and guards on nothing that it reads.
 
 eager_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    ProjectedOptimizer._step,
+    lambda optimizer: optimizer._step(),
     reason="fused_adamp: hyperparameters or state were changed before step() in the same graph, or parameters share "
     "memory or are DTensors, or a gradient has another dtype than its weight; this step runs outside the graph",
 )
@@ -49,5 +48,6 @@ def tensor_options(handle: str) -> list[tuple[int, str]]:
 
 
 eager_clip = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    ProjectedOptimizer.clip_grad_norm_, reason="fused_adamp: it leaves its result on the optimizer"
+    lambda optimizer, *arguments: optimizer.clip_grad_norm_(*arguments),
+    reason="fused_adamp: it leaves its result on the optimizer",
 )

@@ -1,82 +1,87 @@
-"""Parameters and gradients that are refused, and the words. Every message names the tensor and the remedy.
+"""Parameters, gradients and state that are refused, and the words. Every message names the tensor and the remedy.
 
 ``label`` is what messages call a parameter: anything that can be formatted.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fused_adamp.bucket import FLOATING, has_storage, overlaps, span_of
+from fused_adamp.batch import FLOATING
 from fused_adamp.fake import has_numbers, traces_fakes
 from fused_adamp.options import listed
 from fused_adamp.reference import rows_first
-from fused_adamp.sharding import is_distributed, local, odd_placement, slice_of
+from fused_adamp.sharded.dtensor import check_placements, is_distributed, local
+from fused_adamp.sharded.flat_slice import check_rows, check_slice
+from fused_adamp.tensors import has_storage, overlaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Sequence
 
-    from fused_adamp.bucket import Bucket
+    from fused_adamp.batch import BucketKey
 
-__all__ = ["check_channel_dim", "check_gradient", "check_parameter", "check_storage", "refuse_flat_buffers"]
-
-_FLAT_REMEDY = (
-    "Say of what it is a slice, by fused_adamp.mark_slice(p, shape=..., begin=...) on all ranks: see docs/sharding.md. "
-    "Or shard with FSDP2, or keep parameters whole (DistributedDataParallel, ZeroRedundancyOptimizer)"
-)
+__all__ = ["Label", "check_channel_dim", "check_member", "check_parameter", "check_state", "labels"]
 
 
-def _crosses_rows(p: Tensor, matrix: Tensor) -> bool:
-    """Whether a contiguous vector is a run of a contiguous matrix's elements that crosses from one row to the next."""
-    if matrix.ndim < 2 or not matrix.is_contiguous() or not p.is_contiguous() or not 0 < p.numel() < matrix.numel():
-        return False
-    cols = matrix.numel() // matrix.size(0)
-    first = p.storage_offset() - matrix.storage_offset()
-    return first // cols != (first + p.numel() - 1) // cols
+class Label(NamedTuple):
+    """A parameter's name in messages. The parameter groups are searched when the message is written, not before."""
+
+    groups: Sequence[dict[str, Any]]
+    p: Tensor
+
+    def __str__(self) -> str:
+        return labels(self.groups).get(self.p, "a parameter that is in no group")
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self), spec)
 
 
-def refuse_flat_buffers(
-    params: Collection[Tensor], buckets: Sequence[Bucket], label: Callable[[Tensor], object]
-) -> None:
-    """Raises TypeError if a new vector holds the memory of matrices that were stepped before and are gone now."""
-    before = {p for bucket in buckets for p in bucket.index}
-    gone = [span_of(local(p)) for p in before if p.ndim >= 2 and p not in params]
-    for p in params if gone else ():
-        if p.ndim == 1 and p not in before and slice_of(p) is None:
-            begin, end = span_of(p)
-            if any(begin <= first and last <= end and first < last for first, last in gone):
-                raise TypeError(
-                    f"{label(p)} has taken the place of matrices, whose memory it holds: a vector is never projected. "
-                    f"{_FLAT_REMEDY}"
-                )
+def labels(groups: Sequence[dict[str, Any]]) -> dict[Tensor, str]:
+    """Each parameter's name in messages and reports, in the order of the parameter groups."""
+    found = {}
+    for number, group in enumerate(groups):
+        names = group.get("param_names")
+        for index, p in enumerate(group["params"]):
+            found[p] = f"parameter {names[index]!r}" if names else f"parameter {index} of group {number}"
+    return found
+
+
+def check_member(p: Tensor, key: BucketKey, state: dict[str, Any], label: object) -> None:
+    """Raises ValueError or TypeError if a parameter of a bucket, its gradient or its state cannot be stepped."""
+    check_parameter(p, label)
+    check_channel_dim(p, key.channel_dim, label)
+    if p.grad is not None:
+        _check_gradient(p, p.grad, label)
+    for name, t in state.items():
+        if name in key.storage and isinstance(t, Tensor):
+            _check_storage(local(t), f"state {name!r} of ", label)
+
+
+def check_state(p: Tensor, state: dict[str, Any] | None, key: BucketKey, label: object) -> None:
+    """Raises ValueError unless a parameter's state has the entries and shapes of its bucket; or there is none yet."""
+    if not state:
+        return
+    needed = (*key.moments, "step") if key.adaptive else key.moments
+    missing = [name for name in needed if name not in state]
+    if missing:
+        raise ValueError(
+            f"the state of {label} has {sorted(state)} but lacks {missing}: load a whole state_dict, or "
+            "clear this parameter's state to start it afresh"
+        )
+    for name in key.storage:
+        if name in state and state[name].shape != p.shape:
+            raise ValueError(
+                f"state {name!r} of {label} has shape {tuple(state[name].shape)}, the parameter "
+                f"{tuple(p.shape)}: load this model's state, or clear this parameter's state to start it afresh"
+            )
 
 
 def check_parameter(p: Tensor, label: object, *, fused: bool | None = None) -> None:
-    if getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False):  # FSDP1's marks
-        raise TypeError(
-            f"{label} is part of a flat parameter of FSDP1, of which no rows are left: stepped, it would never be "
-            "projected. Shard with FSDP2 (torch.distributed.fsdp.fully_shard), or keep the parameters whole, e.g. with "
-            "DistributedDataParallel"
-        )
-    flat = slice_of(p)
-    if flat is not None and p.numel() != flat.end - flat.begin:
-        raise ValueError(
-            f"{label} has {p.numel()} elements, but was marked as elements {flat.begin} to {flat.end} of a tensor of "
-            f"shape {flat.shape}: call fused_adamp.mark_slice again, on all ranks"
-        )
-    if flat is None and p.ndim == 1 and p._base is not None and _crosses_rows(p, p._base):
-        raise TypeError(
-            f"{label} is a one-dimensional slice of a tensor of shape {tuple(p._base.shape)}: stepped as a vector, it "
-            f"would never be projected. {_FLAT_REMEDY}"
-        )
-    if (odd := odd_placement(p)) is not None:
-        raise TypeError(
-            f"{label} has the placement {odd!r}, which is neither Shard nor Replicate: redistribute it first, e.g. "
-            "p.redistribute(placements=[Replicate()])"
-        )
+    check_slice(p, label)
+    check_placements(p, label)
     p = local(p)
     if p.is_meta and fused:
         raise RuntimeError(
@@ -90,7 +95,7 @@ def check_parameter(p: Tensor, label: object, *, fused: bool | None = None) -> N
     if p.dtype not in FLOATING:
         remedy = "train torch.view_as_real(p)" if p.is_complex() else "pass a floating-point parameter"
         raise TypeError(f"{label} has dtype {p.dtype}, allowed are {listed(FLOATING)}: {remedy}")
-    check_storage(p, "", label)
+    _check_storage(p, "", label)
     if overlaps(p):
         raise ValueError(
             f"elements of {label} share memory (shape {tuple(p.shape)}, strides {p.stride()}): pass p.contiguous()"
@@ -98,12 +103,7 @@ def check_parameter(p: Tensor, label: object, *, fused: bool | None = None) -> N
 
 
 def check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: object) -> None:
-    flat = slice_of(p)
-    if flat is not None and len(flat.shape) >= 2 and channel_dim not in (0, (0,)):
-        raise ValueError(
-            f"channel_dim={channel_dim} does not fit {label}, a flat slice of a tensor of shape {flat.shape}: its rows "
-            "are those of dim 0; pass channel_dim=0"
-        )
+    check_rows(p, channel_dim, label)
     if p.ndim < 2 or channel_dim == 0:
         return
     dims = channel_dim if isinstance(channel_dim, tuple) else (channel_dim,)
@@ -121,7 +121,7 @@ def check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: obje
         ) from error
 
 
-def check_storage(t: Tensor, role: str, label: object) -> None:
+def _check_storage(t: Tensor, role: str, label: object) -> None:
     """Raises ValueError if elements lie outside the tensor's storage. ``role`` says whose it is."""
     if not has_storage(t):
         raise ValueError(
@@ -130,7 +130,7 @@ def check_storage(t: Tensor, role: str, label: object) -> None:
         )
 
 
-def check_gradient(p: Tensor, g: Tensor, label: object) -> None:
+def _check_gradient(p: Tensor, g: Tensor, label: object) -> None:
     if is_distributed(p) != is_distributed(g):
         kinds = ("a plain tensor", "a DTensor")
         raise TypeError(
@@ -145,7 +145,7 @@ def check_gradient(p: Tensor, g: Tensor, label: object) -> None:
         )
     if g.shape != p.shape:
         raise ValueError(f"the gradient of {label} has shape {tuple(g.shape)}, the parameter {tuple(p.shape)}")
-    check_storage(g, "the gradient of ", label)
+    _check_storage(g, "the gradient of ", label)
     if g.device != p.device:
         raise ValueError(f"the gradient of {label} is on {g.device}, the parameter on {p.device}: move one of them")
     if g.dtype not in FLOATING:

@@ -23,7 +23,7 @@ from fused_adamp.sgdp import SGDP
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from fused_adamp.projected import ProjectedOptimizer
+    from fused_adamp.optimizer import ProjectedOptimizer
 
 __all__ = ["SHAPES", "TOLERANCE", "Case", "Outcome", "cases", "check", "lay_out", "make_gradient"]
 

@@ -2,7 +2,7 @@
 redo after each.
 
 Arguments, of all of them, as pointers:
-    table        (P, COLUMNS) int64: fused_adamp/bucket.py
+    table        (P, COLUMNS) int64: fused_adamp/batch.py
     addresses    (P, ADDRESSES) int64: of p, g, m, v, the remainder, the step count and the seed
     strides      (P, STRIDES) int64: tiles.py; read in the STRIDED layout only
     owners       (tiles,) int32: the parameter that a tile belongs to

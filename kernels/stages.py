@@ -75,17 +75,17 @@ NONE = tl.constexpr(0)
 CHANNEL = tl.constexpr(1)
 LAYER = tl.constexpr(2)
 
-# fused_adamp/sharding.py, Sharing.
+# fused_adamp/batch.py, Sharing.
 LOCAL = tl.constexpr(0)
 SHARED = tl.constexpr(1)
 SPLIT = tl.constexpr(2)
 
-# fused_adamp/bucket.py, Need: bits.
+# fused_adamp/batch.py, Need: bits.
 TEST = tl.constexpr(1)
 DOT = tl.constexpr(2)
 SQUARE = tl.constexpr(4)
 
-# A parameter's row of the parts: addresses in fused_adamp/bucket.py, Shared. GIVEN are c of its rows if they are split,
+# A parameter's row of the parts: addresses in fused_adamp/batch.py, Shared. GIVEN are c of its rows if they are split,
 # else the one c of its layer; c of the next row lies GIVEN_STEP numbers further, 1 or 0.
 NEED = tl.constexpr(0)
 SHARES = tl.constexpr(1)
@@ -95,11 +95,11 @@ GIVEN = tl.constexpr(4)
 GIVEN_STEP = tl.constexpr(5)
 PLACES_OF_PARTS = tl.constexpr(6)
 
-# fused_adamp/bucket.py, PROJECTIONS: those between are decisions.
+# fused_adamp/batch.py, PROJECTIONS: those between are decisions.
 AUTO = tl.constexpr(0)
 NEVER = tl.constexpr(3)
 
-# fused_adamp/bucket.py, Scalars: a parameter group's row.
+# fused_adamp/batch.py, Scalars: a parameter group's row.
 LR = tl.constexpr(0)
 MOMENTUM = tl.constexpr(1)
 GAIN = tl.constexpr(2)
@@ -121,7 +121,7 @@ INVERSE_BIAS2 = tl.constexpr(0)
 STEP_SIZE = tl.constexpr(1)
 COEFFICIENTS = tl.constexpr(2)
 
-# A tile's row of the sums, and of fused_adamp/bucket.py, SHARES: the least limit and the largest cosine of its rows
+# A tile's row of the sums, and of fused_adamp/batch.py, SHARES: the least limit and the largest cosine of its rows
 # (cosine.py), and sums; those from PG on are also ROW_SHARES. Update has no use for the limit: of a tile it leaves,
 # it writes minus the epoch there, which no limit is.
 LIMIT = tl.constexpr(0)
@@ -140,7 +140,7 @@ FOUND_NORM = tl.constexpr(3)
 LAYER_PROJECTION = tl.constexpr(4)
 FINDINGS = tl.constexpr(5)
 
-# fused_adamp/bucket.py, RESULTS: a parameter's row.
+# fused_adamp/batch.py, RESULTS: a parameter's row.
 COSINE = tl.constexpr(0)
 NORM = tl.constexpr(1)
 RESULTS = tl.constexpr(2)

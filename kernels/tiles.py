@@ -11,7 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# A parameter's row of the table: fused_adamp/bucket.py, COLUMNS; and its tiles and those of one of its rows, so that no
+# A parameter's row of the table: fused_adamp/batch.py, COLUMNS; and its tiles and those of one of its rows, so that no
 # kernel divides numbers of 64 bits.
 GROUP = tl.constexpr(0)
 PROJECTED = tl.constexpr(1)

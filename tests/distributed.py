@@ -27,7 +27,9 @@ from trajectory import KINDS, RULES, gradient
 
 from fused_adamp.backends import available
 from fused_adamp.reference import cosine, rows_first
-from fused_adamp.sharding import local, mark_slice, slice_of
+from fused_adamp.sharded.dtensor import local
+from fused_adamp.sharded.flat_slice import FlatSlice, mark_slice
+from fused_adamp.sharded.placement import placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -263,10 +265,10 @@ class Given(nn.Module):
 
 def full(t: Tensor, like: Tensor | None = None) -> Tensor:
     """The whole of a tensor that lies as another."""
-    if like is not None and (flat := slice_of(like)):
+    if like is not None and isinstance(flat := placement_of(like), FlatSlice):
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, t.detach())
-        return torch.cat(parts).reshape(flat.shape)
+        return torch.cat(parts).reshape(flat.whole)
     if not isinstance(t, DTensor):
         return t
     return t.int().full_tensor().short() if t.dtype is torch.int16 else t.full_tensor()  # gloo knows no int16
@@ -274,7 +276,7 @@ def full(t: Tensor, like: Tensor | None = None) -> Tensor:
 
 def laid_out(t: Tensor, like: Tensor) -> Tensor:
     """A tensor that all ranks have, laid out as another."""
-    if flat := slice_of(like):
+    if isinstance(flat := placement_of(like), FlatSlice):
         return t.flatten()[flat.begin : flat.end]
     if not isinstance(like, DTensor):
         return t
@@ -355,7 +357,7 @@ class Run:
 
     @staticmethod
     def _value(t: Tensor, p: Tensor) -> Tensor:
-        return full(t, p) if slice_of(p) and t.shape == p.shape else t.detach().clone()
+        return full(t, p) if isinstance(placement_of(p), FlatSlice) and t.shape == p.shape else t.detach().clone()
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:
@@ -467,8 +469,8 @@ def named(case: str) -> Iterator[None]:
 
 def holds(p: Tensor, last: bool) -> bool:
     """Whether this rank is among those that hold the first, or the last, part of a sharded parameter."""
-    if flat := slice_of(p):
-        return flat.begin < flat.end and (flat.end == math.prod(flat.shape) if last else flat.begin == 0)
+    if isinstance(flat := placement_of(p), FlatSlice):
+        return flat.begin < flat.end and (flat.end == math.prod(flat.whole) if last else flat.begin == 0)
     if not isinstance(p, DTensor):
         return False
     mesh, place = p.device_mesh, p.device_mesh.get_coordinate()

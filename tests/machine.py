@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from distributed import full, laid_out, mesh
+from fused_adamp.sharding import is_shared
 from tolerances import TOLERANCE, assert_identical
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -24,7 +25,7 @@ from trajectory import RULES, Hand, gradient, near_threshold
 
 from fused_adamp.backends import triton
 from fused_adamp.reference import Decision, decide, rows_first
-from fused_adamp.sharding import is_shared, local
+from fused_adamp.sharded.dtensor import local
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence

@@ -15,7 +15,7 @@ from torch.utils._device import _device_constructors
 
 import fused_adamp
 from fused_adamp import checkpoint, precision, reference, verify
-from fused_adamp.projected import ProjectedOptimizer
+from fused_adamp.optimizer import ProjectedOptimizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from trajectory import RULES
 
-from fused_adamp.sharding import local
+from fused_adamp.sharded.dtensor import local
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -25,7 +25,7 @@ from test_precision import BYTES, MODES
 import fused_adamp.adamp
 import fused_adamp.sgdp
 from fused_adamp import SGDP, AdamP
-from fused_adamp.bucket import Scalars
+from fused_adamp.batch import Scalars
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,6 +10,7 @@ import torch
 
 import fused_adamp
 from bench.workloads import WORKLOADS
+from fused_adamp.gather import fill_buckets
 
 
 @pytest.mark.parametrize("workload", ["resnet50", "vit_b16", "gpt2"])
@@ -19,7 +20,7 @@ def test_beyond_the_moments_less_than_one_percent_of_the_parameters(workload: st
     params = [torch.nn.Parameter(torch.empty(shape)) for shape in WORKLOADS[workload].shapes()]
     options = {"momentum": 0.9} if optimizer is fused_adamp.SGDP else {}
     opt = optimizer(params, **options, backend="cpu")
-    opt._fill_buckets()
+    fill_buckets(opt)
     (bucket,) = opt.buckets
     size = sum(p.nbytes for p in params)
     tables = sum(t.nbytes for t in (bucket.table, bucket.decisions, bucket.results, bucket.scratch.sums))

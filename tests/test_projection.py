@@ -31,7 +31,7 @@ from trajectory import (
     snapshot,
 )
 
-from fused_adamp.bucket import PROJECTIONS
+from fused_adamp.batch import PROJECTIONS
 from fused_adamp.reference import Decision, rows_first
 
 if TYPE_CHECKING:

@@ -31,6 +31,7 @@ from distributed import (
     record,
     run,
 )
+from fused_adamp.sharding import is_shared
 from tolerances import assert_close, assert_identical
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -42,7 +43,7 @@ from trajectory import RULES
 from fused_adamp.backends import triton
 from fused_adamp.precision import join
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import is_shared, local
+from fused_adamp.sharded.dtensor import local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from trajectory import MOMENTS, RULES, gradient
 
-from fused_adamp import exchange
-from fused_adamp.exchange import Exchange
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import local, mark_slice
+from fused_adamp.sharded import exchange
+from fused_adamp.sharded.dtensor import local
+from fused_adamp.sharded.exchange import Exchange
+from fused_adamp.sharded.flat_slice import mark_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable

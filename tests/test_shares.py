@@ -9,19 +9,21 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
 from tolerances import assert_identical
 from torch import Tensor
 
-import fused_adamp.bucket
 from fused_adamp import SGDP, AdamP
 from fused_adamp.backends import BACKENDS
-from fused_adamp.bucket import ABSENT, COLUMNS, ROW_SHARES, SHARES, UNDECIDED, Batch, Bucket, Need
+from fused_adamp.batch import ABSENT, COLUMNS, ROW_SHARES, SHARES, UNDECIDED, Batch, Need, Sharing
+from fused_adamp.bucket import Bucket, new_state
+from fused_adamp.gather import bucket_key
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import Layout, Sharing
+from fused_adamp.sharded.layout import Layout
+from fused_adamp.sharded.placement import place
 from fused_adamp.verify import (
     _STOCHASTIC,
     SHAPES,
@@ -63,8 +65,23 @@ CALLS: dict[str, tuple[Need, ...]] = {
 """What is asked of the members before the step; "final" is also what the batch says."""
 
 
+class Said(NamedTuple):
+    """A placement that has one layout, whatever the parameter."""
+
+    layout: Layout
+    is_shared: bool = True
+
+    def shape(self, p: Tensor) -> tuple[int, ...]:
+        return tuple(p.shape)
+
+    def in_words(self, p: Tensor) -> str:
+        return str(self.layout)
+
+    def layouts(self, p: Tensor, channel_dim: Any) -> list[Layout]:
+        return [self.layout]
+
+
 def sharded(
-    monkeypatch: pytest.MonkeyPatch,
     optimizer: Any,
     backend: str,
     sharings: Sequence[Sharing],
@@ -73,19 +90,14 @@ def sharded(
     """The optimizer's parameters in one bucket, with state, said to lie on several ranks."""
     (group,) = optimizer.param_groups
     params = group["params"]
-    found = iter(itertools.zip_longest(params, sharings, numbers))
-
-    def layouts_of(*_: Any) -> list[Layout]:
-        p, sharing, number = next(found)
+    for p, sharing, number in itertools.zip_longest(params, sharings, numbers):
         cols = math.prod(p.shape[1:]) if p.ndim >= 2 else p.numel()
-        return [Layout(sharing, 0, cols, (), (), number or (0, cols))]
-
-    monkeypatch.setattr(fused_adamp.bucket, "layouts_of", layouts_of)
+        place(p, Said(Layout(sharing, 0, cols, numbers=number or (0, cols))))
     ours = next(b for b in BACKENDS if b.name == backend)
-    bucket = Bucket(optimizer._bucket_key(params[0], group, ours), params)
+    bucket = Bucket(bucket_key(optimizer, params[0], group, ours), params)
     for p in params:
         names = *bucket.key.counters, *bucket.key.storage
-        optimizer.state[p] = state = {name: bucket.new_state(name, p) for name in names}
+        optimizer.state[p] = state = {name: new_state(bucket.key, name, p) for name in names}
         for name in bucket.key.moments:
             state[name].normal_().abs_()
         for name in bucket.key.counters:
@@ -220,7 +232,7 @@ def table() -> list[Any]:
 
 @pytest.mark.parametrize(("case", "verdict", "calls"), table())
 def test_shares_are_right_and_steps_follow_the_verdicts(
-    case: Case, verdict: Decision, calls: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, verdict: Decision, calls: str, backend: str
 ) -> None:
     vector = len(SHAPES[case.shape]) < 2
     sharings = [Sharing.SHARED if vector and x is Sharing.SPLIT else x for x in MEMBERS]
@@ -230,7 +242,7 @@ def test_shares_are_right_and_steps_follow_the_verdicts(
     values = [torch.randn(SHAPES[case.shape], dtype=torch.float64, generator=generator) for _ in MEMBERS]
     params = [torch.nn.Parameter(lay_out(value.to(case.dtype), whole)) for value in values]
     optimizer = (AdamP if case.optimizer == "AdamP" else SGDP)(params, **case.options, backend=backend)
-    bucket = sharded(monkeypatch, optimizer, backend, sharings)
+    bucket = sharded(optimizer, backend, sharings)
     (group,), shared, idle = optimizer.param_groups, bucket.shared, params[-1].detach().clone()
     assert shared is not None
     for p in params[:-1]:
@@ -279,21 +291,19 @@ def test_shares_are_right_and_steps_follow_the_verdicts(
 
 
 @pytest.mark.parametrize("final", [True, False])
-def test_an_abandoned_step_leaves_nothing_to_the_next(
-    final: bool, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_abandoned_step_leaves_nothing_to_the_next(final: bool, backend: str) -> None:
     """Another rank failed after measure: the next step is that of an optimizer which finds what the first has left."""
     generator = torch.Generator().manual_seed(0)
     param = torch.nn.Parameter(torch.randn(70, 96, generator=generator))
     param.grad = make_gradient(param.detach().double(), Decision.CHANNEL, generator).float()
     results: list[list[Tensor]] = []
     optimizer = AdamP([param], lr=0.1, backend=backend)
-    abandoned = sharded(monkeypatch, optimizer, backend, [Sharing.SHARED])
+    abandoned = sharded(optimizer, backend, [Sharing.SHARED])
     assert abandoned.shared is not None
     abandoned.shared.needs.fill_(Need.TEST | Need.DOT)
     abandoned.key.backend.measure(batch_of(optimizer, abandoned, final=final))
     found = [t.clone() for t in (param.detach(), *optimizer.state[param].values())]
-    for bucket in (abandoned, sharded(monkeypatch, optimizer, backend, [Sharing.SHARED])):
+    for bucket in (abandoned, sharded(optimizer, backend, [Sharing.SHARED])):
         stored = (param.detach(), *optimizer.state[param].values())
         for t, value in zip(stored, found, strict=True):
             t.copy_(value)
@@ -310,9 +320,7 @@ def test_an_abandoned_step_leaves_nothing_to_the_next(
 @pytest.mark.parametrize(
     ("sharing", "part"), [(Sharing.SHARED, (slice(5, 20), ...)), (Sharing.SPLIT, (..., slice(3, 40)))]
 )
-def test_chance_goes_by_the_number_in_the_whole(
-    sharing: Sharing, part: tuple[Any, ...], backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chance_goes_by_the_number_in_the_whole(sharing: Sharing, part: tuple[Any, ...], backend: str) -> None:
     """A part that is stepped alone is the part of the whole, bit for bit."""
     whole, grad = torch.randn(2, 31, 70).bfloat16()
     results = []
@@ -323,7 +331,7 @@ def test_chance_goes_by_the_number_in_the_whole(
         param = torch.nn.Parameter(p.clone())
         param.grad = g
         optimizer = AdamP([param], lr=0.1, rounding="stochastic", projection="none", backend=backend)
-        bucket = sharded(monkeypatch, optimizer, backend, [how], [number])
+        bucket = sharded(optimizer, backend, [how], [number])
         state = optimizer.state[param]
         for name in bucket.key.moments:
             state[name].zero_()
@@ -336,9 +344,7 @@ def test_chance_goes_by_the_number_in_the_whole(
 
 
 @pytest.mark.parametrize("verdict", Decision)
-def test_results_are_bitwise_equal_for_any_number_of_threads(
-    verdict: Decision, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_bitwise_equal_for_any_number_of_threads(verdict: Decision) -> None:
     shapes = [shape for shape in SHAPES.values() if len(shape) == 2]
     runs = []
     for threads in (1, 2, 8):
@@ -348,7 +354,7 @@ def test_results_are_bitwise_equal_for_any_number_of_threads(
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator)
         optimizer = AdamP(params, lr=0.1, backend="cpu")
-        bucket = sharded(monkeypatch, optimizer, "cpu", sorted([Sharing.SHARED, Sharing.SPLIT] * len(shapes)))
+        bucket = sharded(optimizer, "cpu", sorted([Sharing.SHARED, Sharing.SPLIT] * len(shapes)))
         shared = bucket.shared
         assert shared is not None
         shared.needs.fill_(Need.TEST | Need.DOT)

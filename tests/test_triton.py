@@ -11,10 +11,9 @@ from each_plan import PLANS, under_each_plan
 
 import fused_adamp
 from fused_adamp.backends import triton
-from fused_adamp.bucket import COLUMNS, PROJECTIONS, RESULTS, ROW_SHARES, SHARES, Need, Scalars
+from fused_adamp.batch import COLUMNS, PROJECTIONS, RESULTS, ROW_SHARES, SHARES, Need, Scalars, Sharing
 from fused_adamp.precision import ROUNDINGS
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import Sharing
 
 pytestmark = pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from fused_adamp.backends.cpu import CpuBackend
 from fused_adamp.backends.reference import ReferenceBackend
@@ -16,60 +16,12 @@ from fused_adamp.backends.triton import TritonBackend
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
-    from fused_adamp.bucket import Batch, Bucket
+    from fused_adamp.batch import Backend
 
-__all__ = ["BACKENDS", "ENVIRONMENT", "Backend", "available", "check_name", "choose"]
+__all__ = ["BACKENDS", "ENVIRONMENT", "available", "check_name", "choose"]
 
 ENVIRONMENT = "FUSED_ADAMP_BACKEND"
-
-
-class Backend(Protocol):
-    """The interface between the front end and a backend. Instances are stateless."""
-
-    name: str
-    fused: bool
-    mixes_moments: bool
-    """Whether a parameter's moments may have different dtypes."""
-
-    def unavailable(self, device: torch.device) -> str | None:
-        """Why this backend cannot step parameters on ``device`` here, with the remedy; None if it can."""
-
-    def zeros_like(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        """A new moment, with the strides of ``p`` where they are dense."""
-
-    def geometry(self, rows: int, cols: int) -> tuple[int, int]:
-        """Rows and columns of a tile of a parameter that has so many, of both at least 1."""
-
-    def counters_device(self, device: torch.device) -> torch.device:
-        """Where the step counts and seeds of parameters on ``device`` are kept."""
-
-    def scratch(self, bucket: Bucket) -> Any:
-        """Whatever the backend keeps for a bucket between steps."""
-
-    def first_stale(self, batch: Batch) -> int:
-        """Index of the first member that does not fit the bucket's table, -1 if all do. Moves nothing."""
-
-    def square_norm(self, batch: Batch) -> Tensor | None:
-        """The sum of the squares of the batch's gradients as they are: 0-dim float64 on the bucket's device.
-
-        None unless weights and gradients fit the bucket's table. The backend remembers nothing of it.
-        """
-
-    def measure(self, batch: Batch) -> None:
-        """Finds out what the ranks have to tell each other before a step: writes ``bucket.shared``, shares and rows.
-
-        It writes for members with a gradient, as far as their ``needs`` ask; all else stays as it is. The batch fits
-        the bucket's table. If the batch is ``final``, members asked for both TEST and DOT may be moved already,
-        by a guess that the step puts right. Each member is asked once per step for what a further call asks of others.
-        """
-
-    def step(self, batch: Batch) -> int:
-        """One optimizer step over the batch, unless :meth:`first_stale` is not -1; returns that index.
-
-        Members that lie on several ranks go by ``bucket.shared``, verdicts and row_projections.
-        """
 
 
 BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())

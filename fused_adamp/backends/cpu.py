@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adamp.bucket import COLUMNS, FLOATING, are_same
-from fused_adamp.sharding import Sharing
+from fused_adamp.batch import COLUMNS, FLOATING, Sharing
+from fused_adamp.tensors import are_same
 
 if TYPE_CHECKING:
-    from fused_adamp.bucket import Batch, Bucket
+    from fused_adamp.batch import Batch, Members
 
 __all__ = ["CpuBackend", "empty_like", "load"]
 
@@ -106,7 +106,7 @@ class CpuBackend:
     def counters_device(self, device: torch.device) -> torch.device:
         return device
 
-    def scratch(self, bucket: Bucket) -> Scratch:
+    def scratch(self, bucket: Members) -> Scratch:
         sums = torch.empty(bucket.tiles, _SUMS, dtype=torch.float64, device="cpu")
         return Scratch(sums, kept=_kept(bucket) if bucket.shared else [])
 
@@ -131,7 +131,7 @@ class CpuBackend:
         return stale
 
 
-def _kept(bucket: Bucket) -> list[Tensor]:
+def _kept(bucket: Members) -> list[Tensor]:
     """For each member, whether `measure` has moved it and by which guess: ``(P,)`` uint8, csrc/bucket.h, Swept.
 
     And of rows that lie here whole, in the dtype that they are computed in, what their projection asks for.
@@ -187,9 +187,9 @@ def _state(batch: Batch) -> dict[str, list[Tensor]]:
     return {n: [listed[n].table] if n in listed and listed[n].still_holds(of) else of for n, of in state.items()}
 
 
-def _list_state(bucket: Bucket, state: dict[str, list[Tensor]]) -> None:
+def _list_state(bucket: Members, state: dict[str, list[Tensor]]) -> None:
     """Takes down where state lies that has just passed all checks and will lie there in the next step."""
-    if bucket.sliced or bucket.key.channel_dim != 0:  # these are views, made anew in every step
+    if not bucket.has_own_tensors:
         return
     dtypes = bucket.key.storage | bucket.key.counters
     for name, tensors in state.items():

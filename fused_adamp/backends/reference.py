@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fused_adamp.bucket import ABSENT, COLUMNS, ROW_SHARES, SHARES, Need, first_stale, rows_cols
+from fused_adamp.batch import ABSENT, COLUMNS, ROW_SHARES, SHARES, Need, Sharing
+from fused_adamp.bucket import first_stale
 from fused_adamp.precision import join, noise, round_stochastically, split
 from fused_adamp.reference import Decision, cosine_ratio, project
-from fused_adamp.sharding import Sharing
+from fused_adamp.tensors import rows_cols
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fused_adamp.bucket import Batch, Bucket, Shared
+    from fused_adamp.batch import Batch, Members, Shared
     from fused_adamp.reference import Projection
 
 __all__ = ["ReferenceBackend"]
@@ -38,7 +39,7 @@ class ReferenceBackend:
     def counters_device(self, device: torch.device) -> torch.device:
         return torch.device("cpu")  # read with item() in every step
 
-    def scratch(self, bucket: Bucket) -> None:
+    def scratch(self, bucket: Members) -> None:
         return None
 
     def first_stale(self, batch: Batch) -> int:
@@ -100,7 +101,7 @@ def _measure(batch: Batch, i: int, need: Need, shared: Shared) -> None:
         sums |= {"gg": x * x}
     for name, products in sums.items():
         shared.shares[i, SHARES.index(name)] = products.sum()
-        if batch.bucket.layouts[i].sharing == Sharing.SPLIT:
+        if _sharing(batch.bucket, i) == Sharing.SPLIT:
             by_row = products.reshape(rows_cols(products)).sum(dim=1)
             _rows_of(batch.bucket, i, shared.rows)[:, ROW_SHARES.index(name)] = by_row
 
@@ -126,15 +127,19 @@ def _update(batch: Batch, i: int, p: Tensor, g: Tensor, moments: list[Tensor]) -
     return updates[0]
 
 
-def _rows_of(bucket: Bucket, i: int, rows: Tensor) -> Tensor:
+def _sharing(bucket: Members, i: int) -> int:
+    return int(bucket.table[i, COLUMNS.index("sharing")])
+
+
+def _rows_of(bucket: Members, i: int, rows: Tensor) -> Tensor:
     first, count = (int(bucket.table[i, COLUMNS.index(name)]) for name in ("first_row", "rows"))
     return rows[first : first + count]
 
 
-def _by_verdict(bucket: Bucket, i: int, shared: Shared, eps: float) -> Projection:
+def _by_verdict(bucket: Members, i: int, shared: Shared, eps: float) -> Projection:
     """Decides and projects member i as its verdict says."""
     decision = Decision(int(shared.verdicts[i, 0]))
-    if bucket.layouts[i].sharing is Sharing.SPLIT:
+    if _sharing(bucket, i) == Sharing.SPLIT:
         c = _rows_of(bucket, i, shared.row_projections)
         return lambda grad, w, u: (decision, u - c.reshape(-1, *[1] * (w.ndim - 1)).to(w.dtype) * w)
     if decision is Decision.LAYER:
@@ -148,7 +153,7 @@ def _step(batch: Batch, i: int) -> None:
     group = batch.groups[bucket.groups[i]]
     p, g, moments = _operands(batch, i)
     step = batch.steps[i].add_(1) if batch.steps else None
-    if shared is not None and bucket.layouts[i].sharing:
+    if shared is not None and _sharing(bucket, i):
         by_verdict = _by_verdict(bucket, i, shared, float(group["eps"]))
         bucket.decisions[i] = batch.rule.reference_step(p, g, moments, step, group | {"projection": by_verdict})
     else:
@@ -171,7 +176,7 @@ def _step(batch: Batch, i: int) -> None:
         batch.seeds[i].add_(1)
 
 
-def _numbers(bucket: Bucket, i: int, p: Tensor) -> Tensor:
+def _numbers(bucket: Members, i: int, p: Tensor) -> Tensor:
     """The elements' numbers in the whole tensor: int64, in the shape of what is here."""
     first, step = (int(bucket.table[i, COLUMNS.index(name)]) for name in ("first_number", "row_numbers"))
     rows, cols = rows_cols(p)

@@ -30,14 +30,15 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from fused_adamp.bucket import ABSENT, COLUMNS, Scalars, are_same, first_stale, has_storage, rows_cols
+from fused_adamp.batch import ABSENT, COLUMNS, Scalars, Sharing
+from fused_adamp.bucket import first_stale
 from fused_adamp.precision import ROUNDINGS
-from fused_adamp.sharding import Sharing
+from fused_adamp.tensors import are_same, has_storage, rows_cols
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fused_adamp.bucket import Batch, Bucket
+    from fused_adamp.batch import Batch, Members
 
 __all__ = ["PLAN", "TritonBackend"]
 
@@ -120,7 +121,7 @@ class Tables:
     A captured step has its own, since its uploads do not happen before a replay and happen again in each.
     """
 
-    def __init__(self, bucket: Bucket, *, captured: bool) -> None:
+    def __init__(self, bucket: Members, *, captured: bool) -> None:
         from fused_adamp.kernels import stages, tiles
 
         device, count = bucket.key.device, len(bucket.params)
@@ -173,7 +174,7 @@ class Tables:
 class Workspace:
     """Memory on the device that all launches of one bucket use."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Members) -> None:
         from fused_adamp.kernels import stages
 
         device, count = bucket.key.device, len(bucket.params)
@@ -259,7 +260,7 @@ class TritonBackend:
     def counters_device(self, device: torch.device) -> torch.device:
         return device
 
-    def scratch(self, bucket: Bucket) -> Workspace:
+    def scratch(self, bucket: Members) -> Workspace:
         return Workspace(bucket)
 
     def first_stale(self, batch: Batch) -> int:
@@ -471,7 +472,7 @@ def _move_gradients(tables: Tables, batch: Batch, addresses: list[int]) -> None:
     tables.upload(tables.addresses, tables.places)
 
 
-def _table(bucket: Bucket) -> Tensor:
+def _table(bucket: Members) -> Tensor:
     """A bucket's table with two columns more: kernels/tiles.py."""
     return torch.cat([bucket.table, _tiles(bucket.table)[:, None], _segments(bucket.table)[:, None]], dim=1)
 
@@ -488,7 +489,7 @@ def _tiles(table: Tensor) -> Tensor:
     return (rows + tile_rows - 1) // tile_rows * _segments(table)
 
 
-def _parts(bucket: Bucket) -> Tensor:
+def _parts(bucket: Members) -> Tensor:
     """Where every member's parts of ``bucket.shared`` lie, for kernels/stages.py; nothing where nobody shares it."""
     from fused_adamp.kernels import stages
 
@@ -695,7 +696,7 @@ class _Order(NamedTuple):
         return torch.stack([torch.full_like(tile, stage), tile, (end - tile).clamp(max=width)], dim=1)
 
 
-def _order(bucket: Bucket) -> _Order:
+def _order(bucket: Members) -> _Order:
     from fused_adamp.kernels import plans
 
     names = "first_tile", "tile_rows", "tile_cols", "projected", "sharing"

@@ -19,14 +19,13 @@ from torch.nn import Parameter
 
 import fused_adamp
 from fused_adamp.backends import triton as triton_backend
-from fused_adamp.bucket import Need
+from fused_adamp.batch import Need, Sharing
 from fused_adamp.reference import Decision, adamp_ref
-from fused_adamp.sharding import Sharing
 from fused_adamp.verify import Case, cases, check, lay_out, make_gradient, shapes
 
 if TYPE_CHECKING:
-    from fused_adamp.bucket import Batch
-    from fused_adamp.projected import ProjectedOptimizer
+    from fused_adamp.batch import Batch
+    from fused_adamp.optimizer import ProjectedOptimizer
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device: nothing here was checked", allow_module_level=True)

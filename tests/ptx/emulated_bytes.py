@@ -17,9 +17,8 @@ from torch.nn import Parameter
 
 from fused_adamp import AdamP
 from fused_adamp.backends.triton import _WARPS
-from fused_adamp.bucket import Need
+from fused_adamp.batch import Need, Sharing
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import Sharing
 from fused_adamp.verify import make_gradient
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamp import SGDP, AdamP
 from fused_adamp.backends import triton
-from fused_adamp.bucket import Need
+from fused_adamp.batch import Need
 from fused_adamp.reference import Decision
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
     from torch.nn import Parameter
 
-    from fused_adamp.bucket import Batch, Scalars
-    from fused_adamp.projected import ProjectedOptimizer
+    from fused_adamp.batch import Batch, Scalars
+    from fused_adamp.optimizer import ProjectedOptimizer
 
 pytestmark = pytest.mark.usefixtures("emulated")
 

@@ -18,9 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_adamp import SGDP, AdamP
-from fused_adamp.bucket import COLUMNS, ROW_SHARES, SHARES, Batch, Need
+from fused_adamp.batch import COLUMNS, ROW_SHARES, SHARES, Batch, Need, Sharing
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import Sharing
 from fused_adamp.verify import Case, cases, shapes
 
 if TYPE_CHECKING:
@@ -73,11 +72,11 @@ def test_shares_and_verdicts(case: Case, verdict: Decision, calls: str, monkeypa
     if 0 in shapes(TILE)[case.shape]:  # of which a step tells nothing: its results stay
         members = [sharing for sharing in test_shares.MEMBERS if sharing is not Sharing.LOCAL]
         monkeypatch.setattr(test_shares, "MEMBERS", members)
-    test_shares.test_shares_are_right_and_steps_follow_the_verdicts(case, verdict, calls, "triton", monkeypatch)
+    test_shares.test_shares_are_right_and_steps_follow_the_verdicts(case, verdict, calls, "triton")
 
 
-def test_an_abandoned_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    test_shares.test_an_abandoned_step_leaves_nothing_to_the_next(False, "triton", monkeypatch)
+def test_an_abandoned_step() -> None:
+    test_shares.test_an_abandoned_step_leaves_nothing_to_the_next(False, "triton")
 
 
 SHARINGS = (Sharing.SHARED, Sharing.SPLIT, Sharing.SHARED, Sharing.SPLIT, Sharing.LOCAL)
@@ -92,7 +91,6 @@ every_alignment = pytest.mark.parametrize(
 
 
 def shared_model(
-    monkeypatch: pytest.MonkeyPatch,
     whole: Shapes,
     make: Any = AdamP,
     options: Any = ADAMP,
@@ -100,7 +98,7 @@ def shared_model(
 ) -> tuple[Any, Batch]:
     """An optimizer that is said to share its parameters with other ranks, and the batch of its next step."""
     optimizer = make(model(whole, dtype), **options, backend="triton")
-    bucket = test_shares.sharded(monkeypatch, optimizer, "triton", SHARINGS)
+    bucket = test_shares.sharded(optimizer, "triton", SHARINGS)
     assert bucket.shared is not None
     bucket.shared.needs.fill_(Need.TEST)
     bucket.shared.verdicts[:4, 0] = Decision.NONE
@@ -118,8 +116,8 @@ def shares(batch: Batch) -> list[Tensor]:
 
 
 @every_alignment
-def test_ranks_are_told_of_squares_that_leave_float32(whole: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, batch = shared_model(monkeypatch, whole, SGDP, SGDP_)
+def test_ranks_are_told_of_squares_that_leave_float32(whole: Shapes) -> None:
+    optimizer, batch = shared_model(whole, SGDP, SGDP_)
     shared = batch.bucket.shared
     assert shared is not None
     shared.needs.fill_(Need.TEST | Need.DOT)
@@ -148,9 +146,9 @@ def test_ranks_are_told_of_squares_that_leave_float32(whole: Shapes, monkeypatch
 )
 @every_alignment
 def test_before_there_is_state_weights_and_gradients_are_measured(
-    rounding: str, dtype: torch.dtype, whole: Shapes, monkeypatch: pytest.MonkeyPatch
+    rounding: str, dtype: torch.dtype, whole: Shapes
 ) -> None:
-    optimizer, batch = shared_model(monkeypatch, whole, options=ADAMP | {"rounding": rounding}, dtype=dtype)
+    optimizer, batch = shared_model(whole, options=ADAMP | {"rounding": rounding}, dtype=dtype)
     bare = batch._replace(moments=[], steps=[], seeds=[], remainders=[])
     assert all(map(torch.equal, shares(bare), shares(batch)))
     before = copy.deepcopy(tensors(optimizer))
@@ -161,9 +159,9 @@ def test_before_there_is_state_weights_and_gradients_are_measured(
 
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1e6, math.inf, math.nan])
 @every_alignment
-def test_limits_are_of_a_further_scale(scale: float, whole: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limits_are_of_a_further_scale(scale: float, whole: Shapes) -> None:
     """The limits themselves are numbers, and passing them at 1 is passing the test of the scaled gradient."""
-    optimizer, batch = shared_model(monkeypatch, whole, SGDP, SGDP_)
+    optimizer, batch = shared_model(whole, SGDP, SGDP_)
     for p in params_of(optimizer):
         p.grad = p.detach() * torch.logspace(-13, -12, p.size(0))[:, None]
     batch = test_shares.batch_of(optimizer, batch.bucket)
@@ -180,7 +178,7 @@ def test_limits_are_of_a_further_scale(scale: float, whole: Shapes, monkeypatch:
 
 @exhaustive
 @pytest.mark.parametrize("make", [AdamP, SGDP])
-def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any) -> None:
     """On numbers of so few digits that float32 is exact: test_stochastic_rounding_is_the_reference_s_bit_for_bit."""
     options: dict[str, Any] = {"delta": 0.0, "rounding": "stochastic"}
     options |= {"lr": 0.0, "betas": (0.5, 0.5)} if make is AdamP else {"lr": 0.5, "momentum": 0.5, "dampening": 0.5}
@@ -201,7 +199,7 @@ def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any, monkeypatch: pyt
         p.grad = gradient[part].clone()
     ours = make(params, **options, backend="triton")
     sharings: Sequence[Sharing] = [Sharing.SHARED, *[Sharing.SPLIT] * 2]
-    bucket = test_shares.sharded(monkeypatch, ours, "triton", sharings, numbers)
+    bucket = test_shares.sharded(ours, "triton", sharings, numbers)
     assert bucket.shared is not None
     bucket.shared.verdicts.zero_()
     for tensor in test_shares.state_of(ours, bucket):
@@ -216,8 +214,8 @@ def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any, monkeypatch: pyt
 
 
 @every_alignment
-def test_infinite_gradients_move_no_shared_weight(whole: Shapes, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, batch = shared_model(monkeypatch, whole)
+def test_infinite_gradients_move_no_shared_weight(whole: Shapes) -> None:
+    optimizer, batch = shared_model(whole)
     before = copy.deepcopy(tensors(optimizer))
     measured = shares(batch)
     stopped = batch._replace(found_inf=torch.ones(1))

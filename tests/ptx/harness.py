@@ -20,12 +20,12 @@ import emulator
 import torch
 
 from fused_adamp.backends import triton as backend
-from fused_adamp.bucket import ABSENT
+from fused_adamp.batch import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fused_adamp.bucket import Batch
+    from fused_adamp.batch import Batch
 
 __all__ = ["Harness", "Schedule", "unavailable"]
 

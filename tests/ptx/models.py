@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fused_adamp.backends import triton
-from fused_adamp.bucket import RESULTS
+from fused_adamp.batch import RESULTS
 from fused_adamp.reference import Decision
 from fused_adamp.verify import make_gradient
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fused_adamp.projected import ProjectedOptimizer
+    from fused_adamp.optimizer import ProjectedOptimizer
 
 PLAN = os.environ.get(triton.PLAN) or "one_pass"
 TILE = 1 << triton._LOG_TILE

@@ -2,13 +2,13 @@
 
 A step of sharded parameters goes
 
-    measure   every backend writes its shares of the sums: fused_adamp/bucket.py, Shared
+    measure   every backend writes its shares of the sums: fused_adamp/batch.py, Shared
     exchange  shares become sums, group by group; sums become verdicts: decision and projection of every parameter
     step      every backend steps by the verdicts
 
 The shares of a parameter are a record; each row that is split has one of its own, until the rows are complete and
 folded into the parameter's. All that is sent is summed. A header goes with it, which tells what no rank can find out
-alone: see Header.
+alone: sharded/header.py.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused_adamp.bucket import COLUMNS, PROJECTIONS, SHARES, UNDECIDED, Need
+from fused_adamp.batch import COLUMNS, PROJECTIONS, SHARES, UNDECIDED, Need, Sharing
 from fused_adamp.reference import Decision
-from fused_adamp.sharding import Sharing, in_words, schedule, split_rows
+from fused_adamp.sharded.header import DIGEST, Header, in_order
+from fused_adamp.sharded.layout import schedule
+from fused_adamp.sharded.placement import placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -32,61 +34,12 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from fused_adamp.bucket import Bucket
-    from fused_adamp.sharding import Layout
+    from fused_adamp.sharded.layout import Layout
 
-__all__ = ["Exchange", "Header", "Outcome", "compare_headers"]
-
-_DIGEST = 8  # bytes
+__all__ = ["Exchange", "Outcome"]
 
 _RECORD = ("fails", "present", "pg", "gg", "pp", "pu")
 """Columns of a parameter's record: ranks on which a row fails the test, ranks that have a gradient, and sums."""
-
-
-class Header(NamedTuple):
-    """Numbers that travel with the sums, and are summed like them.
-
-    Attributes:
-        ranks: 1 of each.
-        failed: 1 of a rank that cannot take this step.
-        moved: 1 of a rank whose parameters are other ones, or lie otherwise, than in the last step.
-        stale: 1 of a rank whose gradients have changed since they were measured for clipping.
-        found_inf: GradScaler's.
-        digest: a hash of all that the ranks must have in common; each byte, then the square of each.
-    """
-
-    ranks: float
-    failed: float
-    moved: float
-    stale: float
-    found_inf: float
-    digest: tuple[float, ...]
-
-    @classmethod
-    def of(cls, lines: Iterable[str], *, failed: bool = False, moved: bool = False, stale: bool = False) -> Header:
-        digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=_DIGEST).digest()
-        return cls(1.0, failed, moved, stale, 0.0, (*map(float, digest), *(float(byte * byte) for byte in digest)))
-
-    @classmethod
-    def read(cls, numbers: Sequence[float]) -> Header:
-        ranks, failed, moved, stale, found_inf, *digest = numbers
-        return cls(ranks, failed, moved, stale, found_inf, tuple(digest))
-
-    def numbers(self) -> list[float]:
-        return [*self[:5], *self.digest]
-
-    def check_failure(self) -> None:
-        """Raises RuntimeError if a rank has failed."""
-        if self.failed:
-            raise RuntimeError(
-                "another rank that shares parameters with this one has failed in this step: see its error there. The "
-                "step is not complete on any rank; go on from the last checkpoint"
-            )
-
-    @property
-    def agreed(self) -> bool:
-        """Whether all ranks sent one digest: only then the mean of its squares is the square of its mean."""
-        sums, squares = self.digest[:_DIGEST], self.digest[_DIGEST:]
-        return all(self.ranks * square == total * total for total, square in zip(sums, squares, strict=True))
 
 
 class Outcome(NamedTuple):
@@ -119,31 +72,8 @@ class _Collective(NamedTuple):
     folds: list[_Fold]
 
 
-def compare_headers(layouts: Iterable[Layout], header: Header) -> Header:
-    """Sums headers alone, whatever the ranks may have in common besides. Each may be counted more than once.
-
-    One round per group, so that news reaches ranks that share no group. Groups of replicas are included.
-    """
-    groups = _in_order(layouts, replicas=True)
-    numbers = torch.tensor(header.numbers(), dtype=torch.float64, device="cpu")
-    for group in groups * len(groups):
-        on = numbers.to(group.bound_device_id or ("cuda" if dist.get_backend(group) == "nccl" else "cpu"))
-        dist.all_reduce(on, group=group)
-        numbers = on.cpu()
-    return Header.read(numbers.tolist())
-
-
-def _in_order(layouts: Iterable[Layout], *, replicas: bool = False) -> list[ProcessGroup]:
-    """The groups, in one order that all ranks know, so that ranks that differ never wait for each other in a circle."""
-    layouts = list(layouts)
-    groups = {group for layout in layouts for group in (*layout.row_groups, *layout.col_groups)}
-    if replicas:
-        groups |= {group for layout in layouts for group in layout.replica_groups if layout.sharing}
-    return sorted(groups, key=lambda group: (dist.get_process_group_ranks(group), group.group_name))
-
-
 class _Piece(NamedTuple):
-    """A member's part on this rank: all of it in one, or a piece of a flat slice.
+    """A part of a parameter on this rank that is a member of a bucket. Most parameters have one.
 
     Attributes:
         p, number: the member, and the piece's index in its bucket.
@@ -152,7 +82,6 @@ class _Piece(NamedTuple):
         layout: where the piece lies.
         place: of its shares among those of all buckets.
         rows: if they are split, the places of its rows among those of all buckets.
-        slot: of the first of these among the member's split rows on all ranks.
     """
 
     p: Tensor
@@ -163,7 +92,6 @@ class _Piece(NamedTuple):
     layout: Layout
     place: int
     rows: range
-    slot: int
 
 
 def _pieces(buckets: Sequence[Bucket]) -> dict[Tensor, list[_Piece]]:
@@ -178,9 +106,8 @@ def _pieces(buckets: Sequence[Bucket]) -> dict[Tensor, list[_Piece]]:
             is_matrix = bool(projected) and layout.rows * layout.cols > 0
             first = row_start + first_row
             rows = range(first, first + count * (layout.sharing is Sharing.SPLIT))
-            slot = layout.piece.cut or 0 if layout.piece else 0
             if layout.sharing:
-                piece = _Piece(p, i, group, bucket.key.channel_dim, is_matrix, layout, start + i, rows, slot)
+                piece = _Piece(p, i, group, bucket.key.channel_dim, is_matrix, layout, start + i, rows)
                 pieces.setdefault(p, []).append(piece)
         start += len(bucket.params)
         row_start += len(bucket.shared.rows)
@@ -192,9 +119,9 @@ class Exchange:
 
     Attributes:
         members: the parameters that lie on several ranks, in the order of the parameter groups.
-        pieces: what is here of them, a parameter and an index in its bucket: one of each, or those of a flat slice.
+        pieces: their members of buckets on this rank: parameter, and index in its bucket.
         lines: what is to be the same on all ranks, in words, but for hyperparameters.
-        layouts: how they lie on the ranks; of a flat slice, how its first piece does.
+        layouts: of each parameter the layout of its first piece.
         groups: the parameter groups they are in, by index.
         device: where everything is added up.
         measured: what clipping found out last, as long as the shares that it was added up from are still here. A step
@@ -216,7 +143,7 @@ class Exchange:
         self.device = buckets[0].key.device
         self.layouts = [first.layout for first in firsts]
         self.lines = [
-            f"{labels[p]}: {in_words(p)}, {p.dtype}, channel_dim {first.channel_dim}"
+            f"{labels[p]}: {placement_of(p).in_words(p)}, {p.dtype}, channel_dim {first.channel_dim}"
             for p, first in zip(self.members, firsts, strict=True)
         ]
         self._hashed = hashlib.blake2b("\n".join(self.lines).encode()).hexdigest()
@@ -265,11 +192,12 @@ class Exchange:
         self._rows_of_member: dict[int, range] = {}
         places, slots, end = list[int](), list[int](), 0
         for i in self._split:
-            start, end = end, end + split_rows(self.members[i], len(members[i][0].rows))
+            start, end = end, end + self.layouts[i].split_rows
             self._rows_of_member[i] = range(start, end)
             for piece in members[i]:
                 places += piece.rows
-                slots += range(start + piece.slot, start + piece.slot + len(piece.rows))
+                slot = start + piece.layout.first_split_row
+                slots += range(slot, slot + len(piece.rows))
         self._row_places, self._slots = self._indices(places), self._indices(slots)
         """For each split row here, its place among the buckets' rows and its place among those of all ranks."""
         self._row_owners = self._indices(i for i in self._split for _ in self._rows_of_member[i])
@@ -301,7 +229,7 @@ class Exchange:
     def disagreement(self, lines: Sequence[str], *, replicas: bool = False) -> str:
         """The first line that is not the same on all ranks, and on which. All ranks call this, or none."""
         everybody = {dist.get_rank(): list(lines)}
-        groups = _in_order(self.layouts, replicas=replicas)
+        groups = in_order(self.layouts, replicas=replicas)
         for group in groups * len(groups):  # so that word gets around
             parts: list[Any] = [None] * group.size()
             dist.all_gather_object(parts, everybody, group=group)
@@ -579,7 +507,7 @@ class Exchange:
         found = header[Header._fields.index("found_inf")]
         if self.asynchronous:
             ranks, failed, moved, stale = header[:4].unbind()
-            sums, squares = torch.split(header[5:], _DIGEST)
+            sums, squares = torch.split(header[5:], DIGEST)
             broken = (ranks * squares != sums * sums).any() | self._missing(outcome).any()
             found = found + failed + moved + stale + broken
         return found.reshape(1)

@@ -11,17 +11,17 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fused_adamp.projected import ProjectedOptimizer
+    from fused_adamp.memory import Owner
 
 __all__ = ["OPTIMIZERS", "register"]
 
-OPTIMIZERS: WeakValueDictionary[str, ProjectedOptimizer] = WeakValueDictionary()
+OPTIMIZERS: WeakValueDictionary[str, Owner] = WeakValueDictionary()
 """The optimizers that are alive, by handle. A string: of an int that changes, Dynamo would make a symbol."""
 
 _numbers = count()
 
 
-def register(optimizer: ProjectedOptimizer) -> str:
+def register(optimizer: Owner) -> str:
     """Returns the handle by which compiled code finds the optimizer."""
     handle = f"{type(optimizer).__name__} {next(_numbers)}"
     OPTIMIZERS[handle] = optimizer

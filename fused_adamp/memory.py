@@ -1,0 +1,148 @@
+"""Everything that an optimizer remembers from one call to the next. Each result names its inputs.
+
+:class:`Owner` is the optimizer as the modules see it that do a part of its work: ``gather.py``, ``clipping.py`` and
+``sharded/``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from weakref import ref
+
+from torch import Tensor
+
+from fused_adamp.batch import Rule
+from fused_adamp.tensors import are_same
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fused_adamp.bucket import Bucket
+    from fused_adamp.options import Option
+    from fused_adamp.sharded.exchange import Exchange, Outcome
+
+__all__ = ["Clipping", "Memory", "Owner", "Seen"]
+
+
+class Seen(NamedTuple):
+    """Gradients and their weights, as they were: which gradients, all versions, all addresses."""
+
+    gradients: list[ref[Tensor]]
+    marks: tuple[list[int], ...] | None
+    """None where a tensor keeps no version, as those of inference mode."""
+
+    @classmethod
+    def of(cls, params: list[Tensor], grads: list[Tensor]) -> Seen:
+        return cls(list(map(ref, grads)), cls._marks(params, grads))
+
+    @staticmethod
+    def _marks(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], ...] | None:
+        tensors = [*params, *grads]
+        try:
+            return [t._version for t in tensors], list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:
+            return None
+
+    def still_holds(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+        """Whether these are the same gradients, and none of them and no weight has changed."""
+        same = are_same(self.gradients, grads)
+        return same and self.marks is not None and self.marks == self._marks(params, grads)
+
+
+class Clipping(NamedTuple):
+    """The result that :meth:`ProjectedOptimizer.clip_grad_norm_` keeps for the next step, and its inputs.
+
+    It is the one thing that a step believes from an earlier call. ``seen`` says whether the step may go by the
+    norm, :meth:`test_of` whether it may go by the sums of the test too.
+    """
+
+    max_norm: Any
+    norm_type: float
+    norm: Tensor
+    """Norm of the gradients as they are, 0-dim float64."""
+    unscaled: bool
+    """Whether GradScaler's scale was known, so that the norm over the scale is clipped: over the step's scale."""
+    seen: Seen
+    """The gradients that the norm was computed from, and their weights."""
+    outcome: Outcome | None
+    """The sums of the cosine test that the ranks exchanged on the way."""
+    test_options: list[tuple[float, float, float]]
+    """The options of the test that the outcome was computed for."""
+
+    def norm_over(self, unscale: Tensor | None) -> Tensor:
+        """The norm that is clipped; ``unscale`` is the inverse of GradScaler's scale as it is now."""
+        if unscale is None or not self.unscaled or self.norm_type == 0:  # the order 0 counts
+            return self.norm
+        return self.norm * unscale.to(self.norm.device, non_blocking=True)
+
+    def coefficient(self, unscale: Tensor | None) -> Tensor:
+        """The factor of the gradients in the step, beside ``unscale``: 0-dim float64."""
+        norm, limit = self.norm_over(unscale), self.max_norm
+        if isinstance(limit, Tensor):
+            limit = limit.double().to(norm.device, non_blocking=True)
+        coefficient: Tensor = (limit / (norm + 1e-6)).clamp(max=1.0).reshape(())
+        return coefficient
+
+    def test_of(self, options: list[tuple[float, float, float]], measured: Outcome | None) -> Outcome | None:
+        """The outcome, if the test is made with the same options now, and its shares are those that the ranks hold."""
+        return self.outcome if self.test_options == options and self.outcome is measured else None
+
+
+class Memory:
+    """Everything that an optimizer remembers from one call to the next.
+
+    It is created once and then only mutated. Frameworks wrap an optimizer in an object that subclasses its class and
+    copies its ``__dict__``: both share this object, so that a call through either is seen by both.
+
+    Attributes:
+        buckets: the parameters as the backends see them.
+        unbucketed: parameters that are in no bucket, as they neither train nor have state.
+        has_fakes: whether others are in no bucket, as they hold no numbers: :mod:`fused_adamp.fake`.
+        seen_params, seen_groups, seen_generation: what the buckets were made from: the parameters, the options that
+            choose a bucket, and :func:`fused_adamp.sharded.placement.generation`.
+        addresses, rounds: the weights' addresses, bucket by bucket, and the order that follows from them:
+            :func:`fused_adamp.gather.rounds_of`.
+        clipping: what :meth:`ProjectedOptimizer.clip_grad_norm_` has left for the next step.
+        exchange: the collectives of parameters that lie on several ranks; None if none does.
+        agreed: the exchange that all ranks have agreed on last.
+        filled: stand-ins for gradients that other ranks have and this one does not, during a step.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Back to what a new optimizer remembers."""
+        self.buckets: list[Bucket] = []
+        self.unbucketed: list[Tensor] = []
+        self.has_fakes = False
+        self.seen_params: list[Tensor] = []
+        self.seen_groups: list[tuple[Any, ...]] = []
+        self.seen_generation = 0
+        self.addresses: list[list[int]] = []
+        self.rounds: list[list[set[int]]] | None = None
+        self.clipping: Clipping | None = None
+        self.exchange: Exchange | None = None
+        self.agreed: Exchange | None = None
+        self.filled: dict[Tensor, Tensor] = {}
+
+
+class Owner(Rule, Protocol):
+    """The optimizer as the modules see it that do a part of its work."""
+
+    options: ClassVar[dict[str, Option]]
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    state: Any  # torch's: a defaultdict by parameter
+    _memory: Memory
+
+    def moments(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The state keys that have the parameter's shape."""
+
+    def direction(
+        self, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | float]:
+        """The update u that moments in float64 stand for, and the step size: :class:`ProjectedOptimizer`."""
+
+    def _step(self) -> None:
+        """One step on the gradients that are there, without the hooks of torch.optim."""
