@@ -25,38 +25,30 @@ graph may repeat a step without it, the one on the device.
 import triton
 import triton.language as tl
 
-from .stages import (
-    announce,
-    count,
-    dot,
-    draw,
-    is_tested,
-    measure,
-    prepare,
-    redo,
-    redo_ahead,
-    share,
-    share_nothing,
-    square,
-    update,
-    wait,
-)
+from fused_adamp.backends import device
 
-PREPARE = tl.constexpr(0)
-MEASURE = tl.constexpr(1)
-DOT = tl.constexpr(2)
-UPDATE = tl.constexpr(3)
-# For the norm of the gradients.
-SQUARE = tl.constexpr(4)
-# Before a step of parameters that lie on several ranks. A job of the latter has a parameter in place of a tile.
-SHARE = tl.constexpr(5)
-SHARE_NOTHING = tl.constexpr(6)
+from .decision import is_tested
+from .dot import dot
+from .measure import measure
+from .order import announce, count, draw, wait
+from .prepare import prepare
+from .redo import redo, redo_ahead
+from .share import share, share_nothing
+from .sums import square
+from .tables import numbered
+from .update import update
 
-# Counters of a launch.
-TICKET = tl.constexpr(0)
-PREPARING = tl.constexpr(1)
-PREPARED = tl.constexpr(2)
-TICKETS = tl.constexpr(3)
+_stage = numbered(device.STAGES)
+PREPARE = _stage["prepare"]
+MEASURE = _stage["measure"]
+DOT = _stage["dot"]
+SQUARE = _stage["square"]
+SHARE = _stage["share"]
+
+_ticket = numbered(device.TICKETS)
+TICKET = _ticket["ticket"]
+PREPARING = _ticket["preparing"]
+PREPARED = _ticket["prepared"]
 
 
 @triton.jit(do_not_specialize=["epoch", "n_active"])

@@ -11,43 +11,21 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# A parameter's row of the table: fused_adamp/batch.py, COLUMNS; and its tiles and those of one of its rows, so that no
-# kernel divides numbers of 64 bits.
-GROUP = tl.constexpr(0)
-PROJECTED = tl.constexpr(1)
-ROWS = tl.constexpr(2)
-COLS = tl.constexpr(3)
-TILE_ROWS = tl.constexpr(4)
-TILE_COLS = tl.constexpr(5)
-FIRST_TILE = tl.constexpr(6)
-SHARING = tl.constexpr(7)
-FIRST_ROW = tl.constexpr(8)
-FIRST_NUMBER = tl.constexpr(9)
-ROW_NUMBERS = tl.constexpr(10)
-TILES = tl.constexpr(11)
-SEGMENTS = tl.constexpr(12)
-COLUMNS = tl.constexpr(13)
-
-# A parameter's row of the address table.
-P = tl.constexpr(0)
-G = tl.constexpr(1)
-M = tl.constexpr(2)
-V = tl.constexpr(3)
-R = tl.constexpr(4)
-STEP = tl.constexpr(5)
-SEED = tl.constexpr(6)
-ADDRESSES = tl.constexpr(7)
-
-# A parameter's row of the stride table, when the dimensions beyond dim 0 have been merged to two: the size of the last,
-# then for p, g, m, v and the remainder r the strides of dim 0 and of those two.
-STRIDES = tl.constexpr(16)
-
-ALIGNED = tl.constexpr(0)
-FLAT = tl.constexpr(1)
-STRIDED = tl.constexpr(2)
-
-WIDEST_LOAD = tl.constexpr(16)  # bytes, of one thread
-VECTOR = tl.constexpr(8)  # elements: the most of one load
+from .tables import (
+    ADDRESSES,
+    ALIGNED,
+    COLS,
+    COLUMNS,
+    FIRST_TILE,
+    ROWS,
+    SEGMENTS,
+    STRIDED,
+    STRIDES,
+    TILE_COLS,
+    TILE_ROWS,
+    VECTOR,
+    WIDEST_LOAD,
+)
 
 
 class Spec(NamedTuple):

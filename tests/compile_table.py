@@ -224,13 +224,17 @@ def arguments(kernel: Any) -> list[Any]:
 
 
 def make_spec(variant: Variant) -> Any:
-    from fused_adamp.kernels import tiles
-
     adaptive, buffer = RULES[variant.rule]
     p, g, state = (DTYPES[dtype] for dtype in variant.dtypes)
-    layout = getattr(tiles, variant.layout).value
     spec = backend.make_spec(
-        p, g, state, layout, adaptive=adaptive, buffer=buffer, rounding=variant.rounding, shared=variant.shared
+        p,
+        g,
+        state,
+        variant.layout.lower(),
+        adaptive=adaptive,
+        buffer=buffer,
+        rounding=variant.rounding,
+        shared=variant.shared,
     )
     return backend.in_float64(spec) if variant.kernel.startswith("redo") else spec
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fused_adamp.backends import triton
+from fused_adamp.backends import device
 
 __all__ = ["HERE", "PLANS", "under_each_plan"]
 
@@ -25,7 +25,7 @@ def under_each_plan(*arguments: str, interpreted: bool = True) -> dict[str, tupl
     runs = {
         plan: subprocess.Popen(
             [sys.executable, *arguments],
-            env=environment | {triton.PLAN: plan},
+            env=environment | {device.PLAN: plan},
             cwd=HERE.parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

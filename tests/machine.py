@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from distributed import full, laid_out, mesh
-from fused_adamp.sharding import is_shared
 from tolerances import TOLERANCE, assert_identical
 from torch import Tensor, nn
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -26,6 +25,7 @@ from trajectory import RULES, Hand, gradient, near_threshold
 from fused_adamp.backends import triton
 from fused_adamp.reference import Decision, decide, rows_first
 from fused_adamp.sharded.dtensor import local
+from fused_adamp.sharded.placement import placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -209,7 +209,7 @@ class Machine:
             p = self.params[i]
             value = gradient(_whole(p), kind) if kind != "zero" else torch.zeros(p.shape, dtype=F64)
             value = laid_out(value.to(p.dtype), p)
-            if how == "inference" and not is_shared(p):
+            if how == "inference" and not placement_of(p).is_shared:
                 with torch.inference_mode():
                     p.grad = value.clone()
                 self.writes[p.grad] += 1
@@ -249,7 +249,7 @@ class Machine:
         value = laid_out(torch.randn(p.shape, dtype=p.dtype), p)
         if kind == "gradient" and p.grad is not None and full(p.grad).any():
             value = p.grad.detach() * 1.0
-        if how == "storage" and not is_shared(p):
+        if how == "storage" and not placement_of(p).is_shared:
             p.data = value
             self.writes[p] += 1
         else:
@@ -399,7 +399,7 @@ class Machine:
         moments = [name for name in self.optimizer.moments(self.groups[i]) if name in state]
         if p.grad is None or (kind == "shape" and not moments):
             return
-        if kind == "sparse" and is_shared(p):
+        if kind == "sparse" and placement_of(p).is_shared:
             kind = "freed"
         gradient, moment = p.grad, state[moments[0]] if moments else None
         with self._moves_no_weight():
@@ -449,7 +449,9 @@ class Machine:
         factor = min(1.0, clip.max_norm / (norm + 1e-6)) / scale
         self.met["step: clipped"] += bool(now) and norm > clip.max_norm
         # What ranks share they test while they clip.
-        kept = {i for i in now if is_shared(self.params[i])} if same_test and clip.norm_type == 2 else set()
+        kept = (
+            {i for i in now if placement_of(self.params[i]).is_shared} if same_test and clip.norm_type == 2 else set()
+        )
         return factor, {i: of[i] if i in kept else now[i] for i in now}
 
     def _compare(self, now: dict[int, Evidence], weights: list[Tensor], *, skipped: bool) -> None:

@@ -31,7 +31,6 @@ from distributed import (
     record,
     run,
 )
-from fused_adamp.sharding import is_shared
 from tolerances import assert_close, assert_identical
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -44,6 +43,7 @@ from fused_adamp.backends import triton
 from fused_adamp.precision import join
 from fused_adamp.reference import Decision
 from fused_adamp.sharded.dtensor import local
+from fused_adamp.sharded.placement import placement_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -215,7 +215,7 @@ def changed_after_clipping(pair: Pair) -> None:
     for name, p in pair.sharded.params.items():
         if holds(p, last=False):
             local(p.grad).mul_(3)
-        if is_shared(p):
+        if placement_of(p).is_shared:
             pair.whole.params[name].grad.copy_(full(p.grad, p))
     pair.advance()
 

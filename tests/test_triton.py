@@ -10,8 +10,8 @@ import torch
 from each_plan import PLANS, under_each_plan
 
 import fused_adamp
-from fused_adamp.backends import triton
-from fused_adamp.batch import COLUMNS, PROJECTIONS, RESULTS, ROW_SHARES, SHARES, Need, Scalars, Sharing
+from fused_adamp.backends import device, triton
+from fused_adamp.batch import PROJECTIONS
 from fused_adamp.precision import ROUNDINGS
 from fused_adamp.reference import Decision
 
@@ -22,7 +22,7 @@ TILE = 1 << triton._LOG_TILE
 _STEPS = """
 import torch
 from fused_adamp import AdamP
-from fused_adamp.backends import triton
+from fused_adamp.backends import device, triton
 from fused_adamp.reference import Decision
 from fused_adamp.verify import make_gradient
 torch.set_num_threads(1)
@@ -58,29 +58,19 @@ def test_the_interpreter_steps_small_models(plan: str, sessions: dict[str, tuple
     assert output == "stepped True\n"
 
 
-def test_the_tables_have_the_columns_that_the_kernels_read() -> None:
-    from fused_adamp.kernels import precision, stages, tiles
+def test_what_the_kernels_number_themselves_is_numbered_as_here() -> None:
+    """All other tables come from the front end's."""
+    from fused_adamp.kernels import precision, tables
 
-    columns = *COLUMNS, "tiles", "segments"
-    tables = ((tiles, "COLUMNS", columns), (stages, "SCALARS", Scalars._fields), (stages, "RESULTS", RESULTS))
-    for module, count, names in tables:
-        assert [getattr(module, name.upper()).value for name in names] == list(range(len(names)))
-        assert getattr(module, count).value == len(names)
-    assert [stages.LIMIT.value, stages.LARGEST.value] == [SHARES.index("limit"), SHARES.index("cosine")]
-    assert SHARES[stages.PG.value : stages.SUMS.value] == ROW_SHARES
-    assert [getattr(stages, name.upper()).value for name in ROW_SHARES] == list(map(SHARES.index, ROW_SHARES))
-    for names in (Sharing, Need):
-        assert {name: getattr(stages, name).value for name in names.__members__} == dict(names.__members__)
     assert [getattr(precision, name.upper()).value for name in ROUNDINGS] == list(range(len(ROUNDINGS)))
-    decisions = {decision.name: getattr(stages, decision.name).value for decision in Decision}
-    assert decisions == dict(Decision.__members__)
-    fixed = {"AUTO": stages.AUTO.value, **decisions, "NONE": stages.NEVER.value}
-    assert [fixed[name.upper()] for name in PROJECTIONS] == list(range(len(PROJECTIONS)))
+    fixed = {decision.name: getattr(tables, decision.name).value for decision in Decision}
+    fixed |= {"AUTO": tables.AUTO.value, "NONE": tables.NEVER.value}
+    assert [fixed[name.upper()] for name in PROJECTIONS] == list(range(len(PROJECTIONS)))  # kernels/decision.py: decide
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (5000, 9), (64, 64), (64, 65), (3, 1023), (9, TILE), (9, TILE + 1)])
 def test_a_block_of_registers_holds_a_tile(rows: int, cols: int) -> None:
-    from fused_adamp.kernels.stages import NARROWEST, WIDTH_STEP
+    from fused_adamp.kernels.tables import NARROWEST, WIDTH_STEP
 
     tile_rows, tile_cols = triton.TritonBackend().geometry(rows, cols)
     assert tile_cols == cols
@@ -98,12 +88,12 @@ def test_very_wide_rows_are_cut_into_tiles() -> None:
 
 def test_dimensions_merge_where_all_tensors_allow_it() -> None:
     p = torch.empty(4, 6, 5, 5)
-    assert triton._collapse([p, p]) == ([150], [[1], [1]])
+    assert device._collapse([p, p]) == ([150], [[1], [1]])
     last = p.contiguous(memory_format=torch.channels_last)
-    assert triton._collapse([last, last]) == ([150], [[1], [1]])
-    assert triton._collapse([last, last], any_order=False) == ([6, 25], [[1, 6], [1, 6]])
-    assert triton._collapse([p, last]) == ([6, 25], [[25, 1], [1, 6]])
-    assert triton._collapse([torch.empty(7), torch.empty(14)[::2]]) == ([7], [[1], [2]])
+    assert device._collapse([last, last]) == ([150], [[1], [1]])
+    assert device._collapse([last, last], any_order=False) == ([6, 25], [[1, 6], [1, 6]])
+    assert device._collapse([p, last]) == ([6, 25], [[25, 1], [1, 6]])
+    assert device._collapse([torch.empty(7), torch.empty(14)[::2]]) == ([7], [[1], [2]])
 
 
 def test_on_the_cpu_it_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +146,7 @@ def test_rows_in_many_pieces_are_refused_in_words(monkeypatch: pytest.MonkeyPatc
 
 def test_an_unknown_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv(triton.PLAN, "fastest")
+    monkeypatch.setenv(device.PLAN, "fastest")
     p = torch.nn.Parameter(torch.ones(3, 4))
     p.grad = torch.ones(3, 4)
     with pytest.raises(ValueError, match="FUSED_ADAMP_PLAN='fastest' is not a plan"):

@@ -159,7 +159,7 @@ class Harness:
     @staticmethod
     def _is_marked(arguments: dict[str, Any]) -> bool:
         """Whether a stage has ever left something to redo: that of another epoch, a redo kernel has to pass over."""
-        from fused_adamp.kernels.stages import DOT_LEFT, MEASURE_LEFT, TILES_LEFT
+        from fused_adamp.kernels.tables import DOT_LEFT, MEASURE_LEFT, TILES_LEFT
 
         marks = arguments["counters"][:, [which.value for which in (MEASURE_LEFT, DOT_LEFT, TILES_LEFT)]]
         return bool(marks.any())

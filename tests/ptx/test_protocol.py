@@ -10,7 +10,7 @@ from protocol import FAULTS, Job, Parameter, Protocol, jobs_of, search
 from torch.nn import Parameter as Weight
 
 from fused_adamp import AdamP
-from fused_adamp.backends import triton
+from fused_adamp.backends import device, triton
 
 WIDE = Parameter(tiles=2, matrix=True, tested=True, projected=True, wide=True)
 CHANNEL = Parameter(tiles=2, matrix=True, tested=True, projected=True, wide=False)
@@ -75,13 +75,13 @@ def test_jobs_in_another_order_wait_for_ever() -> None:
 def test_the_jobs_are_those_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     from fused_adamp.kernels import plans
 
-    monkeypatch.setenv(triton.PLAN, "one_pass")
+    monkeypatch.setenv(device.PLAN, "one_pass")
     monkeypatch.setattr(triton, "interpreted", lambda: True)
     monkeypatch.setattr(triton, "_not_interpretable", lambda: None)
     monkeypatch.setattr(triton, "_WINDOW", 1)
     launched = []
     monkeypatch.setattr(triton._Run, "start", lambda run: launched.append(run))
-    params = [Weight(torch.randn(4, triton._RUN)), Weight(torch.randn(2 * triton._RUN)), Weight(torch.randn(8))]
+    params = [Weight(torch.randn(4, device._RUN)), Weight(torch.randn(2 * device._RUN)), Weight(torch.randn(8))]
     for p in params:
         p.grad = torch.ones_like(p)
     AdamP(params, backend="triton").step()
