@@ -102,7 +102,7 @@ struct Layout {
   std::vector<int64_t> inner[role_count];  // strides
 };
 
-// How a parameter passes through the stages: cpu.cpp.
+// How a parameter passes through the stages: cpu_plan.cpp.
 enum class Plan { none, settled, one_tile, split, speculative, share, finish };
 
 struct Parameter {

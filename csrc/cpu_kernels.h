@@ -1,4 +1,4 @@
-// The CPU kernels: what cpu.cpp calls on one tile, once per instruction set.
+// The CPU kernels: what cpu_stages.cpp calls on one tile, once per instruction set.
 #pragma once
 
 #include <cstdint>

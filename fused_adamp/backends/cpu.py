@@ -21,7 +21,7 @@ __all__ = ["CpuBackend", "empty_like", "load"]
 
 _LAYOUT = 6  # csrc/bucket.h
 _SUMS = 8  # doubles per tile: csrc/cpu_kernels.h, TileSums
-_SHORTEST_ROW = 64  # csrc/cpu.cpp, keeps_shrink
+_SHORTEST_ROW = 64  # csrc/cpu_plan.cpp, keeps_shrink
 _HUGE_PAGE = 1 << 21
 
 

@@ -1,0 +1,215 @@
+// Tiles, where they lie in memory or gathered into scratch. For cpu_stages.cpp alone.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "cpu_step.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fused_adamp {
+
+namespace {
+
+struct Tile {
+  int64_t row, rows, col, cols;  // rows [row, row + rows), columns [col, col + cols)
+  int64_t size() const { return rows * cols; }
+};
+
+Tile tile_at(const TableRow& t, int64_t index) {
+  const int64_t segments = t.segments();
+  const int64_t row = index / segments * t.tile_rows, col = index % segments * t.tile_cols;
+  return {row, std::min(t.tile_rows, t.rows - row), col, std::min(t.tile_cols, t.cols - col)};
+}
+
+// A dimension of a tile: how many elements, and how far apart they are in the parameter's tensor and in the tile.
+struct Axis {
+  int64_t size, tensor, tile;
+};
+
+// The axes of a tile of whole rows, in the order that walks through the tensor's memory.
+std::vector<Axis> axes_of(const Layout& layout, int role, const Tile& tile) {
+  std::vector<Axis> axes;
+  const auto add = [&](const Axis& axis) {
+    if (axis.size != 1) axes.push_back(axis);
+  };
+  int64_t step = 1;
+  for (int d = int(layout.inner_sizes.size()) - 1; d >= 0; step *= layout.inner_sizes[d--])
+    add({layout.inner_sizes[d], layout.inner[role][d], step});
+  add({tile.rows, layout.row_stride[role], tile.cols});
+  std::stable_sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.tensor > b.tensor; });
+  size_t last = 0;  // of those that are merged
+  for (size_t i = 1; i < axes.size(); ++i) {
+    const Axis inner = axes[i];
+    if (axes[last].tensor == inner.size * inner.tensor && axes[last].tile == inner.size * inner.tile) {
+      axes[last] = {axes[last].size * inner.size, inner.tensor, inner.tile};
+    } else {
+      axes[++last] = inner;
+    }
+  }
+  axes.resize(std::min(axes.size(), last + 1));
+  return axes;
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c]
+template <class Element>
+void transpose(const Element* from, int64_t from_stride, Element* to, int64_t to_stride, int64_t rows, int64_t cols) {
+  constexpr int64_t line = 64 / sizeof(Element);  // elements of a cache line: a block of as many rows writes whole lines
+  for (int64_t first = 0; first < rows; first += line) {
+    const int64_t end = std::min(first + line, rows);
+    // Lines that lie a page apart are beyond the hardware's prefetchers. Measured: a fifth of the step's time.
+    for (int64_t r = end; r < std::min(end + line, rows); ++r) __builtin_prefetch(from + r * from_stride);
+    int64_t c = 0;
+#if defined(__SSE2__)
+    if constexpr (sizeof(Element) == 4) {
+      for (; c + 4 <= cols; c += 4) {
+        for (int64_t next = c + 16; next < std::min(c + 20, cols); ++next) __builtin_prefetch(to + next * to_stride + first, 1);
+        int64_t r = first;
+        for (; r + 4 <= end; r += 4) {
+          __m128 x[4];
+          for (int i = 0; i < 4; ++i) x[i] = _mm_loadu_ps(reinterpret_cast<const float*>(from + (r + i) * from_stride + c));
+          _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+          for (int i = 0; i < 4; ++i) _mm_storeu_ps(reinterpret_cast<float*>(to + (c + i) * to_stride + r), x[i]);
+        }
+        for (; r < end; ++r)
+          for (int i = 0; i < 4; ++i) to[(c + i) * to_stride + r] = from[r * from_stride + c + i];
+      }
+    }
+#endif
+    for (; c < cols; ++c)
+      for (int64_t r = first; r < end; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+  }
+}
+
+// Copies a tile out of a tensor, or back.
+template <class Element, bool back>
+void copy(const Axis* axes, size_t count, Element* tensor, Element* tile) {
+  if (count > 1) {
+    const Axis &a = axes[count - 2], &b = axes[count - 1];
+    if (count == 2 && a.tile == 1 && b.tensor == 1) {
+      return back ? transpose(tile, b.tile, tensor, a.tensor, b.size, a.size)
+                  : transpose(tensor, a.tensor, tile, b.tile, a.size, b.size);
+    }
+    for (int64_t i = 0; i < axes->size; ++i)
+      copy<Element, back>(axes + 1, count - 1, tensor + i * axes->tensor, tile + i * axes->tile);
+    return;
+  }
+  const Axis axis = count ? *axes : Axis{1, 1, 1};
+  if (axis.tensor == 1 && axis.tile == 1) {
+    std::memcpy(back ? tensor : tile, back ? tile : tensor, axis.size * sizeof(Element));
+  } else {
+    for (int64_t i = 0; i < axis.size; ++i) {
+      Element &outside = tensor[i * axis.tensor], &inside = tile[i * axis.tile];
+      (back ? outside : inside) = back ? inside : outside;
+    }
+  }
+}
+
+// The same of a part of a row, a run of the innermost dimension at a time.
+template <class Element, bool back>
+void copy_part(const Layout& layout, int role, const Tile& tile, Element* tensor, Element* to) {
+  const auto& sizes = layout.inner_sizes;
+  const auto& inner = layout.inner[role];
+  const int last = int(sizes.size()) - 1;
+  for (int64_t c = 0; c < tile.cols;) {
+    int64_t rest = tile.col + c, offset = tile.row * layout.row_stride[role];
+    const Axis run{std::min(sizes[last] - rest % sizes[last], tile.cols - c), inner[last], 1};
+    for (int d = last; d >= 0; rest /= sizes[d], --d) offset += rest % sizes[d] * inner[d];
+    copy<Element, back>(&run, 1, tensor + offset, to + c);
+    c += run.size;
+  }
+}
+
+// Between a tensor that lies otherwise and a tile's scratch.
+template <bool back>
+void copy(const Parameter& x, int role, const Tile& tile, char* scratch) {
+  const Operand& o = x.operand[role];
+  const auto run = [&](auto element) {
+    using Element = decltype(element);
+    auto* const tensor = reinterpret_cast<Element*>(o.data);
+    auto* const to = reinterpret_cast<Element*>(scratch);
+    if (tile.cols < x.table->cols) return copy_part<Element, back>(*x.layout, role, tile, tensor, to);
+    std::vector<Axis> axes = axes_of(*x.layout, role, tile);
+    const auto unit = std::find_if(axes.begin(), axes.end(), [](const Axis& axis) { return axis.tile == 1; });
+    if (unit != axes.end() && unit + 1 != axes.end()) std::rotate(unit, unit + 1, axes.end() - 1);  // next to the last
+    copy<Element, back>(axes.data(), axes.size(), tensor + tile.row * x.layout->row_stride[role], to);
+  };
+  switch (itemsize(o.type)) {
+    case 2: return run(uint16_t());
+    case 4: return run(uint32_t());
+    default: return run(uint64_t());
+  }
+}
+
+// Which of a tile's tensors a stage reads.
+constexpr int only_g = 1 << role_g, p_and_g = only_g | 1 << role_p | 1 << role_remainder, everything = (1 << role_count) - 1;
+
+// The tile as the kernels want it. What a gathered tile writes reaches the parameter with store().
+template <class F, class T = typename F::Number>
+class TileAccess {
+ public:
+  TileAccess(const Parameter& x, const Tile& tile, const Scratch& scratch, int roles)
+      : parameter_(x), tile_(tile), storage_{} {
+    const int64_t first = tile.row * x.table->cols + tile.col;
+    for (int role = 0; role < role_count; ++role) {
+      const Operand& o = x.operand[role];
+      if (!o.data || !(roles >> role & 1)) continue;
+      storage_.type[role] = o.type;
+      storage_.staged[role] = o.type != (sizeof(T) == 8 ? storage_f64 : storage_f32);
+      if (!x.gathered[role]) {
+        storage_.data[role] = o.data + first * itemsize(o.type);
+      } else {
+        storage_.data[role] = scratch.gathered(role);
+        copy<false>(x, role, tile, storage_.data[role]);
+      }
+    }
+    if (!x.staged) {
+      data = {at<typename F::P>(role_p), at<typename F::G>(role_g), at<typename F::State>(role_m),
+              at<typename F::State>(role_v), nullptr, nullptr};
+    } else {
+      storage_.stochastic = x.seed != nullptr;
+      storage_.key[0] = x.key[0];
+      storage_.key[1] = x.key[1];
+      storage_.first = uint32_t(x.table->first_number + tile.row * x.table->row_numbers + tile.col);
+      data = {};
+      data.storage = &storage_;
+      data.stage = scratch.stage<T>();
+    }
+  }
+  TileAccess(const TileAccess&) = delete;
+  TileAccess& operator=(const TileAccess&) = delete;
+
+  void store() const {
+    store_weight();
+    for (Role role : {role_m, role_v}) put_back(role);
+  }
+  void store_weight() const {
+    for (Role role : {role_p, role_remainder}) put_back(role);
+  }
+  TileData<F> data;
+
+ private:
+  void put_back(Role role) const {
+    if (storage_.data[role] && parameter_.gathered[role]) copy<true>(parameter_, role, tile_, storage_.data[role]);
+  }
+  template <class Stored>
+  typename Stored::Pointer at(Role role) const {
+    if constexpr (std::is_same<Stored, WithRemainder>::value) {
+      return {reinterpret_cast<uint16_t*>(storage_.data[role]), reinterpret_cast<uint16_t*>(storage_.data[role_remainder])};
+    } else {
+      return reinterpret_cast<typename Stored::Pointer>(storage_.data[role]);
+    }
+  }
+  const Parameter& parameter_;
+  const Tile tile_;
+  Storage storage_;
+};
+
+}  // namespace
+
+}  // namespace fused_adamp
