@@ -1,6 +1,6 @@
 """state_dtype and rounding: what is kept as what, remainders that lose nothing, rounding that is right on average.
 
-tests/test_backends.py compares single steps with the reference in float64; here is what these options promise.
+test_backends.py compares single steps with the reference in float64; here is what these options promise.
 """
 
 from __future__ import annotations

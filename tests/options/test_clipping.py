@@ -19,10 +19,19 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from test_errors import BAD, PLACES, Detached, raises
-from test_properties import near_threshold
 from tolerances import TOLERANCE, assert_close, assert_identical
 from torch import Tensor, nn
-from trajectory import RULES, SHAPES, Hand, Run, assert_snapshots_equal, gradient, parameters, snapshot
+from trajectory import (
+    RULES,
+    SHAPES,
+    Hand,
+    Run,
+    assert_snapshots_equal,
+    gradient,
+    near_threshold,
+    parameters,
+    snapshot,
+)
 
 from fused_adamp.precision import ROUNDINGS, join
 from fused_adamp.reference import Decision, decide

@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be here, and says what the compilers made of them.
 
-    python tests/compile_table.py [--json PATH]
+    python tests/support/compile_table.py [--json PATH]
 
 What decides the speed of these kernels can be read off the compiled code: whether a program's elements stay in
 registers, how many programs fit on a multiprocessor, and whether memory is accessed in the widest pieces there are.

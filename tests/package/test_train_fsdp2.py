@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_fsdp2.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_fsdp2.py"
 
 # Runs the example until its second checkpoint is written but has no name yet.
 KILLED = f"""

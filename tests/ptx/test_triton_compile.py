@@ -15,6 +15,7 @@ from fused_adamp.backends import triton as backend
 
 pytestmark = pytest.mark.skipif(backend.load() is not None, reason=str(backend.load()))
 
+SUPPORT = Path(__file__).parents[1] / "support"
 WHICH = os.environ.get(ENVIRONMENT, "usual")
 VARIANTS = variants(WHICH)
 Rows = dict[Variant, Row]
@@ -38,7 +39,7 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     path = tmp_path_factory.mktemp("compile") / "rows.jsonl"
-    run = _python(str(Path(__file__).with_name("compile_table.py")), "--json", str(path), **{ENVIRONMENT: WHICH})
+    run = _python(str(SUPPORT / "compile_table.py"), "--json", str(path), **{ENVIRONMENT: WHICH})
     assert run.returncode == 0, run.stderr
     print(run.stdout)
     found = [Row(**json.loads(line, object_hook=_with_numbers)) for line in path.read_text().splitlines()]
@@ -93,7 +94,7 @@ print(first.kernel is second.kernel, assumptions(second.kernel))
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_kernel_compiled_for_aligned_arguments_runs_others(target: str, tmp_path: Path) -> None:
     """The host compiles once. It must not let Triton compile in what only the first arguments fulfil."""
-    run = _python("-c", _MISALIGNED, str(Path(__file__).parent), target, TRITON_CACHE_DIR=str(tmp_path))
+    run = _python("-c", _MISALIGNED, str(SUPPORT), target, TRITON_CACHE_DIR=str(tmp_path))
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == "True []"
 

@@ -1,9 +1,9 @@
 """Calls in any order: whatever came before, a step is what a model computes that remembers nothing but a pending clip.
 
-tests/machine.py has the model and says what each operation does; here hypothesis strings them together. Every run is
+tests/support/machine.py has the model and says what each operation does; here hypothesis strings them together. Every run is
 the same one, and short. For a longer search, with new examples each time:
 
-    python -m pytest tests/test_state_machine.py --hypothesis-profile long
+    python -m pytest tests/contract/test_state_machine.py --hypothesis-profile long
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from distributed import backends, run
-from each_plan import HERE, PLANS, under_each_plan
+from each_plan import PLANS, under_each_plan
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -188,8 +188,9 @@ def sessions(request: pytest.FixtureRequest) -> dict[str, tuple[int, str]]:
     profile = request.config.getoption("--hypothesis-profile")
     given = ["--hypothesis-profile", profile] if profile else []
     given += ["-W", "ignore"]  # the interpreter's
-    file = str(HERE / "test_state_machine.py")
-    return under_each_plan("-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", "one_process and triton", *given)
+    return under_each_plan(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "one_process and triton", *given
+    )
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -1,6 +1,6 @@
 """projection and channel_dim: the view that is projected, and which dimension its rows are, where the user decides.
 
-tests/test_backends.py compares single steps with the reference in float64; here are runs, groups, changes and errors.
+test_backends.py compares single steps with the reference in float64; here are runs, groups, changes and errors.
 """
 
 from __future__ import annotations
