@@ -21,7 +21,7 @@ test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emula
 		FUSED_ADAMP_PLAN=$$plan nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py || exit 1; \
 	done
 	nice $(BIN)/python -m pytest -m "" tests/ptx/test_instructions.py tests/ptx/test_machine.py tests/ptx/test_protocol.py
-	FUSED_ADAMP_VARIANTS=all nice $(BIN)/python -m pytest tests/ptx/test_triton_compile.py
+	nice $(BIN)/python -m pytest -m "" tests/ptx/test_triton_compile.py
 
 mutants: $(VENV)/test.done build  ## plant small faults in the kernels, one at a time: which tests find them (an hour on two cores)
 	nice $(BIN)/python tests/ptx/mutants.py

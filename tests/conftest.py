@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import no_default_device
 import pytest
 import torch
+from covering import leave_to_exhaustive
 from hypothesis import settings
 
 from fused_adamp.backends import BACKENDS, available
@@ -39,6 +40,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_to_exhaustive(items)
 
 
 def pytest_report_header() -> list[str]:

@@ -1,7 +1,7 @@
 """Calls in any order: whatever came before, a step is what a model computes that remembers nothing but a pending clip.
 
-tests/support/machine.py has the model and says what each operation does; here hypothesis strings them together. Every run is
-the same one, and short. For a longer search, with new examples each time:
+tests/support/machine.py has the model and says what each operation does; here hypothesis strings them together. Every
+run is the same one, and short. For a longer search, with new examples each time:
 
     python -m pytest tests/contract/test_state_machine.py --hypothesis-profile long
 """

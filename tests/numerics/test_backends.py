@@ -6,18 +6,28 @@ import itertools
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from covering import usual
 
 import fused_adamp
 from fused_adamp.reference import Decision
 from fused_adamp.verify import LAYOUTS, SHAPES, Case, cases, check, lay_out, make_gradient, possible
 
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
 CASES = cases()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def factors(case: Case) -> tuple[Hashable, ...]:
+    dtypes = case.dtype, case.gradient_dtype
+    return case.optimizer, str(case.options), case.shape, case.decision, dtypes, case.layout, case.late, case.scale
+
+
+@pytest.mark.parametrize("case", usual(CASES, [*map(factors, CASES)]))
 def test_every_step_equals_the_reference(case: Case, backend: str) -> None:
     outcome = check(case, backend)
     assert outcome.passed(), outcome

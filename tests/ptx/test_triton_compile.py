@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from compile_table import ENVIRONMENT, RULES, TARGETS, Row, Variant, count, item_sizes, variants, whole_widths
+from compile_table import (
+    ENVIRONMENT,
+    RULES,
+    TARGETS,
+    Row,
+    Variant,
+    cached,
+    count,
+    is_usual,
+    item_sizes,
+    variants,
+    whole_widths,
+)
 
 from fused_adamp.backends import triton as backend
 
 pytestmark = pytest.mark.skipif(backend.load() is not None, reason=str(backend.load()))
 
 SUPPORT = Path(__file__).parents[1] / "support"
-WHICH = os.environ.get(ENVIRONMENT, "usual")
-VARIANTS = variants(WHICH)
+VARIANTS = variants()
 Rows = dict[Variant, Row]
 
 NVIDIA_REGISTERS = 65536
@@ -37,18 +47,16 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
-    path = tmp_path_factory.mktemp("compile") / "rows.jsonl"
-    run = _python(str(SUPPORT / "compile_table.py"), "--json", str(path), **{ENVIRONMENT: WHICH})
-    assert run.returncode == 0, run.stderr
-    print(run.stdout)
-    found = [Row(**json.loads(line, object_hook=_with_numbers)) for line in path.read_text().splitlines()]
-    return dict(zip(VARIANTS, found, strict=True))
-
-
-def _with_numbers(fields: dict[str, object]) -> dict[str | int, object]:
-    """JSON's keys are strings, also those that were sizes."""
-    return {int(key) if key.isdecimal() else key: value for key, value in fields.items()}
+def rows(request: pytest.FixtureRequest) -> Rows:
+    """Of all variants that this run tests, and of those that they are compared with. Compiled together."""
+    tested = {item.callspec.params.get("variant") for item in request.session.items if hasattr(item, "callspec")}
+    wanted = [v for v in VARIANTS if v in tested or any(_with_float32_weights(w) == v for w in tested if w)]
+    found = {variant: cached(variant) for variant in wanted}
+    if missing := [str(variant) for variant, row in found.items() if row is None]:
+        run = _python(str(SUPPORT / "compile_table.py"), *missing)
+        assert run.returncode == 0, run.stderr
+        print(run.stdout)
+    return {variant: row for variant in wanted if (row := found[variant] or cached(variant))}
 
 
 def _tensors(variant: Variant, *always: str) -> set[str]:
@@ -99,79 +107,64 @@ def test_a_kernel_compiled_for_aligned_arguments_runs_others(target: str, tmp_pa
     assert run.stdout.splitlines()[-1] == "True []"
 
 
-every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=str)
-aligned = pytest.mark.parametrize("variant", [v for v in VARIANTS if v.layout == "ALIGNED"], ids=str)
-unaligned = pytest.mark.parametrize("variant", [v for v in VARIANTS if v.layout != "ALIGNED"], ids=str)
-
-
-@every_variant
-def test_nothing_is_spilled_to_memory(variant: Variant, rows: Rows) -> None:
-    row = rows[variant]
-    assert row.spill_bytes == 0, f"{variant}: {row.spill_bytes} bytes a thread, at {row.registers} registers"
-
-
-@every_variant
-def test_as_many_programs_fit_as_are_counted_on(variant: Variant, rows: Rows) -> None:
-    row = rows[variant]
-    most = MOST_REGISTERS
-    # The noise takes registers, and so do verdicts: one program. Redo computes in float64.
-    crowded = variant.kernel == "one_pass" and (variant.rounding == "stochastic" or variant.shared)
-    crowded |= variant.kernel.startswith("redo")
-    if variant.layout == "ALIGNED" and "fp64" not in variant.dtypes and not crowded:
-        available = AMD_REGISTERS if TARGETS[variant.target][0] == "hip" else NVIDIA_REGISTERS
-        most = available // (row.threads * backend._PROGRAMS_PER_MULTIPROCESSOR)
-    assert row.registers <= most, f"{variant}: {row.registers} registers a thread, {most} would do"
-
-
-@every_variant
-def test_the_code_takes_only_types_of_arguments_for_granted(variant: Variant, rows: Rows) -> None:
-    assert rows[variant].assumptions == []
-
-
-@every_variant
-def test_each_kernel_accesses_the_tensors_it_says(variant: Variant, rows: Rows) -> None:
-    row = rows[variant]
-    assert set(row.loads) == _loaded(variant), variant
-    assert set(row.stores) == _stored(variant), variant
-
-
-@every_variant
-def test_no_compiler_decides_what_is_fused(variant: Variant, rows: Rows) -> None:
-    """A formula is inlined in many places, and each would be rounded in its own way."""
-    assert not rows[variant].fuses
-    for operation in rows[variant].arithmetic:
-        assert operation.split(".")[0] not in ("add", "sub", "mul") or ".rn" in operation, operation
-
-
-def _with_float32_weights(variant: Variant) -> Variant:
+def _with_float32_weights(variant: Variant) -> Variant | None:
+    """The variant without a remainder whose run is the same, bit for bit."""
+    if variant.rounding != "remainder":
+        return None
     return variant._replace(dtypes=("fp32", "fp32", variant.dtypes[2]), rounding="nearest")
 
 
-with_remainder = [v for v in VARIANTS if v.rounding == "remainder" and _with_float32_weights(v) in VARIANTS]
+def _most_registers(variant: Variant, row: Row) -> int:
+    """That a thread may have so that as many programs fit as are counted on."""
+    # The noise takes registers, and so do verdicts: one program. Redo computes in float64.
+    crowded = variant.kernel == "one_pass" and (variant.rounding == "stochastic" or variant.shared)
+    crowded |= variant.kernel.startswith("redo")
+    if variant.layout != "ALIGNED" or "fp64" in variant.dtypes or crowded:
+        return MOST_REGISTERS
+    available = AMD_REGISTERS if TARGETS[variant.target][0] == "hip" else NVIDIA_REGISTERS
+    return available // (row.threads * backend._PROGRAMS_PER_MULTIPROCESSOR)
 
 
-@pytest.mark.parametrize("variant", with_remainder, ids=str)
-def test_a_remainder_changes_no_arithmetic(variant: Variant, rows: Rows) -> None:
-    """The same operations in the same order as for float32 weights: so the run is the same, bit for bit."""
-    row, whole = rows[variant], rows[_with_float32_weights(variant)]
-    assert row.sums == whole.sums
-    assert row.arithmetic == whole.arithmetic
+@pytest.mark.xdist_group("compiled kernels")
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, id=str(v), marks=() if is_usual(v) or ENVIRONMENT in os.environ else pytest.mark.exhaustive)
+        for v in VARIANTS
+    ],
+)
+def test_compiled_kernel(variant: Variant, rows: Rows) -> None:
+    row = rows[variant]
+    assert row.spill_bytes == 0, f"{row.spill_bytes} bytes a thread spill to memory, at {row.registers} registers"
+    most = _most_registers(variant, row)
+    assert row.registers <= most, f"{row.registers} registers a thread, {most} would do"
+    assert row.assumptions == [], "the code takes more than types of arguments for granted"
+    assert set(row.loads) == _loaded(variant)
+    assert set(row.stores) == _stored(variant)
 
+    # No compiler decides what is fused: a formula is inlined in many places, and each would be rounded in its own way.
+    assert not row.fuses
+    for operation in row.arithmetic:
+        assert operation.split(".")[0] not in ("add", "sub", "mul") or ".rn" in operation, operation
 
-@aligned
-def test_aligned_tensors_are_accessed_many_elements_at_a_time(variant: Variant, rows: Rows) -> None:
-    row, widths = rows[variant], whole_widths(variant)
+    # A remainder changes no arithmetic: the same operations in the same order as for float32 weights.
+    if whole := rows.get(_with_float32_weights(variant)):
+        assert row.sums == whole.sums
+        assert row.arithmetic == whole.arithmetic
+
+    widths, size_of = whole_widths(variant), item_sizes(variant)
     for what, accesses in (("loads", row.loads), ("stores", row.stores)):
-        assert all(count(accesses, widths, wide=True).values()), f"{variant}: {what} {accesses}"
-        # Only the end of a vector, which fills no whole 16 bytes, is narrower: in update, and where only squares are.
-        narrow = 0 if variant.kernel == "dot" else 1
-        assert all(n <= narrow for n in count(accesses, widths, wide=False).values()), f"{variant}: {what} {accesses}"
+        if variant.layout == "ALIGNED":  # many elements at a time
+            assert all(count(accesses, widths, wide=True).values()), f"{what} {accesses}"
+            # Only the end of a vector, which fills no whole 16 bytes, is narrower: in update, and where squares are.
+            narrow = 0 if variant.kernel == "dot" else 1
+            assert all(n <= narrow for n in count(accesses, widths, wide=False).values()), f"{what} {accesses}"
+        else:  # element by element: anything wider would be an error where the address is no multiple of it
+            for stream, sizes in accesses.items():
+                assert set(sizes) == {size_of[stream]}, f"{what} of {stream} {accesses}"
 
 
-@unaligned
-def test_other_tensors_are_accessed_element_by_element(variant: Variant, rows: Rows) -> None:
-    """Anything wider would be an error where the address is no multiple of it."""
-    row, size_of = rows[variant], item_sizes(variant)
-    for accesses in (row.loads, row.stores):
-        for stream, sizes in accesses.items():
-            assert set(sizes) == {size_of[stream]}, f"{variant}: {stream} {accesses}"
+def test_the_usual_variants_reach_every_kernel_target_layout_and_rounding() -> None:
+    for field in ("kernel", "target", "layout", "rounding", "shared"):
+        every = {getattr(v, field) for v in VARIANTS}
+        assert {getattr(v, field) for v in VARIANTS if is_usual(v)} == every or ENVIRONMENT in os.environ, field
