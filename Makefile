@@ -13,8 +13,11 @@ demo: $(VENV)/demo.done build  ## train a real network with seven optimizers; ta
 train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes by FSDP2, resumable (about a minute)
 	$(BIN)/torchrun --nproc-per-node 2 examples/train_fsdp2.py
 
-test: $(VENV)/test.done build lint types  ## lint, types and every test
-	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (five minutes on two cores)
+	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (two hours)
+	FUSED_ADAMP_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadgroup --ignore tests/ptx
 
 test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, under both plans (an hour on two cores)
 	for plan in one_pass split; do \
@@ -76,4 +79,4 @@ $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo train test test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean
+.PHONY: help demo train test test-exhaustive test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean

@@ -160,7 +160,8 @@ def search(start: Callable[[], Callable[[Op], Counter[str]]], count: int) -> Non
 
 
 @EVERY_RULE
-def test_one_process(optimizer: str, backend: str) -> None:
+@pytest.mark.parametrize("count", [10, pytest.param(25, marks=pytest.mark.exhaustive)])
+def test_one_process(optimizer: str, count: int, backend: str) -> None:
     def start() -> Callable[[Op], Counter[str]]:
         machine = Machine(optimizer, backend)
 
@@ -170,9 +171,10 @@ def test_one_process(optimizer: str, backend: str) -> None:
 
         return act
 
-    search(start, 2 if backend == "triton" else 25)
+    search(start, 2 if backend == "triton" else count)
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("optimizer", "name"), [*zip(RULES, backends(), strict=False)])
 @pytest.mark.skipif(triton.interpreted(), reason="the ranks have been tried without Triton's interpreter")
 def test_two_ranks(optimizer: str, name: str) -> None:

@@ -93,7 +93,6 @@ def test_results_are_bitwise_equal_over_a_hundred_runs() -> None:
 
 _ONE_INSTRUCTION_SET = """
 import sys, torch
-sys.path.insert(0, sys.argv[2])
 from test_backends import _train
 torch.save(_train(2, threads=2), sys.argv[1])
 """
@@ -101,8 +100,8 @@ torch.save(_train(2, threads=2), sys.argv[1])
 
 def _run_with_instructions(name: str, path: os.PathLike[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", _ONE_INSTRUCTION_SET, str(path), os.path.dirname(__file__)],
-        env=os.environ | {"FUSED_ADAMP_CPU": name},
+        [sys.executable, "-c", _ONE_INSTRUCTION_SET, str(path)],
+        env=os.environ | {"FUSED_ADAMP_CPU": name, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

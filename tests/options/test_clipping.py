@@ -1048,7 +1048,7 @@ CASE = st.fixed_dictionaries(
         "limits": st.lists(
             st.none()
             | st.tuples(
-                st.floats(-4, 4).map(lambda x: 10.0**x) | st.sampled_from([0.0, math.inf]),
+                st.floats(-4, 4).map(lambda x: 10.0**x) | st.sampled_from([0.0, math.inf, 1e6]),
                 st.sampled_from([*NORM_TYPES, 2.0, 3.0]),
             ),
             min_size=3,

@@ -354,40 +354,50 @@ TWINS = {
 """Every plan of the CPU: untested, one tile, speculative with right and wrong guesses, split."""
 
 
+SHORT_AND_LONG = pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.exhaustive)])
+"""In ten steps every kind of gradient comes in both dtypes."""
+
+
 @EVERY_RULE
+@SHORT_AND_LONG
 @pytest.mark.parametrize("shapes", list(TWINS))
-def test_remainder_is_the_float32_run(rule: str, shapes: str, backend: str) -> None:
-    """Sixty steps, of gradients in bfloat16 and float32 in turn, bit for bit: weights, moments, decisions."""
+def test_remainder_is_the_float32_run(rule: str, shapes: str, steps: int, backend: str) -> None:
+    """Steps on gradients in bfloat16 and float32 in turn, bit for bit: weights, moments, decisions."""
     runs = twins(rule, [torch.randn(shape) for shape in TWINS[shapes]], "contiguous", backend)
-    assert train_twins(runs, 60) == set(Decision)
+    assert train_twins(runs, steps) == set(Decision)
 
 
 @EVERY_RULE
+@SHORT_AND_LONG
 @pytest.mark.parametrize("gradient_layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "gaps", "offset"])
-def test_remainder_in_every_layout(rule: str, layout: str, gradient_layout: str, backend: str) -> None:
+def test_remainder_in_every_layout(rule: str, layout: str, gradient_layout: str, steps: int, backend: str) -> None:
     """Tiles that are gathered: the same as the float32 run in the same strides."""
     values = [torch.randn(shape) for shape in ((12, 20), (16, 8, 3, 3), (40, 830))]
     runs = twins(rule, values, layout, backend)
-    assert train_twins(runs, 50, layout=gradient_layout) == set(Decision)
+    assert train_twins(runs, steps, layout=gradient_layout) == set(Decision)
 
 
 VARIANTS = [("AdamP", options) for options in ADAMP_OPTIONS] + [("SGDP", options) for options in SGDP_OPTIONS]
 
 
+@SHORT_AND_LONG
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize(("rule", "options"), VARIANTS, ids=str)
-def test_remainder_with_every_option(rule: str, options: dict[str, Any], max_norm: float | None, backend: str) -> None:
+def test_remainder_with_every_option(
+    rule: str, options: dict[str, Any], max_norm: float | None, steps: int, backend: str
+) -> None:
     """Large steps among them, where rows shrink by more than half and the sweep does not dare; clipped and not."""
     runs = twins(rule, [torch.randn(12, 20), torch.randn(42, 830)], "contiguous", backend, **options)
-    train_twins(runs, 50 if options["lr"] < 1 else 10, max_norm)
+    train_twins(runs, steps if options["lr"] < 1 else 10, max_norm)
 
 
 @EVERY_RULE
-def test_remainder_beside_bfloat16_state(rule: str, backend: str) -> None:
+@SHORT_AND_LONG
+def test_remainder_beside_bfloat16_state(rule: str, steps: int, backend: str) -> None:
     """The weight is that of a float32 run whose state is bfloat16."""
     values = [torch.randn(shape) for shape in ((12, 20), (42, 830), (37,))]
-    assert train_twins(twins(rule, values, "contiguous", backend, state_dtype=BF16), 50) == set(Decision)
+    assert train_twins(twins(rule, values, "contiguous", backend, state_dtype=BF16), steps) == set(Decision)
 
 
 @EVERY_RULE

@@ -39,7 +39,7 @@ from fused_adamp.sharding import local, mark_slice
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
 
 BACKEND = {"backend": backends()[0]}
 CAREFUL = {"backend": "reference"}
