@@ -481,14 +481,21 @@ def limit(rule: str, backend: str, refusal: Refusal) -> Scene:
 
 
 DOORS: dict[str, Callable[..., Scene]] = {
-    door.__name__.replace("bad_", "").replace("_", " ")
-    if door not in (add_param_group, load_state_dict, clip_grad_norm_)
-    else door.__name__: door
-    for door in (
-        *(constructor, group_of_the_constructor, add_param_group, load_state_dict, step, clip_grad_norm_),
-        *(bad_parameter, bad_parameter_of_a_group, bad_named_parameter, bad_added_parameter),
-        *(option_in_a_step, option_in_a_clipping, tensor_in_a_step, tensor_in_a_clipping, limit),
-    )
+    "constructor": constructor,
+    "group of the constructor": group_of_the_constructor,
+    "add_param_group": add_param_group,
+    "load_state_dict": load_state_dict,
+    "step": step,
+    "clip_grad_norm_": clip_grad_norm_,
+    "parameter": bad_parameter,
+    "parameter of a group": bad_parameter_of_a_group,
+    "named parameter": bad_named_parameter,
+    "added parameter": bad_added_parameter,
+    "option in a step": option_in_a_step,
+    "option in a clipping": option_in_a_clipping,
+    "tensor in a step": tensor_in_a_step,
+    "tensor in a clipping": tensor_in_a_clipping,
+    "limit": limit,
 }
 
 TRIES = [

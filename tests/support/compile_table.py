@@ -142,18 +142,14 @@ def variants() -> list[Variant]:
 
 
 def is_usual(variant: Variant) -> bool:
-    """Whether the usual tests compile it: every kernel, and every target, layout, dtype and rounding of one pass."""
-    if variant.kernel != "one_pass":
-        remainder = variant.rounding == "remainder" and variant.dtypes[2] == "fp32" and variant.layout == "ALIGNED"
-        plain = variant in (Variant(variant.kernel), Variant("update", "gfx942"), Variant("share", shared=True))
-        return plain or (remainder and variant.kernel == "update" and not variant.shared)
-    if variant.dtypes == ("fp32",) * 3:
-        return not variant.shared or variant.target == "sm_90"
-    return variant.dtypes[0] == variant.dtypes[2] == "fp64" or (
-        variant.dtypes == (("bf16", "bf16", "fp32") if variant.rounding == "remainder" else ("bf16",) * 3)
-        and variant.layout == "ALIGNED"
-        and variant.rounding != "nearest"
-    )
+    """Whether the usual tests compile it: every kernel once, update for every target, layout, dtype and rounding."""
+    if variant in (Variant(variant.kernel), Variant("share", shared=True), Variant("one_pass", layout="FLAT")):
+        return True
+    if variant.kernel != "update" or variant.shared or variant.layout == "FLAT":
+        return False
+    rounds = variant.rounding != "nearest"
+    wide = ("bf16", "bf16", "fp32") if variant.rounding == "remainder" else ("bf16",) * 3
+    return variant.rule == "AdamP" and variant.dtypes in ([wide] if rounds else [("fp32",) * 3, ("fp64",) * 3])
 
 
 Accesses = dict[str, dict[int, int]]
