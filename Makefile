@@ -13,15 +13,18 @@ demo: $(VENV)/demo.done build  ## train a real network with seven optimizers; ta
 train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes by FSDP2, resumable (about a minute)
 	$(BIN)/torchrun --nproc-per-node 2 examples/train_fsdp2.py
 
-test: $(VENV)/test.done build lint types  ## lint, types and every test
-	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (five minutes on two cores)
+	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+
+test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (two hours)
+	FUSED_ADAMP_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadgroup --ignore tests/ptx
 
 test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, under both plans (an hour on two cores)
 	for plan in one_pass split; do \
 		FUSED_ADAMP_PLAN=$$plan nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py || exit 1; \
 	done
 	nice $(BIN)/python -m pytest -m "" tests/ptx/test_instructions.py tests/ptx/test_machine.py tests/ptx/test_protocol.py
-	FUSED_ADAMP_VARIANTS=all nice $(BIN)/python -m pytest tests/test_triton_compile.py
+	nice $(BIN)/python -m pytest -m "" tests/ptx/test_triton_compile.py
 
 mutants: $(VENV)/test.done build  ## plant small faults in the kernels, one at a time: which tests find them (an hour on two cores)
 	nice $(BIN)/python tests/ptx/mutants.py
@@ -29,7 +32,7 @@ mutants: $(VENV)/test.done build  ## plant small faults in the kernels, one at a
 test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9 too (about a minute)
 	test -d $(VENV)/triton39 || $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps \
 		--target $(VENV)/triton39 'triton==3.9.*'
-	FUSED_ADAMP_VARIANTS=few PYTHONPATH=$(VENV)/triton39 $(BIN)/python -m pytest tests/test_triton_compile.py
+	FUSED_ADAMP_VARIANTS=few PYTHONPATH=$(VENV)/triton39 $(BIN)/python -m pytest tests/ptx/test_triton_compile.py
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check
@@ -76,4 +79,4 @@ $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo train test test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean
+.PHONY: help demo train test test-exhaustive test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean

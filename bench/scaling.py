@@ -1,6 +1,7 @@
 """What a step of sharded parameters sends, and how long that takes, on 8 to 16,384 GPUs: ``python -m bench.scaling``.
 
-Collectives and bytes follow from shapes and layout alone; tests/test_scaling.py counts them in real process groups. The
+Collectives and bytes follow from shapes and layout alone; tests/sharding/test_scaling.py counts them in real process
+groups. The
 times are those of a model, for GPUs that no step has been run on. docs/scaling.md has formulas and table (--markdown).
 """
 

@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING
 import no_default_device
 import pytest
 import torch
+from covering import leave_to_exhaustive
 from hypothesis import settings
 
 from fused_adamp.backends import BACKENDS, available
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from _pytest.fixtures import FixtureDef
 
 CPU = torch.device("cpu")
+pytest_plugins = ["pytester"]  # test_covering.py runs tests of its own
 
 settings.register_profile("long", max_examples=2000, print_blob=True)
 """A search of test_state_machine.py that is twenty times as long, and a new one each time."""
@@ -39,6 +43,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    leave_to_exhaustive(items)
+    for item in items:  # tests that share what takes long to make run in one worker
+        shared = [name for name, (*_, last) in _fixtures(item).items() if last.scope == "module"]
+        if shared and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {shared[0]}"))
+
+
+def _fixtures(item: pytest.Item) -> dict[str, Sequence[FixtureDef[object]]]:
+    return getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009  # pytest has no public name for it
 
 
 def pytest_report_header() -> list[str]:

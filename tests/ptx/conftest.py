@@ -23,8 +23,8 @@ counts: Counter[str] = Counter()
 """What all tests have run together."""
 
 
-@pytest.fixture(autouse=True)
-def _machine() -> None:
+@pytest.fixture
+def machine() -> None:
     if reason := unavailable():
         pytest.skip(f"{reason}; no compiled kernel was run")
 

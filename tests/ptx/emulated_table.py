@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from covering import covering
 from models import PLAN, TILE, exhaustive
+from test_backends import factors
 
 from fused_adamp.reference import Decision
 from fused_adamp.verify import Case, cases, check, shapes
@@ -34,12 +36,15 @@ def kind(case: Case) -> str:
     return " ".join(filter(None, parts))
 
 
-def is_usual(case: Case) -> bool:
-    return kind(case) in USUAL[PLAN]
+def usual_cases() -> list[Case]:
+    """Of the kinds that are compiled anyway, as many as bring every two aspects of a case together."""
+    found = [case for case in cases(TILE) if kind(case) in USUAL[PLAN]]
+    return [found[i] for i in covering([(kind(case), *factors(case)) for case in found])]
 
 
 def table() -> list[Any]:
-    return [pytest.param(case, marks=() if is_usual(case) else exhaustive, id=str(case)) for case in cases(TILE)]
+    usual = {*usual_cases()}
+    return [pytest.param(case, marks=() if case in usual else exhaustive, id=str(case)) for case in cases(TILE)]
 
 
 @pytest.mark.usefixtures("emulated")
@@ -51,7 +56,7 @@ def test_a_case_equals_the_reference(case: Case) -> None:
 
 
 def test_the_usual_cases_meet_every_way_through_the_kernels() -> None:
-    usual = [case for case in cases(TILE) if is_usual(case)]
+    usual = usual_cases()
     assert {kind(case) for case in usual} == USUAL[PLAN]
     for name in USUAL[PLAN]:
         assert {case.decision for case in usual if kind(case) == name} == set(Decision), name

@@ -683,6 +683,7 @@ def run(mutant: Mutant) -> str:
                 "FUSED_ADAMP_PLAN": tests.plan,
                 "PTX_SEEDS": str(SEEDS),
                 "PYTHONPATH": str(folder),
+                "FUSED_ADAMP_FULL_PRODUCTS": "1",
             }
             environment.pop("TRITON_INTERPRET", None)
             which = ["-k", tests.which] if tests.which else []

@@ -20,6 +20,8 @@ from exact import BF16, F16, F32, F64, MODES, Format
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+pytestmark = pytest.mark.usefixtures("machine")
+
 WIDTHS = {"f32": 32, "f64": 64, "pred": 1}
 FORMATS = {"f16": F16, "bf16": BF16, "f32": F32, "f64": F64}
 BLOCK = 256

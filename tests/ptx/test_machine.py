@@ -11,7 +11,10 @@ import pytest
 import torch
 from emulator import POLICIES, Kernel, Memory, Outcome
 
-pytestmark = pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable()))
+pytestmark = [
+    pytest.mark.usefixtures("machine"),
+    pytest.mark.skipif(compiler.unavailable() is not None, reason=str(compiler.unavailable())),
+]
 
 SCHEDULES = list(product((1, 2, 3), POLICIES))
 """Resident CTAs and policies."""

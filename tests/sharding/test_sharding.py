@@ -48,10 +48,9 @@ from fused_adamp.sharded.placement import placement_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
 
 STEPS = 20
-SEEDS = (0, 1, 2)
 FASTEST, *OTHERS = backends()
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
 
@@ -87,12 +86,9 @@ def follow(layout: str, rule: str, records: Sequence[Record], max_norm: float | 
 
 
 @functools.cache
-def records(sharing: str, rule: str, max_norm: float | None, backend: str) -> list[Record]:
+def records(sharing: str, rule: str, max_norm: float | None, backend: str, seeds: int) -> list[Record]:
     """They are the same for every layout."""
-    found = [
-        record(sharing, rule, STEPS, seed, max_norm, backend=backend)
-        for seed in SEEDS[: 3 if backend == FASTEST else 1]
-    ]
+    found = [record(sharing, rule, STEPS, seed, max_norm, backend=backend) for seed in range(seeds)]
     assert {d for one in found for by_name in one.decisions for d in by_name.values()} == set(Decision)
     return found
 
@@ -100,10 +96,13 @@ def records(sharing: str, rule: str, max_norm: float | None, backend: str) -> li
 @every_layout(*LAYOUTS, FLAT)
 @pytest.mark.parametrize("sharing", ["even", "uneven", "empty"])
 @pytest.mark.parametrize("max_norm", [None, 0.5], ids=["no clip", "clip"])
+@pytest.mark.parametrize("seeds", [1, pytest.param(3, marks=pytest.mark.exhaustive)])
 @EVERY_RULE
-def test_numbers_of_one_process(rule: str, max_norm: float | None, sharing: str, layout: str, backend: str) -> None:
+def test_numbers_of_one_process(
+    rule: str, seeds: int, max_norm: float | None, sharing: str, layout: str, backend: str
+) -> None:
     """Within 1e-12 after 20 steps, with the same decisions on the way."""
-    expected = records(sharing, rule, max_norm, backend)
+    expected = records(sharing, rule, max_norm, backend, seeds)
     run(ranks_of(layout, sharing), follow, layout, rule, expected, max_norm, {"backend": backend})
 
 

@@ -6,18 +6,28 @@ import itertools
 import os
 import subprocess
 import sys
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from covering import usual
 
 import fused_adamp
 from fused_adamp.reference import Decision
 from fused_adamp.verify import LAYOUTS, SHAPES, Case, cases, check, lay_out, make_gradient, possible
 
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
 CASES = cases()
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def factors(case: Case) -> tuple[Hashable, ...]:
+    dtypes = case.dtype, case.gradient_dtype
+    return case.optimizer, str(case.options), case.shape, case.decision, dtypes, case.layout, case.late, case.scale
+
+
+@pytest.mark.parametrize("case", usual(CASES, [*map(factors, CASES)]))
 def test_every_step_equals_the_reference(case: Case, backend: str) -> None:
     outcome = check(case, backend)
     assert outcome.passed(), outcome
@@ -83,7 +93,6 @@ def test_results_are_bitwise_equal_over_a_hundred_runs() -> None:
 
 _ONE_INSTRUCTION_SET = """
 import sys, torch
-sys.path.insert(0, sys.argv[2])
 from test_backends import _train
 torch.save(_train(2, threads=2), sys.argv[1])
 """
@@ -91,8 +100,8 @@ torch.save(_train(2, threads=2), sys.argv[1])
 
 def _run_with_instructions(name: str, path: os.PathLike[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", _ONE_INSTRUCTION_SET, str(path), os.path.dirname(__file__)],
-        env=os.environ | {"FUSED_ADAMP_CPU": name},
+        [sys.executable, "-c", _ONE_INSTRUCTION_SET, str(path)],
+        env=os.environ | {"FUSED_ADAMP_CPU": name, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         check=False,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from fused_adamp.backends import device
 
-__all__ = ["HERE", "PLANS", "under_each_plan"]
+__all__ = ["PLANS", "under_each_plan"]
 
 PLANS = ("split", "one_pass")
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def under_each_plan(*arguments: str, interpreted: bool = True) -> dict[str, tuple[int, str]]:
@@ -26,7 +26,7 @@ def under_each_plan(*arguments: str, interpreted: bool = True) -> dict[str, tupl
         plan: subprocess.Popen(
             [sys.executable, *arguments],
             env=environment | {device.PLAN: plan},
-            cwd=HERE.parent,
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

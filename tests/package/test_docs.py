@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 GUIDES = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", *GUIDES]
 RUNNABLE = [page for page in PAGES if "```python" in (ROOT / page).read_text()]
@@ -148,7 +148,7 @@ def test_migration_covers_every_argument(page: str, theirs: type[torch.optim.Opt
 
 
 def test_bytes_are_those_of_the_tests() -> None:
-    """docs/precision.md: state, both, step, for AdamP and SGDP, against what tests/test_precision.py measures."""
+    """docs/precision.md: state, both, step, for AdamP and SGDP, against what test_precision.py measures."""
     table = re.findall(r"^\| ((?:b?float)\d+) \| (?:`(.*)` )?\| (.*) \|$", read("docs/precision.md"), re.MULTILINE)
     assert len(table) >= 7
     for weights, options, numbers in table:

@@ -19,7 +19,8 @@ pytestmark = [  # torch's own, raised while it compiles
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
-BACKENDS = ["eager", "aot_eager", "inductor"]
+BACKENDS = ["eager", pytest.param("aot_eager", marks=pytest.mark.exhaustive), "inductor"]
+"""Inductor compiles what aot_eager only traces."""
 KINDS = [(AdamP, {}), (SGDP, {"momentum": 0.9}), (SGDP, {"momentum": 0})]
 
 

@@ -1,9 +1,9 @@
 """Calls in any order: whatever came before, a step is what a model computes that remembers nothing but a pending clip.
 
-tests/machine.py has the model and says what each operation does; here hypothesis strings them together. Every run is
-the same one, and short. For a longer search, with new examples each time:
+tests/support/machine.py has the model and says what each operation does; here hypothesis strings them together. Every
+run is the same one, and short. For a longer search, with new examples each time:
 
-    python -m pytest tests/test_state_machine.py --hypothesis-profile long
+    python -m pytest tests/contract/test_state_machine.py --hypothesis-profile long
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from distributed import backends, run
-from each_plan import HERE, PLANS, under_each_plan
+from each_plan import PLANS, under_each_plan
 from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
@@ -160,7 +160,8 @@ def search(start: Callable[[], Callable[[Op], Counter[str]]], count: int) -> Non
 
 
 @EVERY_RULE
-def test_one_process(optimizer: str, backend: str) -> None:
+@pytest.mark.parametrize("count", [10, pytest.param(25, marks=pytest.mark.exhaustive)])
+def test_one_process(optimizer: str, count: int, backend: str) -> None:
     def start() -> Callable[[Op], Counter[str]]:
         machine = Machine(optimizer, backend)
 
@@ -170,9 +171,10 @@ def test_one_process(optimizer: str, backend: str) -> None:
 
         return act
 
-    search(start, 2 if backend == "triton" else 25)
+    search(start, 2 if backend == "triton" else count)
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("optimizer", "name"), [*zip(RULES, backends(), strict=False)])
 @pytest.mark.skipif(triton.interpreted(), reason="the ranks have been tried without Triton's interpreter")
 def test_two_ranks(optimizer: str, name: str) -> None:
@@ -188,8 +190,9 @@ def sessions(request: pytest.FixtureRequest) -> dict[str, tuple[int, str]]:
     profile = request.config.getoption("--hypothesis-profile")
     given = ["--hypothesis-profile", profile] if profile else []
     given += ["-W", "ignore"]  # the interpreter's
-    file = str(HERE / "test_state_machine.py")
-    return under_each_plan("-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", "one_process and triton", *given)
+    return under_each_plan(
+        "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "one_process and triton", *given
+    )
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -1,6 +1,6 @@
 """projection and channel_dim: the view that is projected, and which dimension its rows are, where the user decides.
 
-tests/test_backends.py compares single steps with the reference in float64; here are runs, groups, changes and errors.
+test_backends.py compares single steps with the reference in float64; here are runs, groups, changes and errors.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from test_refusals import raises
 from tolerances import assert_close, assert_identical
 from torch import Tensor, nn
 from trajectory import (
@@ -81,11 +81,6 @@ def assert_same_bits(ours: Any, theirs: Any) -> None:
         assert ours.state[p].keys() == theirs.state[q].keys()
         for name, t in ours.state[p].items():
             assert_identical(t, theirs.state[q][name], name)
-
-
-def raises(error: type[Exception], *pieces: str) -> Any:
-    """Expects the error with all pieces in its message, in this order."""
-    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, pieces)))
 
 
 # A view that is forced.
@@ -683,138 +678,7 @@ def test_checkpoint_of_a_time_without_these_options(rule: str, backend: str) -> 
     assert other.param_groups[0]["channel_dim"] == 1
 
 
-# Errors.
-
-CHOICES = tuple(map(repr, PROJECTIONS))
-UNKNOWN: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
-    *(
-        ("projection", value, ValueError, (f"projection={value!r}", "choose one of", *CHOICES))
-        for value in ("chanel", "Channel", "", None, 1, False, Decision.CHANNEL, ("channel",), ["auto"])
-    ),
-    *(
-        ("channel_dim", value, TypeError, (f"channel_dim={value!r}", "pass the index", "tuple"))
-        for value in ("0", None, 1.0, True, (), (0, 1.0), (0, None), [0, 1], torch.tensor(1))
-    ),
-]
-"""Values that fit no parameter."""
-
-MISFITS: list[tuple[tuple[int, ...], Any, tuple[str, ...]]] = [
-    ((6, 10), 2, ("channel_dim=2", "of 2 dimensions", "(6, 10)", "from -2 to 1")),
-    ((6, 10), -3, ("channel_dim=-3", "of 2 dimensions", "(6, 10)", "from -2 to 1")),
-    ((4, 3, 2, 2), 4, ("channel_dim=4", "of 4 dimensions", "from -4 to 3")),
-    ((6, 10), (0, 2), ("channel_dim=(0, 2)", "from -2 to 1")),
-    ((6, 10), (0, 0), ("channel_dim=(0, 0)", "different dimensions")),
-    ((6, 10), (0, -2), ("channel_dim=(0, -2)", "different dimensions")),
-    ((3, 4, 5), (0, 1, 2, 3), ("channel_dim=(0, 1, 2, 3)", "from -3 to 2")),
-    ((3, 4, 5), (0, 2), ("channel_dim=(0, 2)", "(3, 4, 5)", "strides (20, 5, 1)", "dimensions that follow each other")),
-    ((3, 4, 5), 1 << 70, (f"channel_dim={1 << 70}", "from -3 to 2")),
-]
-"""Values that do not fit that shape."""
-
-EVERY_UNKNOWN = pytest.mark.parametrize(
-    ("name", "value", "error", "pieces"), [pytest.param(*bad, id=f"{bad[0]}={bad[1]!r}") for bad in UNKNOWN]
-)
-EVERY_MISFIT = pytest.mark.parametrize(
-    ("shape", "value", "pieces"), [pytest.param(*bad, id=f"{bad[0]}:{bad[1]}") for bad in MISFITS]
-)
-
-
-@EVERY_RULE
-@EVERY_UNKNOWN
-def test_unknown_value_from_the_start(rule: str, name: str, value: Any, error: type[Exception], pieces: Any) -> None:
-    """In the constructor, in a group of the constructor, and in a group that is added, which leaves no trace."""
-    with raises(error, *pieces):
-        build(rule, parameters((2, 3)), "reference", **{name: value})
-    with raises(error, *pieces):
-        build(rule, [{"params": parameters((2, 3))}, {"params": parameters((3, 4)), name: value}], "reference")
-    run = Run(rule, parameters((2, 3)), "reference")
-    run.step()
-    before = snapshot(run.optimizer)
-    with raises(error, *pieces):
-        run.optimizer.add_param_group({"params": parameters((3, 4)), name: value})
-    assert_snapshots_equal(snapshot(run.optimizer), before)
-    run.step()
-
-
-@EVERY_RULE
-@EVERY_MISFIT
-def test_misfit_from_the_start(rule: str, shape: tuple[int, ...], value: Any, pieces: tuple[str, ...]) -> None:
-    """The same, and the message names the parameter."""
-    bias, bad = parameters((3,), shape)
-    with raises(ValueError, pieces[0], "parameter 1 of group 0", *pieces[1:]):
-        build(rule, [bias, bad], "reference", channel_dim=value)
-    with raises(ValueError, pieces[0], "parameter 'up.weight'", *pieces[1:]):
-        build(rule, [("up.bias", bias), ("up.weight", bad)], "reference", channel_dim=value)
-    run = Run(rule, [bias], "reference", channel_dim=value)  # no matter for a vector
-    run.step()
-    before = snapshot(run.optimizer)
-    with raises(ValueError, pieces[0], "parameter 0 of group 1", *pieces[1:]):
-        run.optimizer.add_param_group({"params": [bad]})
-    assert_snapshots_equal(snapshot(run.optimizer), before)
-    run.step()
-
-
-def refused_in_a_step(
-    rule: str, backend: str, shape: tuple[int, ...], name: str, value: Any, error: type[Exception], pieces: Any
-) -> None:
-    """Weights and state of all groups stay bit for bit, clipping included; once it is undone training goes on."""
-    first, (bad,), last = (parameters((4, 6)), parameters(shape), parameters((5, 7), dtype=F32))
-    optimizer = build(rule, [{"params": first}, {"params": [bad]}, {"params": last}], backend)
-    grads = [torch.randn(p.shape, dtype=p.dtype) for p in members(optimizer)]
-    step_together([optimizer], grads)
-    undisturbed = copy.deepcopy(optimizer)
-    group = optimizer.param_groups[1]
-    good = group[name]
-    group[name] = value
-    before, decisions = snapshot(optimizer), optimizer.decisions()
-    for _ in range(2):
-        with raises(error, *pieces):
-            step_together([optimizer], grads)
-        assert_snapshots_equal(snapshot(optimizer), before)
-        assert optimizer.decisions() == decisions
-    with raises(error, *pieces):
-        optimizer.clip_grad_norm_(1.0)
-    group[name] = good
-    step_together([optimizer, undisturbed], grads)
-    assert_same_outcome(optimizer, undisturbed)
-
-
-@EVERY_RULE
-@pytest.mark.parametrize(
-    ("name", "value", "error", "pieces"),
-    [
-        pytest.param(*bad, id=f"{bad[0]}={bad[1]!r}")
-        for bad in UNKNOWN
-        if str(bad[1]) in ("chanel", "None", "1.0", "[0, 1]")
-    ],
-)
-def test_unknown_value_in_a_step(
-    rule: str, name: str, value: Any, error: type[Exception], pieces: Any, backend: str
-) -> None:
-    refused_in_a_step(rule, backend, (6, 10), name, value, error, pieces)
-
-
-@EVERY_RULE
-@EVERY_MISFIT
-def test_misfit_in_a_step(rule: str, shape: tuple[int, ...], value: Any, pieces: tuple[str, ...], backend: str) -> None:
-    refused_in_a_step(rule, backend, shape, "channel_dim", value, ValueError, (pieces[0], "parameter 0 of group 1"))
-    refused_in_a_step(rule, backend, shape, "channel_dim", value, ValueError, pieces)
-
-
-@EVERY_RULE
-@EVERY_UNKNOWN
-def test_unknown_value_in_a_checkpoint(
-    rule: str, name: str, value: Any, error: type[Exception], pieces: Any, backend: str
-) -> None:
-    optimizer = build(rule, parameters((6, 10)), backend)
-    step_together([optimizer], [torch.randn(6, 10, dtype=F64)])
-    saved = copy.deepcopy(optimizer.state_dict())
-    saved["param_groups"][0][name] = value
-    before = snapshot(optimizer)
-    with raises(error, *pieces):
-        optimizer.load_state_dict(saved)
-    assert_snapshots_equal(snapshot(optimizer), before)
-    step_together([optimizer], [torch.randn(6, 10, dtype=F64)])
+# Errors, besides those in test_refusals.py.
 
 
 @EVERY_RULE

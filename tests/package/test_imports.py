@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAZY = {
     "fused_adamp.tracing": "it imports torch._dynamo, which takes a second",
     "fused_adamp.kernels": "it imports Triton, which not everybody has",

@@ -545,7 +545,7 @@ def _norm(evidence: dict[int, Evidence], norm_type: float, scale: float | None) 
     return norm if scale is None else norm / scale
 
 
-# On the ranks of tests/distributed.py: one machine in each process.
+# On the ranks of distributed.py: one machine in each process.
 
 _machines: list[Machine] = []
 

@@ -1,6 +1,6 @@
 """state_dtype and rounding: what is kept as what, remainders that lose nothing, rounding that is right on average.
 
-tests/test_backends.py compares single steps with the reference in float64; here is what these options promise.
+test_backends.py compares single steps with the reference in float64; here is what these options promise.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import copy
 import io
 import math
 import pickle
-import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_refusals import raises
 from tolerances import assert_identical
 from torch import Tensor, nn
-from trajectory import RULES, assert_same_outcome, assert_snapshots_equal, gradient, parameters, snapshot
+from trajectory import RULES, assert_same_outcome, assert_snapshots_equal, gradient, snapshot
 
 from fused_adamp.precision import ROUNDINGS, join, noise, round_stochastically, split, step_key
 from fused_adamp.reference import Decision
@@ -71,11 +71,6 @@ def give(p: Any, g: Tensor) -> None:
     p.grad = None
     p.grad_dtype = g.dtype
     p.grad = g
-
-
-def raises(error: type[Exception] | tuple[type[Exception], ...], *pieces: str) -> Any:
-    """Expects the error with all pieces in its message, in this order."""
-    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, pieces)))
 
 
 # What is stored, and as what.
@@ -359,40 +354,50 @@ TWINS = {
 """Every plan of the CPU: untested, one tile, speculative with right and wrong guesses, split."""
 
 
+SHORT_AND_LONG = pytest.mark.parametrize("steps", [10, pytest.param(50, marks=pytest.mark.exhaustive)])
+"""In ten steps every kind of gradient comes in both dtypes."""
+
+
 @EVERY_RULE
+@SHORT_AND_LONG
 @pytest.mark.parametrize("shapes", list(TWINS))
-def test_remainder_is_the_float32_run(rule: str, shapes: str, backend: str) -> None:
-    """Sixty steps, of gradients in bfloat16 and float32 in turn, bit for bit: weights, moments, decisions."""
+def test_remainder_is_the_float32_run(rule: str, shapes: str, steps: int, backend: str) -> None:
+    """Steps on gradients in bfloat16 and float32 in turn, bit for bit: weights, moments, decisions."""
     runs = twins(rule, [torch.randn(shape) for shape in TWINS[shapes]], "contiguous", backend)
-    assert train_twins(runs, 60) == set(Decision)
+    assert train_twins(runs, steps) == set(Decision)
 
 
 @EVERY_RULE
+@SHORT_AND_LONG
 @pytest.mark.parametrize("gradient_layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "gaps", "offset"])
-def test_remainder_in_every_layout(rule: str, layout: str, gradient_layout: str, backend: str) -> None:
+def test_remainder_in_every_layout(rule: str, layout: str, gradient_layout: str, steps: int, backend: str) -> None:
     """Tiles that are gathered: the same as the float32 run in the same strides."""
     values = [torch.randn(shape) for shape in ((12, 20), (16, 8, 3, 3), (40, 830))]
     runs = twins(rule, values, layout, backend)
-    assert train_twins(runs, 50, layout=gradient_layout) == set(Decision)
+    assert train_twins(runs, steps, layout=gradient_layout) == set(Decision)
 
 
 VARIANTS = [("AdamP", options) for options in ADAMP_OPTIONS] + [("SGDP", options) for options in SGDP_OPTIONS]
 
 
+@SHORT_AND_LONG
 @pytest.mark.parametrize("max_norm", [None, 0.5])
 @pytest.mark.parametrize(("rule", "options"), VARIANTS, ids=str)
-def test_remainder_with_every_option(rule: str, options: dict[str, Any], max_norm: float | None, backend: str) -> None:
+def test_remainder_with_every_option(
+    rule: str, options: dict[str, Any], max_norm: float | None, steps: int, backend: str
+) -> None:
     """Large steps among them, where rows shrink by more than half and the sweep does not dare; clipped and not."""
     runs = twins(rule, [torch.randn(12, 20), torch.randn(42, 830)], "contiguous", backend, **options)
-    train_twins(runs, 50 if options["lr"] < 1 else 10, max_norm)
+    train_twins(runs, steps if options["lr"] < 1 else 10, max_norm)
 
 
 @EVERY_RULE
-def test_remainder_beside_bfloat16_state(rule: str, backend: str) -> None:
+@SHORT_AND_LONG
+def test_remainder_beside_bfloat16_state(rule: str, steps: int, backend: str) -> None:
     """The weight is that of a float32 run whose state is bfloat16."""
     values = [torch.randn(shape) for shape in ((12, 20), (42, 830), (37,))]
-    assert train_twins(twins(rule, values, "contiguous", backend, state_dtype=BF16), 50) == set(Decision)
+    assert train_twins(twins(rule, values, "contiguous", backend, state_dtype=BF16), steps) == set(Decision)
 
 
 @EVERY_RULE
@@ -1085,84 +1090,40 @@ def test_adamw_checkpoint_in_float32_goes_on_with_a_remainder(backend: str) -> N
     assert optimizer.state[p]["step"].item() == 4
 
 
-# Errors.
-
-NO_DTYPE = (torch.int8, torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn, "float32", 32, float, [F32])
-NO_ROUNDING = ("up", "", "Stochastic", None, True, 0, ("nearest",))
-BAD: list[tuple[str, Any, type[Exception], tuple[str, ...]]] = [
-    *(
-        ("state_dtype", value, TypeError, (f"state_dtype={value!r}", *map(str, (F32, F64, BF16, F16)), "None"))
-        for value in NO_DTYPE
-    ),
-    *(
-        ("rounding", value, ValueError, (f"rounding={value!r}", "choose one of", *map(repr, ROUNDINGS)))
-        for value in NO_ROUNDING
-    ),
-]
-EVERY_BAD = pytest.mark.parametrize(
-    ("name", "value", "error", "pieces"), [pytest.param(*bad, id=f"{bad[0]}={bad[1]!r}") for bad in BAD]
-)
-
-
-@EVERY_RULE
-@EVERY_BAD
-def test_refused_from_the_start(rule: str, name: str, value: Any, error: type[Exception], pieces: Any) -> None:
-    """In the constructor, in a group of the constructor, and in a group that is added, which leaves no trace."""
-    with raises(error, *pieces):
-        build(rule, parameters((2, 3)), "reference", **{name: value})
-    with raises(error, *pieces):
-        build(rule, [{"params": parameters((2, 3))}, {"params": parameters((3,)), name: value}], "reference")
-    optimizer = started(rule, "reference")
-    before = snapshot(optimizer)
-    with raises(error, *pieces):
-        optimizer.add_param_group({"params": parameters((3,)), name: value})
-    assert_snapshots_equal(snapshot(optimizer), before)
+# Errors, besides those in test_refusals.py.
 
 
 @EVERY_RULE
 @pytest.mark.parametrize("rounding", ["nearest", "remainder"])
+@pytest.mark.parametrize("door", ["step", "load_state_dict"])
 @pytest.mark.parametrize(
-    ("name", "value", "error", "pieces"),
+    ("name", "value", "error"),
     [
-        pytest.param(*bad, id=f"{bad[0]}={bad[1]!r}")
-        for bad in BAD
-        if bad[1] in (torch.int8, torch.complex64, "up", "float32")
+        ("state_dtype", torch.int8, TypeError),
+        ("state_dtype", torch.complex64, TypeError),
+        ("state_dtype", "float32", TypeError),
+        ("rounding", "up", ValueError),
     ],
 )
-def test_refused_in_a_step(
-    rule: str, rounding: str, name: str, value: Any, error: type[Exception], pieces: Any, backend: str
+def test_refused_options_leave_seeds_and_remainders(
+    rule: str, rounding: str, door: str, name: str, value: Any, error: type[Exception], backend: str
 ) -> None:
-    """Written into a group between steps: weights and state stay bit for bit, and once undone, training goes on."""
+    """Weights and state stay bit for bit, and once it is undone, training goes on."""
     optimizer = started(rule, backend, rounding=rounding)
     undisturbed = copy.deepcopy(optimizer)
     (group,) = optimizer.param_groups
-    good = group[name]
-    group[name] = value
+    saved, good = copy.deepcopy(optimizer.state_dict()), group[name]
+    if door == "step":
+        group[name] = value
+    saved["param_groups"][0][name] = value
     (p,) = group["params"]
     p.grad = torch.randn_like(p)
     before = snapshot(optimizer)
     for _ in range(2):
-        with raises(error, *pieces):
-            optimizer.step()
+        with raises(error, f"{name}={value!r}"):
+            optimizer.step() if door == "step" else optimizer.load_state_dict(saved)
         assert_snapshots_equal(snapshot(optimizer), before)
-    group[name] = good
-    for run in (optimizer, undisturbed):
-        clipped_step(run, 5)
-    assert_same_outcome(optimizer, undisturbed)
-
-
-@EVERY_RULE
-@EVERY_BAD
-def test_refused_in_a_checkpoint(
-    rule: str, name: str, value: Any, error: type[Exception], pieces: Any, backend: str
-) -> None:
-    optimizer = started(rule, backend, rounding="remainder")
-    undisturbed = copy.deepcopy(optimizer)
-    saved = copy.deepcopy(optimizer.state_dict())
-    saved["param_groups"][0][name] = value
-    with raises(error, *pieces):
-        optimizer.load_state_dict(saved)
-    assert_same_outcome(optimizer, undisturbed)
+    optimizer.param_groups[0][name] = good
     for run in (optimizer, undisturbed):
         clipped_step(run, 5)
     assert_same_outcome(optimizer, undisturbed)

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import DeviceMesh
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
 
 Call = tuple[str, int, int]
 """Of an all_reduce: the mesh's dimension, its ranks, and bytes."""
@@ -252,7 +252,7 @@ def test_shapes_add_up_to_the_published_size(name: str) -> None:
 
 
 def test_the_page_has_the_table() -> None:
-    assert markdown() in (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    assert markdown() in (Path(__file__).parents[2] / "docs" / "scaling.md").read_text()
 
 
 def test_time_by_hand() -> None:

@@ -262,7 +262,7 @@ def test_a_fake_gradient_of_a_real_parameter_is_an_error(backend: str) -> None:
 
 # A default device, once more: calls in which no tensor can be made without naming its device.
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -277,7 +277,7 @@ def run_python(*arguments: str, **environment: str) -> subprocess.CompletedProce
 
 
 def test_no_call_takes_the_default_device() -> None:
-    selection = ["-k", "test_report or float64", f"{TESTS}/test_report.py", f"{TESTS}/test_modes.py"]
+    selection = ["-k", "test_report or float64", f"{TESTS}/options/test_report.py", __file__]
     run = run_python("-m", "pytest", "-q", *selection, **{no_default_device.ENVIRONMENT: "none"})
     assert run.returncode == 0, run.stdout[-5000:]
 
@@ -297,5 +297,5 @@ class Careless(AdamP):
 
 Careless([torch.nn.Parameter(torch.ones(2, 2))]).step()
 """
-    run = run_python("-c", code, PYTHONPATH=str(TESTS))
+    run = run_python("-c", code, PYTHONPATH=f"{TESTS.parent}:{TESTS}/support")
     assert "torch.zeros was called without a device" in run.stderr

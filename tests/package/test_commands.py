@@ -15,7 +15,7 @@ import fused_adamp.__main__ as commands
 from fused_adamp.backends import BACKENDS, triton
 from fused_adamp.verify import Outcome, cases
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:

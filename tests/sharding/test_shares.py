@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 import torch
+from covering import usual
+from test_backends import factors
 from tolerances import assert_identical
 from torch import Tensor
 
@@ -217,7 +219,7 @@ def judge(bucket: Bucket, i: int, member: Products, decision: Decision) -> None:
 def table() -> list[Any]:
     """Some of verify's cases, each with a verdict and calls drawn by chance: guesses are wrong more often than not."""
     chance = random.Random(0)
-    found = []
+    found, varied = [], []
     for case in cases():
         if case.options.keys() & {"channel_dim", "projection"} or chance.random() < 0.7:
             continue  # settled before a backend sees the tensors, or by the verdict
@@ -227,7 +229,8 @@ def table() -> list[Any]:
         verdict = case.decision if settled else chance.choice([*Decision])
         calls = chance.choice(["squares", "unasked"] if vector else [*CALLS])
         found.append(pytest.param(case, verdict, calls, id=f"{case} verdict {verdict.name.lower()} {calls}"))
-    return found
+        varied.append((*factors(case), verdict, calls))
+    return usual(found, varied)
 
 
 @pytest.mark.parametrize(("case", "verdict", "calls"), table())

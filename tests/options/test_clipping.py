@@ -18,11 +18,20 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_errors import BAD, PLACES, Detached, raises
-from test_properties import near_threshold
+from test_refusals import BAD, PLACES, Detached, raises
 from tolerances import TOLERANCE, assert_close, assert_identical
 from torch import Tensor, nn
-from trajectory import RULES, SHAPES, Hand, Run, assert_snapshots_equal, gradient, parameters, snapshot
+from trajectory import (
+    RULES,
+    SHAPES,
+    Hand,
+    Run,
+    assert_snapshots_equal,
+    gradient,
+    near_threshold,
+    parameters,
+    snapshot,
+)
 
 from fused_adamp.precision import ROUNDINGS, join
 from fused_adamp.reference import Decision, decide
@@ -879,37 +888,21 @@ def test_loading_a_state_leaves_clipped_gradients_clipped(rule: str, backend: st
     run.advance()
 
 
-# Errors.
-
-MAX_NORMS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
-    "negative": (-1, ValueError, ("max_norm=-1 is outside [0, inf]", "pass the largest norm")),
-    "negative, tiny": (-1e-9, ValueError, ("max_norm=-1e-09 is outside [0, inf]", "pass the largest norm")),
-    "-inf": (-math.inf, ValueError, ("max_norm=-inf is outside [0, inf]", "pass the largest norm")),
-    "NaN": (math.nan, ValueError, ("max_norm=nan is outside [0, inf]", "pass the largest norm")),
-    "tensor": (torch.tensor(-1.0), ValueError, ("max_norm=-1.0 is outside [0, inf]", "pass the largest norm")),
-    "two": (torch.ones(2), ValueError, ("Tensor max_norm must be 1-element, but it has 2 elements", "pass a number")),
-    "none": (torch.ones(0), ValueError, ("Tensor max_norm must be 1-element, but it has 0 elements", "pass a number")),
-    "None": (None, TypeError, ("max_norm=None is a NoneType", "pass a number")),
-    "string": ("1.0", TypeError, ("max_norm='1.0' is a str", "pass a number")),
-    "bool": (True, TypeError, ("max_norm=True is a bool", "pass a number")),
-    "complex": (1j, TypeError, ("max_norm=1j is a complex", "pass a number")),
-    "list": ([1.0], TypeError, ("max_norm=[1.0] is a list", "pass a number")),
-}
+# Errors with a clipping pending; test_refusals.py has the words.
 
 
 @EVERY_RULE
 @pytest.mark.parametrize("pending", [True, False])
-@pytest.mark.parametrize("name", list(MAX_NORMS))
-def test_a_bad_limit(rule: str, name: str, pending: bool, backend: str) -> None:
+@pytest.mark.parametrize(("max_norm", "error"), [(-1, ValueError), (torch.ones(2), ValueError), (None, TypeError)])
+def test_a_bad_limit(rule: str, max_norm: Any, error: type[Exception], pending: bool, backend: str) -> None:
     """Nothing has changed: an earlier clipping counts still, and without one the step is not clipped."""
-    max_norm, error, pieces = MAX_NORMS[name]
     run = ClippedRun(rule, parameters(*SHAPES), backend)
     run.step()
     run.give()
     if pending:
         run.clip(0.05)
     before = snapshot(run.optimizer)
-    with raises(error, *pieces):
+    with pytest.raises(error, match="max_norm"):
         run.optimizer.clip_grad_norm_(max_norm)
     assert_snapshots_equal(snapshot(run.optimizer), before)
     run.advance()
@@ -1055,7 +1048,7 @@ CASE = st.fixed_dictionaries(
         "limits": st.lists(
             st.none()
             | st.tuples(
-                st.floats(-4, 4).map(lambda x: 10.0**x) | st.sampled_from([0.0, math.inf]),
+                st.floats(-4, 4).map(lambda x: 10.0**x) | st.sampled_from([0.0, math.inf, 1e6]),
                 st.sampled_from([*NORM_TYPES, 2.0, 3.0]),
             ),
             min_size=3,

@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be here, and says what the compilers made of them.
 
-    python tests/compile_table.py [--json PATH]
+    python tests/support/compile_table.py [--cached] [VARIANT ...]
 
 What decides the speed of these kernels can be read off the compiled code: whether a program's elements stay in
 registers, how many programs fit on a multiprocessor, and whether memory is accessed in the widest pieces there are.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import linecache
@@ -20,6 +21,8 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -91,19 +94,17 @@ class Variant(NamedTuple):
 
 
 ENVIRONMENT = "FUSED_ADAMP_VARIANTS"
-"""Environment variable that says which variants are compiled: "all", "usual" or "few"."""
+"""Environment variable that says which variants there are: "all" or "few"."""
+CACHE = "FUSED_ADAMP_COMPILE_CACHE"
+"""Environment variable with the folder where rows are kept."""
 
 
-def variants(which: str | None = None) -> list[Variant]:
-    """The variants to compile.
+def variants() -> list[Variant]:
+    """Every target in the most usual case and every case on one target.
 
-    Args:
-        which: "all", every target in the most usual case and every case on one target; "usual", those of them that have
-            differed in what the tests look at; or "few", a handful for another version of Triton. By default what the
-            environment variable FUSED_ADAMP_VARIANTS says, or all.
+    With FUSED_ADAMP_VARIANTS=few, a handful for another version of Triton.
     """
-    which = which or os.environ.get(ENVIRONMENT, "all")
-    if which == "few":
+    if os.environ.get(ENVIRONMENT) == "few":
         remainder: dict[str, Any] = {"dtypes": ("bf16", "bf16", "fp32"), "rounding": "remainder"}
         found = [Variant(kernel, **more) for kernel in ("measure", "dot", "update") for more in ({}, remainder)]
         found += [Variant("one_pass"), Variant("dot", layout="FLAT"), Variant("dot", "gfx942")]
@@ -137,24 +138,18 @@ def variants(which: str | None = None) -> list[Variant]:
         found += [Variant(kernel, shared=True)]
     found += [Variant("redo", dtypes=("bf16",) * 3, rounding="stochastic")]
     found += [Variant("redo", dtypes=("bf16", "bf16", "fp32"), rounding="remainder", shared=True)]
-    return found if which == "all" else list(filter(_is_usual, found))
+    return found
 
 
-def _is_usual(variant: Variant) -> bool:
-    plain = variant == Variant(variant.kernel, variant.target, shared=variant.shared)
-    if variant.kernel.startswith("redo"):
-        return plain and variant.target in ("sm_90", "gfx942")
-    if variant.shared:
-        return plain and (variant.kernel == "share" or variant.target == "sm_90")
-    if variant.target != "sm_90":
-        return plain
-    stores = variant.kernel in ("update", "one_pass")
-    if variant.layout == "STRIDED" or "fp64" in variant.dtypes or variant.rule == "SGDP":
-        return stores
-    remainder = variant.rounding == "remainder" and variant.dtypes[2] == "fp32"
-    if variant.layout == "FLAT":
-        return stores and (remainder or variant.dtypes == ("fp32",) * 3)
-    return plain or remainder or (variant.rounding == "stochastic" and variant.dtypes == ("bf16",) * 3)
+def is_usual(variant: Variant) -> bool:
+    """Whether the usual tests compile it: every kernel once, update for every target, layout, dtype and rounding."""
+    if variant in (Variant(variant.kernel), Variant("share", shared=True), Variant("one_pass", layout="FLAT")):
+        return True
+    if variant.kernel != "update" or variant.shared or variant.layout == "FLAT":
+        return False
+    rounds = variant.rounding != "nearest"
+    wide = ("bf16", "bf16", "fp32") if variant.rounding == "remainder" else ("bf16",) * 3
+    return variant.rule == "AdamP" and variant.dtypes in ([wide] if rounds else [("fp32",) * 3, ("fp64",) * 3])
 
 
 Accesses = dict[str, dict[int, int]]
@@ -345,14 +340,48 @@ def _set_up_process(cache: str) -> None:
     os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
 
 
-def compile_all() -> list[Row]:
-    """With an empty cache: ptxas reports what it compiles, not what is found compiled."""
+def _kernels() -> Path:
+    spec = find_spec("fused_adamp.kernels")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _place(variant: Variant) -> Path:
+    """Where the variant's row is kept: by what it is made from."""
+    key = hashlib.sha256(f"{variant} {version('triton')}".encode())
+    for path in (*sorted(_kernels().glob("*.py")), Path(backend.__file__), Path(__file__)):
+        key.update(path.read_bytes())
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_adamp" / "compiled"
+    return Path(os.environ.get(CACHE, folder)) / f"{key.hexdigest()[:32]}.json"
+
+
+def _with_numbers(fields: dict[str, Any]) -> dict[Any, Any]:
+    """JSON's keys are strings, also those that were sizes."""
+    return {int(key) if key.isdecimal() else key: value for key, value in fields.items()}
+
+
+def cached(variant: Variant) -> Row | None:
+    """What a compiler made of the variant before, of the same sources."""
+    path = _place(variant)
+    return Row(**json.loads(path.read_text(), object_hook=_with_numbers)) if path.exists() else None
+
+
+def compile_all(chosen: list[Variant]) -> list[Row]:
+    """With an empty cache of Triton's: ptxas reports what it compiles, not what is found compiled."""
     context = multiprocessing.get_context("spawn")  # Triton may have threads, which a fork would lose
     with (
         tempfile.TemporaryDirectory() as cache,
         ProcessPoolExecutor(_PROCESSES, context, _set_up_process, (cache,)) as pool,
     ):
-        return list(pool.map(compile_variant, variants()))
+        rows = list(pool.map(compile_variant, chosen))
+    for variant, row in zip(chosen, rows, strict=True):
+        path = _place(variant)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(json.dumps(row._asdict()))
+        Path(file.name).replace(path)
+    return rows
 
 
 def count(accesses: Accesses, widths: dict[str, int], *, wide: bool) -> dict[str, int]:
@@ -411,18 +440,21 @@ def print_table(rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows there too, one JSON object a line")
+    names = {str(variant): variant for variant in variants()}
+    parser.add_argument("names", nargs="*", metavar="VARIANT", help="such as one_pass-sm_90-...; all by default")
+    parser.add_argument("--cached", action="store_true", help="show rows that were made of the same sources before")
     arguments = parser.parse_args()
     if backend.interpreted():
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
     if reason := backend.load():
         parser.error(reason)
     began = perf_counter()
-    rows = compile_all()
-    print_table(rows)
-    print(f"{len(rows)} variants in {perf_counter() - began:.0f} s")
-    if arguments.json:
-        arguments.json.write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
+    chosen = [names[name] for name in arguments.names or names]
+    known = {variant: row for variant in chosen if arguments.cached and (row := cached(variant))}
+    missing = [variant for variant in chosen if variant not in known]
+    known |= zip(missing, compile_all(missing), strict=True)
+    print_table([known[variant] for variant in chosen])
+    print(f"{len(missing)} variants in {perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

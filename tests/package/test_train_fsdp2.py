@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "train_fsdp2.py"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_fsdp2.py"
 
 # Runs the example until its second checkpoint is written but has no name yet.
 KILLED = f"""
@@ -54,33 +54,40 @@ def _decisions(output: str) -> dict[str, str]:
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
-def test_the_losses_depend_neither_on_the_ranks_nor_on_being_killed_in_a_save(tmp_path: Path) -> None:
-    whole, parts, killed = tmp_path / "whole", tmp_path / "parts", tmp_path / "killed.py"
+@pytest.mark.parametrize("ranks", [(2,), pytest.param((2, 3), marks=pytest.mark.exhaustive)], ids=str)
+def test_the_losses_depend_neither_on_the_ranks_nor_on_being_killed_in_a_save(
+    ranks: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Two ranks alone are compared in the step that one rank repeats; more ranks with an uninterrupted run."""
+    whole, parts, killed = tmp_path / "parts", tmp_path / "parts", tmp_path / "killed.py"
     killed.write_text(KILLED)
 
-    uninterrupted = _train(whole)
-    assert uninterrupted.returncode == 0, uninterrupted.stderr
-    first = _train(parts, ranks=2, script=killed)  # saves after step 2, is killed after step 4
-    assert (parts / "unfinished" / ".metadata").exists(), first.stderr
-    second = _train(parts, ranks=3, script=killed)  # from step 2 on; saves after step 4, is killed after step 6
-    assert "Going on after step 2 of 8" in second.stdout, second.stderr
-    assert (parts / "unfinished" / ".metadata").exists(), second.stderr
-    third = _train(parts)
-    assert third.returncode == 0, third.stderr
-    assert "Going on after step 4 of 8" in third.stdout
+    runs, steps, saved = [], [], 0
+    if len(ranks) > 1:
+        whole = tmp_path / "whole"
+        runs.append(_train(whole))
+        assert runs[0].returncode == 0, runs[0].stderr
+    for count in (*ranks, 1):  # one goes on to the end; more save after two steps, and two later are killed in a save
+        run = _train(parts, ranks=count, script=EXAMPLE if count == 1 else killed)
+        assert (f"Going on after step {saved} of 8" in run.stdout) == (saved > 0), run.stderr
+        assert run.returncode == 0 if count == 1 else (parts / "unfinished" / ".metadata").exists(), run.stderr
+        steps += range(saved + 1, 9 if count == 1 else saved + 4)
+        saved += 2
+    runs.append(run)
 
     expected = {record["step"]: record for record in _log(whole)}
     records = _log(parts)
-    assert [record["step"] for record in records] == [1, 2, 3, 3, 4, 5, 5, 6, 7, 8]
+    assert [record["step"] for record in records] == steps
     for record in records:
         for name in ("loss", "gradient_norm", *(["validation"] if record["step"] % 2 == 0 else [])):
             assert record[name] == pytest.approx(expected[record["step"]][name], rel=TOLERANCE, abs=0), record
     assert sorted(path.name for path in parts.iterdir()) == ["log.jsonl", "step-00000006", "step-00000008"]
 
     invariant = {"block1.attention.query", "block1.attention.key", "block2.attention.query"}
-    for run in (uninterrupted, third):
+    for run in runs:
         assert invariant <= {name for name, decision in _decisions(run.stdout).items() if decision == "layer"}
 
-    other = _train(parts, "--optimizer=adamw")
-    assert other.returncode == 1
-    assert "was made with --optimizer adamp, not adamw" in other.stderr
+    if len(ranks) > 1:
+        other = _train(parts, "--optimizer=adamw")
+        assert other.returncode == 1
+        assert "was made with --optimizer adamp, not adamw" in other.stderr
