@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fused_adamp.bucket
 from fused_adamp import SGDP, AdamP
-from fused_adamp.backends import BACKENDS
+from fused_adamp.backends import BACKENDS, available
 from fused_adamp.bucket import ABSENT, COLUMNS, ROW_SHARES, SHARES, UNDECIDED, Batch, Bucket, Need
 from fused_adamp.reference import Decision
 from fused_adamp.sharding import Layout, Sharing
@@ -216,12 +216,14 @@ def table() -> list[Any]:
         settled = vector or case.options["lr"] == 50
         verdict = case.decision if settled else chance.choice([*Decision])
         calls = chance.choice(["squares", "unasked"] if vector else [*CALLS])
-        found.append(pytest.param(case, verdict, calls, id=f"{case} verdict {verdict.name.lower()} {calls}"))
-        varied.append((*factors(case), verdict, calls))
+        for backend in available(torch.device("cpu")):
+            name = f"{case} verdict {verdict.name.lower()} {calls} {backend.name}"
+            found.append(pytest.param(case, verdict, calls, backend.name, id=name))
+            varied.append((*factors(case), verdict, calls, backend.name))
     return usual(found, varied)
 
 
-@pytest.mark.parametrize(("case", "verdict", "calls"), table())
+@pytest.mark.parametrize(("case", "verdict", "calls", "backend"), table())
 def test_shares_are_right_and_steps_follow_the_verdicts(
     case: Case, verdict: Decision, calls: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
