@@ -195,6 +195,7 @@ def sessions(request: pytest.FixtureRequest) -> dict[str, tuple[int, str]]:
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
 def test_both_plans(plan: str, sessions: dict[str, tuple[int, str]]) -> None:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.exhaustive  # `make bench-smoke` runs the same command
 def test_the_smoke_run_writes_what_it_measured(tmp_path: Path) -> None:
     """It fails by itself where our steps and the formula's differ, or where a decision is another than asked for."""
     run = subprocess.run(

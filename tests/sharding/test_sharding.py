@@ -7,6 +7,7 @@ import copy
 import functools
 import math
 import warnings
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -57,7 +58,12 @@ EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
 
 def every_layout(*layouts: str) -> Any:
     """With the fastest backend; with others, to save time, those in which rows are split."""
-    others = [(layout, other) for layout in layouts for other in OTHERS if layout in {"TP row", "FSDP2 x TP", FLAT}]
+    others = [
+        pytest.param(layout, other, marks=() if layout == "TP row" else pytest.mark.exhaustive)
+        for layout in layouts
+        for other in OTHERS
+        if layout in {"TP row", "FSDP2 x TP", FLAT}
+    ]
     return pytest.mark.parametrize(("layout", "backend"), [*((layout, FASTEST) for layout in layouts), *others])
 
 
@@ -481,8 +487,16 @@ def follow_interpreted(layout: str, rule: str, told: Record, max_norm: float | N
 
 
 @pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
-@pytest.mark.parametrize("layout", ["TP row", "FSDP2 x TP", FLAT])
-@pytest.mark.parametrize("max_norm", [None, 0.5], ids=["no clip", "clip"])
+@pytest.mark.parametrize(
+    ("layout", "max_norm"),
+    [
+        ("TP row", 0.5),
+        *(
+            pytest.param(layout, max_norm, marks=pytest.mark.exhaustive)
+            for layout, max_norm in (("TP row", None), *product(("FSDP2 x TP", FLAT), (None, 0.5)))
+        ),
+    ],
+)
 @EVERY_RULE
 def test_triton(rule: str, max_norm: float | None, layout: str) -> None:
     """In its interpreter, which the workers have on."""

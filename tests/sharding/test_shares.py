@@ -19,7 +19,7 @@ from tolerances import assert_identical
 from torch import Tensor
 
 from fused_adamp import SGDP, AdamP
-from fused_adamp.backends import BACKENDS
+from fused_adamp.backends import BACKENDS, available
 from fused_adamp.batch import ABSENT, COLUMNS, ROW_SHARES, SHARES, UNDECIDED, Batch, Need, Sharing
 from fused_adamp.bucket import Bucket, new_state
 from fused_adamp.gather import bucket_key
@@ -228,12 +228,14 @@ def table() -> list[Any]:
         settled = vector or case.options["lr"] == 50
         verdict = case.decision if settled else chance.choice([*Decision])
         calls = chance.choice(["squares", "unasked"] if vector else [*CALLS])
-        found.append(pytest.param(case, verdict, calls, id=f"{case} verdict {verdict.name.lower()} {calls}"))
-        varied.append((*factors(case), verdict, calls))
+        for backend in available(torch.device("cpu")):
+            name = f"{case} verdict {verdict.name.lower()} {calls} {backend.name}"
+            found.append(pytest.param(case, verdict, calls, backend.name, id=name))
+            varied.append((*factors(case), verdict, calls, backend.name))
     return usual(found, varied)
 
 
-@pytest.mark.parametrize(("case", "verdict", "calls"), table())
+@pytest.mark.parametrize(("case", "verdict", "calls", "backend"), table())
 def test_shares_are_right_and_steps_follow_the_verdicts(
     case: Case, verdict: Decision, calls: str, backend: str
 ) -> None:

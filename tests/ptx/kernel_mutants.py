@@ -1,64 +1,39 @@
 """Small faults, planted one at a time in a copy of the kernels and of what lines them up; and which tests find them.
 
-    python tests/ptx/mutants.py [PART OF A NAME]
-
-A mutant that no test finds needs a reason: ``equivalent`` says why it is no fault, or why the emulator cannot see it.
+``tests/support/mutation.py`` runs them.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from pathlib import Path
-from time import perf_counter
-from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+from mutation import Mutant, Tests
+
 SEEDS = 8
 """Some faults show in a few interleavings alone."""
 
 
-class Tests(NamedTuple):
-    """Tests that should find a fault, and the plan they run under."""
-
-    plan: str
-    file: str
-    which: str = ""
-    """For pytest's -k."""
+def under(plan: str, file: str, which: str = "") -> Tests:
+    """Tests of the emulator, and the plan that they run under."""
+    environment = ("FUSED_ADAMP_PLAN", plan), ("PTX_SEEDS", str(SEEDS)), ("FUSED_ADAMP_FULL_PRODUCTS", "1")
+    return Tests(f"tests/ptx/{file}", which, environment)
 
 
-ONE_PASS = Tests("one_pass", "emulated_steps.py", "(clipped_step and AdamP) or more_parameters or infinite_gradients")
-SPLIT = Tests("split", "emulated_steps.py", "(clipped_step and AdamP) or more_parameters or infinite_gradients")
-RANGE = Tests("split", "emulated_range.py")
-RANGE_OF_ONE_PASS = Tests("one_pass", "emulated_range.py")
-REPLAYS = Tests("split", "emulated_graphs.py")
-REPLAYS_OF_ONE_PASS = Tests("one_pass", "emulated_graphs.py")
-SHARES = Tests("split", "emulated_shares.py")
-FLAT = Tests("one_pass", "emulated_table.py", "prime or 1111 or leave")
-STRIDED = Tests("split", "emulated_table.py", "transposed")
-CASES = Tests("split", "emulated_table.py", "AdamP and contiguous and not stochastic")
-CASES_OF_SGDP = Tests("split", "emulated_table.py", "SGDP")
-CHANCE = Tests("split", "emulated_precision.py")
-REMAINDER = Tests("one_pass", "emulated_precision.py")
-ZEROS = Tests("one_pass", "emulated_steps.py", "zeros or clamp or without_eps")
-REPORT = Tests("split", "emulated_steps.py", "results")
-
-
-class Mutant(NamedTuple):
-    """A fault: text of a file that is there once, or so many ``times``, and what takes its place."""
-
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[Tests, ...]
-    times: int = 1
-    equivalent: str = ""
+ONE_PASS = under("one_pass", "emulated_steps.py", "(clipped_step and AdamP) or more_parameters or infinite_gradients")
+SPLIT = under("split", "emulated_steps.py", "(clipped_step and AdamP) or more_parameters or infinite_gradients")
+RANGE = under("split", "emulated_range.py")
+RANGE_OF_ONE_PASS = under("one_pass", "emulated_range.py")
+REPLAYS = under("split", "emulated_graphs.py")
+REPLAYS_OF_ONE_PASS = under("one_pass", "emulated_graphs.py")
+SHARES = under("split", "emulated_shares.py")
+FLAT = under("one_pass", "emulated_table.py", "prime or 1111 or leave")
+STRIDED = under("split", "emulated_table.py", "transposed")
+CASES = under("split", "emulated_table.py", "AdamP and contiguous and not stochastic")
+CASES_OF_SGDP = under("split", "emulated_table.py", "SGDP")
+CHANCE = under("split", "emulated_precision.py")
+REMAINDER = under("one_pass", "emulated_precision.py")
+ZEROS = under("one_pass", "emulated_steps.py", "zeros or clamp or without_eps")
+REPORT = under("split", "emulated_steps.py", "results")
 
 
 NO_CACHES = "the emulator has no caches: what .cg promises, a GPU has to show"
@@ -643,19 +618,6 @@ NUMBERS = (
 MUTANTS = (*ORDER, *EPOCHS, *REDO, *BOUNDS, *NUMBERS)
 
 
-def copied(folder: Path) -> Path:
-    """A copy of what the tests need."""
-    for name in ("kernels", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(
-        ROOT / "fused_adamp", folder / "fused_adamp", symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    if not (folder / "fused_adamp" / "kernels").exists():
-        (folder / "fused_adamp" / "kernels").symlink_to("../kernels")
-    shutil.copy(ROOT / "pyproject.toml", folder)
-    return folder
-
-
 def cause(output: str) -> str:
     """What gave a fault away: a finding of the emulator, or what a test found wrong."""
     from emulator import HARMLESS, KINDS
@@ -666,60 +628,3 @@ def cause(output: str) -> str:
     if "CompilationError" in output:
         return "does not compile"
     return "wrong numbers" if re.search(r"^E\s+\w*(Error|assert)", output, re.MULTILINE) else "error"
-
-
-def run(mutant: Mutant) -> str:
-    """Which tests find the mutant, and how; empty if none does."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = copied(Path(name))
-        path = folder / mutant.file
-        text = path.read_text()
-        found = text.count(mutant.old)
-        if found != mutant.times:
-            raise ValueError(f"{mutant.name}: {mutant.old!r} is {found} times in {mutant.file}, not {mutant.times}")
-        path.write_text(text.replace(mutant.old, mutant.new))
-        for tests in mutant.tests:
-            environment = os.environ | {
-                "FUSED_ADAMP_PLAN": tests.plan,
-                "PTX_SEEDS": str(SEEDS),
-                "PYTHONPATH": str(folder),
-                "FUSED_ADAMP_FULL_PRODUCTS": "1",
-            }
-            environment.pop("TRITON_INTERPRET", None)
-            which = ["-k", tests.which] if tests.which else []
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
-            done = subprocess.run(
-                [*command, f"tests/ptx/{tests.file}", *which],
-                env=environment,
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if done.returncode == 1:
-                test = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", done.stdout, re.MULTILINE)
-                return f"{tests.plan}: {cause(done.stdout)} ({test[1] if test else '?'})"
-            if done.returncode:
-                raise RuntimeError(f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
-    return ""
-
-
-def main() -> int:
-    chosen = [mutant for mutant in MUTANTS if all(part in mutant.name for part in sys.argv[1:])]
-    began, counts, unexplained = perf_counter(), Counter[str](), []
-    print("| mutant | killed by |\n|---|---|")
-    for mutant in chosen:
-        killed = run(mutant)
-        said = killed or f"survives: {mutant.equivalent or 'NOT EXPLAINED'}"
-        print(f"| {mutant.name} | {said} |", flush=True)
-        counts["killed" if killed else "explained" if mutant.equivalent else "survived"] += 1
-        if bool(killed) == bool(mutant.equivalent):
-            unexplained.append(mutant.name)
-    print(f"\n{dict(counts)} in {(perf_counter() - began) / 60:.0f} minutes")
-    if unexplained:
-        print(f"Not as said: {', '.join(unexplained)}")
-    return len(unexplained) > 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
