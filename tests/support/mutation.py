@@ -2,7 +2,7 @@
 
     python tests/support/mutation.py LIST... [PART OF A NAME...]
 
-A list is a file: ``tests/support/host_mutants.py`` (front end, CPU, ranks) or ``tests/ptx/kernel_mutants.py`` (GPU kernels).
+A list is a file: ``tests/support/host_mutants.py`` (front end, CPU, ranks), ``tests/ptx/kernel_mutants.py`` (GPU).
 A mutant that no test finds needs a reason: ``equivalent`` says why it is no fault, or why no test can see it.
 """
 
