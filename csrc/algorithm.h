@@ -147,12 +147,7 @@ FUSED_ADAMP_INLINE double cosine_ratio(const Sums& s, const Test& test, double d
   return ratio == ratio ? ratio : HUGE_VAL;
 }
 
-// The square of the scale below which a further scale s > 0 of the gradient lets the test pass, infinite if all do:
-//
-//   s |p.g| / (max(|p|, eps) max(s |g|, eps)) < delta / sqrt(dim),   A = delta / sqrt(dim) max(|p|, eps)
-//   <=>  s |p.g| < A max(s |g|, eps)   <=>   |p.g| < A |g|  or  s < A eps / |p.g|
-//
-// A NaN passes at no scale.
+// The square of a view's limit: docs/architecture.md, "The limit of a view". A NaN passes at no scale.
 template <class T = double>
 FUSED_ADAMP_INLINE double squared_limit(const Sums& s, const Test& test, double dim) {
   const double pp = s.pp > test.eps2 ? s.pp : test.eps2, pg = s.pg * s.pg * dim, squares = test.delta2 * pp * s.gg;

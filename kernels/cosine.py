@@ -8,15 +8,10 @@ import triton.language as tl
 def compare(pg, gg, pp, delta, eps, dim):
     """The test of one view, from its sums; delta, eps and dim are float64 scalars, the sums of any floating dtype.
 
-    The test is of s g, where s is not known yet. With A = delta/sqrt(dim) max(|p|, eps)::
-
-        s |p.g| / (max(|p|, eps) max(s |g|, eps)) < delta / sqrt(dim)
-        <=>  s |p.g| < A max(s |g|, eps)  <=>  |p.g| < A |g|  or  s |p.g| < A eps
-
-    Returns the limit below which s passes, infinite in the first case, else A eps / |p.g|; and the cosine over its
-    threshold, |p.g| / (A max(|g|, eps)), as it is at s = 1. Written with `where` and `<`: a NaN, which every broken
-    gradient leaves in p.g, passes at no scale, and its cosine counts as infinite. Norms are compared, not squares:
-    products of sums could leave the dtype's range.
+    Returns the limit of the scale of g below which the view passes (docs/architecture.md, "The limit of a view"), and
+    the cosine over its threshold at the scale 1. With `where` and `<`, a NaN, which every broken gradient leaves in
+    p.g, passes at no scale, and its cosine counts as infinite. Norms are compared, not squares: products of sums could
+    leave the dtype's range.
     """
     threshold = (delta / tl.sqrt(dim.to(tl.float64))).to(pg.dtype)
     least = eps.to(pg.dtype)

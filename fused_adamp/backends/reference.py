@@ -107,7 +107,7 @@ def _measure(batch: Batch, i: int, need: Need, shared: Shared) -> None:
 
 
 def _compare(pg: Tensor, gg: Tensor, pp: Tensor, threshold: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Per row the scale of the gradient below which it passes the cosine test, and the cosine over its threshold."""
+    """Per row its limit (docs/architecture.md, "The limit of a view"), and the cosine over its threshold."""
     a, pg = threshold * pp.sqrt().clamp(min=eps), pg.abs()
     limit = torch.where(pg < a * gg.sqrt(), math.inf, a * eps / pg).nan_to_num(0.0, posinf=math.inf)
     return limit, (pg / (a * gg.sqrt().clamp(min=eps))).nan_to_num(math.inf, posinf=math.inf)
