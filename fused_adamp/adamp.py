@@ -39,9 +39,20 @@ class AdamP(ProjectedOptimizer):
     :math:`v_t`              ``betas[1]``         ``exp_avg_sq``       shape and dtype of the weight
     ======================== ==================== ==================== ===========================================
 
-    A weight of two or more dimensions is tested in every step: if the cosine between gradient and weight is below
-    ``delta / sqrt(dim)`` for every output channel (dim 0), each channel's update is made orthogonal to it; else, if
-    that holds for the whole tensor, the tensor's update is. Vectors and scalars are stepped as by AdamW.
+    One step, for a gradient :math:`g_t` that is unscaled, clipped and, with ``maximize``, negated:
+
+    .. math::
+        \begin{aligned}
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t, \qquad v_t = \beta_2 v_{t-1} + (1 - \beta_2) g_t^2 \\
+        p_t &= m_t \,/\, \bigl(\sqrt{v_t} / \sqrt{1 - \beta_2^t} + \epsilon\bigr) \\
+        q_t &= p_t - \hat w\, (\hat w \cdot p_t) \ \text{ if } \cos(w_t, g_t) < \delta / \sqrt{\dim w},
+               \ \text{ else } p_t, \qquad \hat w = w_t / (\lVert w_t \rVert + \epsilon) \\
+        w_{t+1} &= (1 - \eta \lambda)\, w_t - \eta / (1 - \beta_1^t)\; q_t
+        \end{aligned}
+
+    A weight of two or more dimensions is tested in every step. If the test holds for every output channel (dim 0), each
+    channel is projected by itself. Else, if it holds for the whole tensor, the whole tensor is. A projected weight
+    decays by ``wd_ratio`` times as much. Vectors and scalars are stepped as by AdamW.
 
     Args:
         params: parameters or dicts of groups, as for every torch.optim optimizer.

@@ -37,8 +37,19 @@ class SGDP(ProjectedOptimizer):
     :math:`p_t`         ``momentum``         ``momentum_buffer``  shape and dtype of the weight; none for ``momentum=0``
     =================== ==================== ==================== =====================================================
 
-    The test and the projection are those of :class:`fused_adamp.AdamP`. The buffer starts at zero, so that, unlike in
-    torch.optim.SGD, the first step is dampened too; weight decay is decoupled, unlike in torch.optim.SGD.
+    One step, for a gradient :math:`g_t` that is unscaled, clipped and, with ``maximize``, negated:
+
+    .. math::
+        \begin{aligned}
+        p_t &= \beta p_{t-1} + (1 - \text{dampening})\, g_t \\
+        q_t &= p_t - \hat w\, (\hat w \cdot p_t) \ \text{ if } \cos(w_t, g_t) < \delta / \sqrt{\dim w},
+               \ \text{ else } p_t, \qquad \hat w = w_t / (\lVert w_t \rVert + \epsilon) \\
+        w_{t+1} &= \bigl(1 - \eta \lambda / (1 - \beta)\bigr)\, w_t - \eta\, q_t
+        \end{aligned}
+
+    With Nesterov momentum, :math:`g_t + \beta p_t` is projected in place of :math:`p_t`. The test, the projection and
+    ``wd_ratio`` are those of :class:`fused_adamp.AdamP`. The buffer starts at zero, so that, unlike in torch.optim.SGD,
+    the first step is dampened too. Weight decay is decoupled, unlike in torch.optim.SGD.
 
     Args:
         params: parameters or dicts of groups, as for every torch.optim optimizer.
