@@ -42,7 +42,7 @@ from torch import Tensor
 
 import fused_adamp
 from bench.workloads import WORKLOADS, expected_decision
-from fused_adamp.backends import device
+from fused_adamp.backends import jobs
 from fused_adamp.backends import triton as triton_backend
 from fused_adamp.reference import Decision
 
@@ -289,7 +289,7 @@ class Side:
 
     def force_plan(self) -> None:
         """To be called before each step: the backend looks whenever it plans, which it does in the first step."""
-        os.environ[device.PLAN] = self.plan or ""
+        os.environ[jobs.PLAN] = self.plan or ""
 
     def step(self, clip: bool) -> None:
         if clip and self.ours:

@@ -25,7 +25,7 @@ graph may repeat a step without it, the one on the device.
 import triton
 import triton.language as tl
 
-from fused_adamp.backends import device
+from fused_adamp.backends.jobs import STAGES, TICKETS
 
 from .decision import is_tested
 from .dot import dot
@@ -38,14 +38,14 @@ from .sums import square
 from .tables import numbered
 from .update import update
 
-_stage = numbered(device.STAGES)
+_stage = numbered(STAGES)
 PREPARE = _stage["prepare"]
 MEASURE = _stage["measure"]
 DOT = _stage["dot"]
 SQUARE = _stage["square"]
 SHARE = _stage["share"]
 
-_ticket = numbered(device.TICKETS)
+_ticket = numbered(TICKETS)
 TICKET = _ticket["ticket"]
 PREPARING = _ticket["preparing"]
 PREPARED = _ticket["prepared"]

@@ -1,12 +1,12 @@
 """The columns of every table that the kernels read or write, and the words in which they say a choice.
 
-They are numbered as in :mod:`fused_adamp.batch` and :mod:`fused_adamp.backends.device`, which say what they mean.
+They are numbered as in :mod:`fused_adamp.batch` and :mod:`fused_adamp.backends.tables`, which say what they mean.
 """
 
 import triton.language as tl
 
 from fused_adamp import batch
-from fused_adamp.backends import device
+from fused_adamp.backends import jobs, tables
 from fused_adamp.reference import Decision
 
 
@@ -34,7 +34,7 @@ AUTO = tl.constexpr(batch.PROJECTIONS.index("auto"))
 NEVER = tl.constexpr(batch.PROJECTIONS.index("none"))
 
 # How a parameter's tensors lie in memory.
-_layout = numbered(device.LAYOUTS)
+_layout = numbered(tables.LAYOUTS)
 ALIGNED = _layout["aligned"]
 FLAT = _layout["flat"]
 STRIDED = _layout["strided"]
@@ -72,7 +72,7 @@ SEGMENTS = _column["segments"]
 COLUMNS = tl.constexpr(len(_column))
 
 # A parameter's row of the address table.
-_address = numbered(device.ADDRESSES)
+_address = numbered(tables.ADDRESSES)
 P = _address["p"]
 G = _address["g"]
 M = _address["m"]
@@ -83,8 +83,8 @@ SEED = _address["seed"]
 ADDRESSES = tl.constexpr(len(_address))
 
 # A parameter's row of the stride table: a size, then three strides for each of p, g, m, v and r.
-STRIDES = tl.constexpr(device.STRIDES)
-assert device.INNER == 2, "tiles.py reads two strides beyond that of dim 0"
+STRIDES = tl.constexpr(tables.STRIDES)
+assert tables.INNER == 2, "tiles.py reads two strides beyond that of dim 0"
 
 # A parameter group's row of the hyperparameters.
 _scalar = numbered(batch.Scalars._fields)
@@ -105,7 +105,7 @@ PROJECTION = _scalar["projection"]
 SCALARS = tl.constexpr(len(_scalar))
 
 # A parameter's row of the numbers that depend on the step count.
-_coefficient = numbered(device.COEFFICIENTS)
+_coefficient = numbered(tables.COEFFICIENTS)
 INVERSE_BIAS2 = _coefficient["inverse_bias2"]
 STEP_SIZE = _coefficient["step_size"]
 COEFFICIENTS = tl.constexpr(len(_coefficient))
@@ -124,7 +124,7 @@ SUMS = tl.constexpr(len(_share))
 assert batch.SHARES[PG.value :] == batch.ROW_SHARES, "a row's shares are a parameter's from pg on"
 
 # A parameter's row of the findings.
-_finding = numbered(device.FINDINGS)
+_finding = numbered(tables.FINDINGS)
 CHANNEL_LIMIT = _finding["channel_limit"]
 LAYER_LIMIT = _finding["layer_limit"]
 FOUND_COSINE = _finding["found_cosine"]
@@ -139,7 +139,7 @@ NORM = _result["norm"]
 RESULTS = tl.constexpr(len(_result))
 
 # A parameter's row of the parts.
-_part = numbered(device.PARTS)
+_part = numbered(tables.PARTS)
 NEED = _part["need"]
 SHARES = _part["shares"]
 ROW_SHARES = _part["row_shares"]
@@ -149,7 +149,7 @@ GIVEN_STEP = _part["given_step"]
 PLACES_OF_PARTS = tl.constexpr(len(_part))
 
 # A parameter's row of the counters.
-_counter = numbered(device.COUNTERS)
+_counter = numbered(tables.COUNTERS)
 MEASURED = _counter["measured"]
 DOTTED = _counter["dotted"]
 CONCLUDED = _counter["concluded"]
@@ -161,13 +161,13 @@ TILES_LEFT = _counter["tiles_left"]
 COUNTERS = tl.constexpr(len(_counter))
 
 # Sizes.
-WIDEST_LOAD = tl.constexpr(device.WIDEST_LOAD)
-VECTOR = tl.constexpr(device.VECTOR)
+WIDEST_LOAD = tl.constexpr(tables.WIDEST_LOAD)
+VECTOR = tl.constexpr(tables.VECTOR)
 NARROWEST = tl.constexpr(6)  # log2 of the columns of the narrowest block of rows
 WIDTH_STEP = tl.constexpr(2)  # and its step to the next
 ONE = tl.constexpr(1)  # what is shifted is a constexpr too: so that it also works in the interpreter
 CONCLUDE_BLOCK = tl.constexpr(256)
-PREPARE_BLOCK = tl.constexpr(device.PREPARE_BLOCK)
+PREPARE_BLOCK = tl.constexpr(jobs.PREPARE_BLOCK)
 
 # csrc/algorithm.h, least_square: below which eps^2 it matters, and the least sum that has lost nothing that matters.
 TINY_EPS2 = tl.constexpr(2.0**-90)

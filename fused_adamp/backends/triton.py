@@ -1,4 +1,4 @@
-"""The Triton backend: how kernels/ are compiled and launched. backends/device.py has the rest."""
+"""The Triton backend: how kernels/ are compiled and launched. device.py, jobs.py and tables.py have the rest."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fused_adamp.backends.device import LAYOUTS, DeviceBackend, jobs_ahead
+from fused_adamp.backends.device import DeviceBackend
+from fused_adamp.backends.tables import LAYOUTS
 from fused_adamp.precision import ROUNDINGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fused_adamp.backends.device import Launch, Tables
+    from fused_adamp.backends.jobs import Launch
+    from fused_adamp.backends.tables import Tables
     from fused_adamp.batch import Batch
 
 __all__ = ["TritonBackend"]
@@ -118,7 +120,7 @@ class TritonBackend(DeviceBackend):
     def square_runs(self, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
         from fused_adamp.kernels import plans
 
-        jobs = jobs_ahead(batch, tables, launch)
+        jobs = self.jobs_ahead(batch, tables, launch)
         run = _run(plans.measure_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
         return [run, *_redo_runs(plans.redo_ahead_kernel, batch, tables, launch)]
 
@@ -128,7 +130,7 @@ class TritonBackend(DeviceBackend):
         prepare = [launch.jobs[0][: launch.blocks]] if launch.spec.adaptive.value else []
         runs = [
             _run(plans.share_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
-            for jobs in (*prepare, jobs_ahead(batch, tables, launch))
+            for jobs in (*prepare, self.jobs_ahead(batch, tables, launch))
         ]
         return runs + _redo_runs(plans.redo_ahead_kernel, batch, tables, launch)
 

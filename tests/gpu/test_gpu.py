@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fused_adamp
-from fused_adamp.backends import device
+from fused_adamp.backends import jobs
 from fused_adamp.backends import triton as triton_backend
 from fused_adamp.batch import Need, Sharing
 from fused_adamp.reference import Decision, adamp_ref
@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(params=PLANS)
 def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Forces each plan in turn."""
-    monkeypatch.setenv(device.PLAN, request.param)
+    monkeypatch.setenv(jobs.PLAN, request.param)
     return str(request.param)
 
 

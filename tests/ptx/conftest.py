@@ -38,7 +38,7 @@ def emulated(request: pytest.FixtureRequest, one_thread: None) -> Iterator[Harne
     import harness
     from models import PLAN
 
-    from fused_adamp.backends import device
+    from fused_adamp.backends import jobs
 
     if reason := harness.unavailable():
         pytest.skip(f"{reason}; no compiled kernel was run")
@@ -46,7 +46,7 @@ def emulated(request: pytest.FixtureRequest, one_thread: None) -> Iterator[Harne
     seed = zlib.crc32(request.node.nodeid.encode()) + request.param
     machine = harness.Harness(harness.Schedule(seed=seed, idle_redo=not usual))
     with pytest.MonkeyPatch.context() as patch, machine.installed():
-        patch.setenv(device.PLAN, PLAN)
+        patch.setenv(jobs.PLAN, PLAN)
         yield machine
     counts.update(tests=1, launches=machine.launches, instructions=machine.instructions)
     counts["harmless findings"] += len(machine.harmless)

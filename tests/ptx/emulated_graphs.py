@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamp import SGDP, AdamP
-from fused_adamp.backends import device, triton
+from fused_adamp.backends import tables, triton
 from fused_adamp.batch import Need
 from fused_adamp.reference import Decision
 
@@ -69,14 +69,14 @@ def test_hyperparameters_on_the_device_are_copied_there_in_every_step(
 ) -> None:
     ours, expected = on_device(model(whole[3:6]), **ADAMP), AdamP(model(whole[3:6]), **ADAMP, backend="triton")
     uploads = 0
-    upload = device.Tables.upload
+    upload = tables.Tables.upload
 
     def counted(*arguments: Any) -> None:
         nonlocal uploads
         uploads += 1
         upload(*arguments)
 
-    monkeypatch.setattr(device.Tables, "upload", counted)
+    monkeypatch.setattr(tables.Tables, "upload", counted)
     for number, lr in enumerate((0.5, 0.25, 1.0)):
         ours.learning_rate.fill_(lr)
         expected.param_groups[0]["lr"] = lr

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fused_adamp.backends import device, triton
+from fused_adamp.backends import jobs, triton
 from fused_adamp.batch import RESULTS
 from fused_adamp.reference import Decision
 from fused_adamp.verify import make_gradient
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fused_adamp.optimizer import ProjectedOptimizer
 
-PLAN = os.environ.get(device.PLAN) or "one_pass"
+PLAN = os.environ.get(jobs.PLAN) or "one_pass"
 TILE = 1 << triton._LOG_TILE
 ADAMP: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
 SGDP_: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}

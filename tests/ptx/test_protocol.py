@@ -10,7 +10,9 @@ from protocol import FAULTS, Job, Parameter, Protocol, jobs_of, search
 from torch.nn import Parameter as Weight
 
 from fused_adamp import AdamP
-from fused_adamp.backends import device, triton
+from fused_adamp.backends import jobs as order
+from fused_adamp.backends import triton
+from fused_adamp.backends.jobs import STAGES
 
 WIDE = Parameter(tiles=2, matrix=True, tested=True, projected=True, wide=True)
 CHANNEL = Parameter(tiles=2, matrix=True, tested=True, projected=True, wide=False)
@@ -73,23 +75,20 @@ def test_jobs_in_another_order_wait_for_ever() -> None:
 
 @pytest.mark.skipif(triton.load() is not None, reason=str(triton.load()))
 def test_the_jobs_are_those_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fused_adamp.kernels import plans
-
-    monkeypatch.setenv(device.PLAN, "one_pass")
+    monkeypatch.setenv(order.PLAN, "one_pass")
     monkeypatch.setattr(triton, "interpreted", lambda: True)
     monkeypatch.setattr(triton, "_not_interpretable", lambda: None)
-    monkeypatch.setattr(triton, "_WINDOW", 1)
+    monkeypatch.setattr(order, "_WINDOW", 1)
     launched = []
     monkeypatch.setattr(triton._Run, "start", lambda run: launched.append(run))
-    params = [Weight(torch.randn(4, device._RUN)), Weight(torch.randn(2 * device._RUN)), Weight(torch.randn(8))]
+    params = [Weight(torch.randn(4, order._RUN)), Weight(torch.randn(2 * order._RUN)), Weight(torch.randn(8))]
     for p in params:
         p.grad = torch.ones_like(p)
     AdamP(params, backend="triton").step()
     first, *_ = launched
     arguments = dict(zip(first.kernel.arg_names, first.arguments, strict=False))
-    names = {getattr(plans, name.upper()).value: name for name in ("prepare", "measure", "dot", "update")}
     owners, jobs = arguments["owners"].tolist(), arguments["jobs"].tolist()
-    theirs = [Job(names[n], -1 if names[n] == "prepare" else owners[tile], tile) for n, tile, _ in jobs]
+    theirs = [Job(STAGES[n], -1 if STAGES[n] == "prepare" else owners[tile], tile) for n, tile, _ in jobs]
     assert _in_short(theirs) == _in_short(jobs_of([WIDE._replace(tiles=4), VECTOR, SCALAR]))
 
 

@@ -10,7 +10,7 @@ import torch
 from each_plan import PLANS, under_each_plan
 
 import fused_adamp
-from fused_adamp.backends import device, triton
+from fused_adamp.backends import jobs, tables, triton
 from fused_adamp.batch import PROJECTIONS
 from fused_adamp.precision import ROUNDINGS
 from fused_adamp.reference import Decision
@@ -22,7 +22,7 @@ TILE = 1 << triton._LOG_TILE
 _STEPS = """
 import torch
 from fused_adamp import AdamP
-from fused_adamp.backends import device, triton
+from fused_adamp.backends import jobs, tables, triton
 from fused_adamp.reference import Decision
 from fused_adamp.verify import make_gradient
 torch.set_num_threads(1)
@@ -88,12 +88,12 @@ def test_very_wide_rows_are_cut_into_tiles() -> None:
 
 def test_dimensions_merge_where_all_tensors_allow_it() -> None:
     p = torch.empty(4, 6, 5, 5)
-    assert device._collapse([p, p]) == ([150], [[1], [1]])
+    assert tables.collapse([p, p]) == ([150], [[1], [1]])
     last = p.contiguous(memory_format=torch.channels_last)
-    assert device._collapse([last, last]) == ([150], [[1], [1]])
-    assert device._collapse([last, last], any_order=False) == ([6, 25], [[1, 6], [1, 6]])
-    assert device._collapse([p, last]) == ([6, 25], [[25, 1], [1, 6]])
-    assert device._collapse([torch.empty(7), torch.empty(14)[::2]]) == ([7], [[1], [2]])
+    assert tables.collapse([last, last]) == ([150], [[1], [1]])
+    assert tables.collapse([last, last], any_order=False) == ([6, 25], [[1, 6], [1, 6]])
+    assert tables.collapse([p, last]) == ([6, 25], [[25, 1], [1, 6]])
+    assert tables.collapse([torch.empty(7), torch.empty(14)[::2]]) == ([7], [[1], [2]])
 
 
 def test_on_the_cpu_it_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_rows_in_many_pieces_are_refused_in_words(monkeypatch: pytest.MonkeyPatc
 
 def test_an_unknown_plan_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setenv(device.PLAN, "fastest")
+    monkeypatch.setenv(jobs.PLAN, "fastest")
     p = torch.nn.Parameter(torch.ones(3, 4))
     p.grad = torch.ones(3, 4)
     with pytest.raises(ValueError, match="FUSED_ADAMP_PLAN='fastest' is not a plan"):

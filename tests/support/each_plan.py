@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fused_adamp.backends import device
+from fused_adamp.backends import jobs
 
 __all__ = ["PLANS", "under_each_plan"]
 
@@ -25,7 +25,7 @@ def under_each_plan(*arguments: str, interpreted: bool = True) -> dict[str, tupl
     runs = {
         plan: subprocess.Popen(
             [sys.executable, *arguments],
-            env=environment | {device.PLAN: plan},
+            env=environment | {jobs.PLAN: plan},
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

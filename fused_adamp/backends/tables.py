@@ -1,0 +1,307 @@
+"""The tables that kernels read besides the parameters' tensors: their columns, and the tables on the device."""
+
+from __future__ import annotations
+
+import math
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from fused_adamp.batch import ABSENT, COLUMNS, Scalars, Sharing
+from fused_adamp.tensors import are_same, has_storage, rows_cols
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fused_adamp.backends.jobs import Launch
+    from fused_adamp.batch import Batch, Members
+
+__all__ = ["Kind", "Seen", "Tables", "collapse", "move_gradients", "parts_of", "place", "table_of", "tiles_of"]
+
+LAYOUTS = ("aligned", "flat", "strided")
+"""How a parameter's tensors lie in memory. Aligned: rows follow each other, the first starts at a multiple of
+WIDEST_LOAD bytes, and their length is a multiple of VECTOR (that of a vector need not be). Flat: rows follow each
+other. Strided: anything else."""
+
+ADDRESSES = ("p", "g", "m", "v", "r", "step", "seed")
+"""The columns of the address table: weight, gradient, moments, remainder, step count, seed."""
+
+INNER = 2
+"""Dimensions beyond dim 0 that a strided parameter may have after merging. A row of the stride table has the size of
+the last, then for p, g, m, v and r the strides of dim 0 and of these."""
+
+COEFFICIENTS = ("inverse_bias2", "step_size")
+"""The numbers of a parameter that depend on its step count."""
+
+FINDINGS = ("channel_limit", "layer_limit", "found_cosine", "found_norm", "layer_projection")
+"""The findings on a parameter: the limits of both views and what the results say, from measure; c, from dot."""
+
+COUNTERS = ("measured", "dotted", "concluded", "projection_known", "key", "measure_left", "dot_left", "tiles_left")
+"""The counters of a parameter: tiles that have been measured and dotted, the epoch in which all had been, the keys of
+this step's noise; and marks, the last epoch in which sums of measure, dot or update left float32."""
+
+PARTS = ("need", "shares", "row_shares", "verdict", "given", "given_step")
+"""A parameter's addresses in :class:`~fused_adamp.batch.Shared`. ``given`` are c of its rows if they are split, else
+the one c of its layer; c of the next row lies ``given_step`` numbers further, 1 or 0."""
+
+WIDEST_LOAD = 16
+"""Bytes of one load of a thread."""
+
+VECTOR = 8
+"""Elements of one load of a thread, at most."""
+
+STRIDES = 1 + 5 * (1 + INNER)
+
+
+Kind = tuple[torch.dtype, torch.dtype, torch.dtype | None, str]
+"""What chooses a kernel: dtypes of weight, gradient and state (None: there is none yet), and one of LAYOUTS."""
+
+
+class Tables:
+    """The tables that kernels read besides the tensors, as they were uploaded last, and the launches.
+
+    A captured step has its own, since its uploads do not happen before a replay and happen again in each.
+    """
+
+    def __init__(self, bucket: Members, *, captured: bool) -> None:
+        device, count = bucket.key.device, len(bucket.params)
+        self.device = device
+        self.table = torch.empty(count, len(COLUMNS) + 2, dtype=torch.int64, device=device)
+        self.addresses = torch.empty(count, len(ADDRESSES), dtype=torch.int64, device=device)
+        self.strides = torch.empty(count, STRIDES, dtype=torch.int64, device=device)
+        self.scalars = torch.empty(0, len(Scalars._fields), dtype=torch.float64, device=device)
+        self.cells: list[Tensor] = []
+        """The scalars that come from tensors on the device."""
+        self.seen: Seen | None = None
+        self.places = torch.empty(0, dtype=torch.int64, device="cpu")
+        """The addresses as they were uploaded."""
+        self.seen_scalars: tuple[list[list[float]], list[tuple[int, int]]] = [], []
+        self.seen_groups: list[int] = []
+        self.seen_members: dict[Kind, list[int]] = {}
+        self.launches: list[Launch] = []
+        self._kept: list[Tensor] | None = [] if captured else None
+
+    def upload(self, target: Tensor, source: Tensor) -> None:
+        """Copies in the order of the current stream, without waiting for it."""
+        if self.device.type == "cuda":
+            source = source.pin_memory()  # returns to its pool only after the stream has read it
+        if self._kept is not None:  # a graph reads it in every replay
+            self._kept.append(source)
+        target.copy_(source, non_blocking=True)
+
+    def uploaded(self, source: Tensor) -> Tensor:
+        """A copy on the device."""
+        target = torch.empty_like(source, device=self.device)
+        self.upload(target, source)
+        return target
+
+    def set_scalars(self, rows: list[Scalars]) -> None:
+        """Uploads hyperparameters if a number changed, and in any case copies those that are tensors, unread."""
+        tensors = {
+            (i, j): number for i, row in enumerate(rows) for j, number in enumerate(row) if isinstance(number, Tensor)
+        }
+        numbers = [[0.0 if isinstance(number, Tensor) else number for number in row] for row in rows]
+        if (numbers, [*tensors]) != self.seen_scalars:
+            if len(numbers) != len(self.scalars):
+                self.scalars = self.scalars.new_empty(len(numbers), self.scalars.size(1))
+            self.upload(self.scalars, torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+            self.cells = [self.scalars[i, j] for i, j in tensors]
+            self.seen_scalars = numbers, [*tensors]
+        if tensors:
+            torch._foreach_copy_(self.cells, [*tensors.values()])
+
+
+class _Layout(NamedTuple):
+    """How tensors lie in memory, wherever that is."""
+
+    strides: list[tuple[int, ...]]
+    sizes: list[torch.Size]
+    dtypes: list[torch.dtype]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> _Layout:
+        return cls(list(map(Tensor.stride, tensors)), list(map(Tensor.size, tensors)), [t.dtype for t in tensors])
+
+
+class Seen(NamedTuple):
+    """The tensors that tables were made from. The tables are good for the same ones: :meth:`fits`."""
+
+    layout: _Layout
+    """That of weights and gradients."""
+    weights: list[int]
+    """Addresses."""
+    gradients: list[int]
+    state: list[int]
+    tensors: list[ref[Tensor]]
+    """The state."""
+    state_layout: _Layout
+
+    @classmethod
+    def of(cls, batch: Batch) -> Seen:
+        state = _state(batch)
+        weights, gradients, places = (list(map(Tensor.data_ptr, of)) for of in (batch.params, batch.grads, state))
+        return cls(_layout_of(batch), weights, gradients, places, list(map(ref, state)), _Layout.of(state))
+
+    def fits(self, batch: Batch, *, state: bool) -> bool:
+        """Whether all is as it was, but that gradients may lie elsewhere. ``state``: whether that has to be, too.
+
+        State does not change its layout while it is the same tensor at the same address.
+        """
+        gradients = list(map(Tensor.data_ptr, batch.grads))
+        return (
+            self.layout == _layout_of(batch)
+            and self.weights == list(map(Tensor.data_ptr, batch.params))
+            and (self.gradients == gradients or self._gradients_fit(gradients, batch.grads))
+            and (not state or self._state_fits(_state(batch)))
+        )
+
+    def _gradients_fit(self, addresses: list[int], gradients: list[Tensor]) -> bool:
+        """Whether gradients at other addresses are aligned as those before them, and inside their storage."""
+        return all(
+            (a - b) % WIDEST_LOAD == 0 and has_storage(g)
+            for a, b, g in zip(self.gradients, addresses, gradients, strict=True)
+            if a != b
+        )
+
+    def _state_fits(self, state: list[Tensor]) -> bool:
+        same = self.state == list(map(Tensor.data_ptr, state))
+        return same and (are_same(self.tensors, state) or self.state_layout == _Layout.of(state))
+
+
+def _state(batch: Batch) -> list[Tensor]:
+    return list(chain(*batch.moments, batch.steps, batch.seeds, batch.remainders))
+
+
+def _layout_of(batch: Batch) -> _Layout:
+    """The layout of a batch's weights and gradients, looked up once in a batch."""
+    if "layout" not in batch.notes:
+        batch.notes["layout"] = _Layout.of([*batch.params, *batch.grads])
+    layout: _Layout = batch.notes["layout"]
+    return layout
+
+
+def move_gradients(tables: Tables, batch: Batch, addresses: list[int]) -> None:
+    """Uploads new addresses of gradients that lie as those before them."""
+    present = [0 if g is ABSENT else address for g, address in zip(batch.grads, addresses, strict=True)]
+    tables.places[:, ADDRESSES.index("g")] = torch.tensor(present, dtype=torch.int64, device="cpu")
+    tables.upload(tables.addresses, tables.places)
+
+
+def table_of(bucket: Members) -> Tensor:
+    """A bucket's table with two columns more: a member's tiles, and those of one of its rows."""
+    return torch.cat([bucket.table, tiles_of(bucket.table)[:, None], _segments(bucket.table)[:, None]], dim=1)
+
+
+def _segments(table: Tensor) -> Tensor:
+    """The number of tiles of a row of each parameter of a bucket's table."""
+    cols, tile_cols = (table[:, COLUMNS.index(name)] for name in ("cols", "tile_cols"))
+    return (cols + tile_cols - 1) // tile_cols
+
+
+def tiles_of(table: Tensor) -> Tensor:
+    """The number of tiles of each parameter of a bucket's table."""
+    rows, tile_rows = (table[:, COLUMNS.index(name)] for name in ("rows", "tile_rows"))
+    return (rows + tile_rows - 1) // tile_rows * _segments(table)
+
+
+def parts_of(bucket: Members) -> Tensor:
+    """Where every member's parts of ``bucket.shared`` lie, for the kernels; nothing where nobody shares it."""
+    shared, table = bucket.shared, bucket.table
+    parts = torch.empty(0 if shared is None else len(table), len(PARTS), dtype=torch.int64, device="cpu")
+    if shared is not None:
+        index = torch.arange(len(table), device="cpu")
+        first_row, sharing = (table[:, COLUMNS.index(name)] for name in ("first_row", "sharing"))
+        roles = (
+            ("need", shared.needs, index),
+            ("shares", shared.shares, index),
+            ("row_shares", shared.rows, first_row),
+            ("verdict", shared.verdicts, index),
+            ("given", shared.row_projections, first_row),
+        )
+        for role, tensor, row in roles:
+            parts[:, PARTS.index(role)] = tensor.data_ptr() + row * tensor.stride(0) * tensor.itemsize
+        split = sharing == Sharing.SPLIT
+        parts[:, PARTS.index("given_step")] = split
+        parts[~split, PARTS.index("given")] = parts[~split, PARTS.index("verdict")] + shared.verdicts.itemsize
+    return parts
+
+
+def collapse(roles: Sequence[Tensor], *, any_order: bool = True) -> tuple[list[int], list[list[int]]]:
+    """The sizes of the dimensions beyond dim 0, and each tensor's strides in them, merged where all tensors allow it.
+
+    The order within a row means nothing to the algorithm as long as all tensors agree on it: where any will do, the
+    first tensor's strides sort the dimensions. A vector is one row.
+    """
+    p = roles[0]
+    dims = [d for d in range(min(p.ndim, 2) // 2, p.ndim) if p.size(d) != 1]
+    if any_order:
+        dims.sort(key=lambda d: -p.stride()[d])
+    sizes: list[int] = []
+    inner: list[list[int]] = [[] for _ in roles]
+    for d in dims:
+        if sizes and all(s[-1] == p.size(d) * t.stride(d) for s, t in zip(inner, roles, strict=True)):
+            sizes[-1] *= p.size(d)
+            for s, t in zip(inner, roles, strict=True):
+                s[-1] = t.stride(d)
+        else:
+            sizes.append(p.size(d))
+            for s, t in zip(inner, roles, strict=True):
+                s.append(t.stride(d))
+    return (sizes, inner) if sizes else ([1], [[1] for _ in roles])
+
+
+def _layout(roles: Sequence[Tensor], inner: list[list[int]]) -> str:
+    p = roles[0]
+    rows, cols = rows_cols(p)
+    if p.numel() == 0:
+        return "aligned"
+    if any(s != [1] or (rows > 1 and t.stride(0) != cols) for s, t in zip(inner, roles, strict=True)):
+        return "strided"
+    at_vectors = all(t.data_ptr() % WIDEST_LOAD == 0 for t in roles)
+    aligned = at_vectors and (p.ndim < 2 or cols % VECTOR == 0)
+    return "aligned" if aligned else "flat"
+
+
+def place(batch: Batch, tables: Tables) -> dict[Kind, list[int]]:
+    """Uploads addresses and strides. Returns the members that have a gradient by the kernel that they need.
+
+    Raises:
+        ValueError: rows that the kernels cannot follow.
+    """
+    addresses, strides = ([[0] * table.size(1) for _ in batch.params] for table in (tables.addresses, tables.strides))
+    members: dict[Kind, list[int]] = {}
+    for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
+        if g is ABSENT:
+            continue
+        moments = [moment[i] for moment in batch.moments]
+        roles = dict(zip(("p", "g", "m", "v"), (p, g, *moments), strict=False))
+        if batch.remainders:
+            roles["r"] = batch.remainders[i]
+        counters = (("step", batch.steps), ("seed", batch.seeds))
+        for role, tensor in (*roles.items(), *((role, counts[i]) for role, counts in counters if counts)):
+            addresses[i][ADDRESSES.index(role)] = tensor.data_ptr()
+        # Noise goes by the element's number in the tensor, wherever it lies.
+        sizes, inner = collapse([*roles.values()], any_order=not batch.seeds)
+        layout = _layout([*roles.values()], inner)
+        if layout == "strided":
+            if len(sizes) > INNER or math.prod(sizes) >= 1 << 31:
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} and strides {p.stride()}, with a gradient of strides "
+                    f"{g.stride()}, lies in memory in a way that the kernels cannot follow: rows of fewer than 2^31 "
+                    f"elements in at most {INNER} dimensions after merging; pass p.contiguous()"
+                )
+            strides[i][0] = sizes[-1]
+            for (role, tensor), steps in zip(roles.items(), inner, strict=True):
+                outer = tensor.stride(0) if tensor.ndim >= 2 else 0
+                first = 1 + (1 + INNER) * ADDRESSES.index(role)
+                strides[i][first : first + 1 + INNER] = [outer, *([0] * (INNER - len(steps))), *steps]
+        state = (moments[0].dtype if moments else p.dtype) if batch.has_state else None
+        members.setdefault((p.dtype, g.dtype, state, layout), []).append(i)
+    tables.places = torch.tensor(addresses, device="cpu")
+    tables.upload(tables.addresses, tables.places)
+    if any(map(any, strides)):
+        tables.upload(tables.strides, torch.tensor(strides, device="cpu"))
+    return members
