@@ -241,6 +241,9 @@ class PlannedSide(Side):
         weights = (torch.randn(shape, generator=self._generator, device=device) for shape in shapes)
         super().__init__(contestant, [w.to(contestant.dtypes.weights).requires_grad_() for w in weights])
 
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.plan or ''}"
+
     @property
     def ours(self) -> bool:
         return self.plan is not None

@@ -133,6 +133,9 @@ class Side:
         self.params = params
         self.optimizer: Any = contestant.make(params)
 
+    def __str__(self) -> str:
+        return f"{self.contestant.optimizer} {self.contestant.backend}"
+
     def step(self, clip: bool) -> None:
         """What is timed."""
         if clip:
@@ -142,7 +145,7 @@ class Side:
     def check_decisions(self, case: Decision) -> None:
         """Of ours: whatever the steps did to the weights, the timed ones were of this case."""
         for p, decision in self.optimizer.decisions().items():
-            assert decision is expected_decision(p, case), (self.contestant, tuple(p.shape), decision)
+            assert decision is expected_decision(p, case), f"{self}: {decision!r} of a weight {tuple(p.shape)}"
 
 
 # What is measured.

@@ -308,10 +308,10 @@ def show(found: dict[str, Any], console: Console) -> None:
 # Result files.
 
 
-def path_of(found: dict[str, Any], folder: Path, suffix: str = "") -> Path:
-    """``<device>-<date>-<commit><suffix>.json``."""
+def path_of(found: dict[str, Any], folder: Path) -> Path:
+    """``<device>-<date>-<commit>.json``, with ``-sharded`` before the dot of what several ranks found."""
     device = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-    return folder / f"{device}-{found['date']}-{found['commit']}{suffix}.json"
+    return folder / f"{device}-{found['date']}-{found['commit']}{'-sharded' * ('ranks' in found)}.json"
 
 
 def write(found: dict[str, Any], path: Path) -> None:

@@ -393,7 +393,7 @@ def main() -> None:
     console = Console(width=report.WIDTH, highlight=False)
     report.show(found, console)
     if arguments.out:
-        path = report.path_of(found, arguments.out, "-sharded")
+        path = report.path_of(found, arguments.out)
         report.write(found, path)
         console.print(f"wrote {path}")
 
