@@ -10,7 +10,7 @@ import torch
 import fused_adamp
 from bench.contestants import CONTESTANTS
 from bench.cpu import Run, side_of
-from bench.harness import ADAM, SGD, Contestant, Dtypes, Side, making
+from bench.harness import ADAM, SGD, Contestant, Dtypes, making
 
 if TYPE_CHECKING:
     from fused_adamp.reference import Decision
