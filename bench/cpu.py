@@ -14,16 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.contestants import CONTESTANTS
-from bench.harness import (
-    Contestant,
-    Side,
-    against_peer,
-    copy_gbps,
-    in_turns,
-    measured,
-    seconds,
-    unavoidable,
-)
+from bench.harness import Contestant, Side, against_peer, copy_gbps, in_turns, measured, seconds, unavoidable
 from bench.workloads import expected_decision, tensors
 from fused_adamp.reference import Decision, decide
 

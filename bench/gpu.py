@@ -28,35 +28,17 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
 import fused_adamp
-from bench import report
-from bench.harness import (
-    ADAM,
-    ROOT,
-    SGD,
-    Contestant,
-    Dtypes,
-    Family,
-    Row,
-    Side,
-    copy_gbps,
-    in_turns,
-    making,
-    measured,
-    our_clip,
-    provenance,
-    ratios,
-    seconds,
-)
-from bench.workloads import WORKLOADS
+from bench import harness, report
+from bench.harness import ADAM, ROOT, SGD, Contestant, Dtypes, Family, Row, Side, making, seconds
+from bench.workloads import WORKLOADS, gradient
 from fused_adamp.backends import device
 from fused_adamp.backends import triton as triton_backend
 from fused_adamp.reference import Decision
@@ -119,28 +101,16 @@ def main() -> int:
     return Session(machine, arguments.minutes, out, arguments.commit).run()
 
 
-# The two machines: a GPU, and the CPU that stands in for it in a dry run.
-
-
-class Machine(Protocol):
-    """Where steps run and what clock times them."""
-
-    device: torch.device
-    dry: bool
-    rounds: int
-    copied: int
-    """Bytes of the tensor that is copied to see what the memory can do."""
-
-    def describe(self) -> dict[str, Any]: ...
-
-    def milliseconds(self, step: Callable[[], object], host_us: float) -> float:
-        """Of one step on the device, from a cold cache; ``host_us`` is about what the call takes on the host."""
-
-    def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
-        """Seconds until the call returns, and until the device is done too; it was idle at the start."""
+# The two machines.
 
 
 class Cuda:
+    """Where steps run and what clock times them.
+
+    Attributes:
+        copied: bytes of the tensor that is copied to see what the memory can do.
+    """
+
     dry = False
     rounds = ROUNDS
     copied = 1 << 30
@@ -159,6 +129,7 @@ class Cuda:
         torch.sum(self._read, dim=0, out=self._sum)
 
     def milliseconds(self, step: Callable[[], object], host_us: float) -> float:
+        """Of one step on the device, from a cold cache; ``host_us`` is about what the call takes on the host."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._cool()
         # The device sleeps, at about 2000 cycles a microsecond, until the host has queued the whole step: what is timed
@@ -171,6 +142,7 @@ class Cuda:
         return float(start.elapsed_time(end))
 
     def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
+        """Seconds until the call returns, and until the device is done too; it was idle at the start."""
         self._cool()
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -181,6 +153,8 @@ class Cuda:
 
 
 class Cpu:
+    """In place of :class:`Cuda` in a dry run."""
+
     dry = True
     rounds = 1
     copied = 1 << 22
@@ -194,6 +168,9 @@ class Cpu:
 
     def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
         return (seconds(step),) * 2
+
+
+Machine = Cuda | Cpu
 
 
 # What is measured.
@@ -252,11 +229,11 @@ class PlannedSide(Side):
         """In place where there are some, so that no address changes."""
         self._generator.manual_seed(1)
         for p in self.params:
-            gradient = _gradient(p.detach(), case, self._generator)
+            grad = gradient(p.detach(), case, self._generator)
             if p.grad is None:
-                p.grad = gradient
+                p.grad = grad
             else:
-                p.grad.copy_(gradient)
+                p.grad.copy_(grad)
 
     def force_plan(self) -> None:
         """To be called before each step: the backend looks whenever it plans, which it does in the first step."""
@@ -271,21 +248,6 @@ class PlannedSide(Side):
         return self.contestant.dtypes.bytes_per_param(moments, split=self.plan == "split", clip_passes=passes)
 
 
-def _gradient(p: Tensor, case: Decision, generator: torch.Generator) -> Tensor:
-    """About 1e-2 large, such that every tensor with two or more dimensions is decided alike."""
-    noise = torch.randn(p.shape, generator=generator, device=p.device).to(p.dtype)
-    if p.ndim >= 2 and case is Decision.NONE:
-        noise = p + 0.5 * noise  # the cosine of a row is about 0.9
-    elif p.ndim >= 2:
-        # Orthogonal without rounding, in any dtype: each pair of a row's elements turned by 90 degrees.
-        rows, even = p.flatten(1), p[0].numel() // 2 * 2
-        turned = torch.zeros_like(rows)
-        turned[:, 0:even:2] = rows[:, 1:even:2]
-        turned[:, 1:even:2] = -rows[:, 0:even:2]
-        noise = turned.view_as(p)
-    return noise * 2**-7
-
-
 def sides_of(field: Field, workload: str, name: str, device: torch.device) -> Iterator[PlannedSide]:
     """The peer first, where it can keep such state, then ours under both plans, then clovaai's."""
     dtypes, shapes = DTYPES[name], list(WORKLOADS[workload].shapes())
@@ -294,7 +256,9 @@ def sides_of(field: Field, workload: str, name: str, device: torch.device) -> It
         contestant = Contestant(f"torch.{field.peer}", "fused", field.family, peer, dtypes=dtypes)
         yield PlannedSide(contestant, None, shapes, device)
     ours = making(getattr(fused_adamp, field.ours), **field.options, **dtypes.options, backend="triton")
-    contestant = Contestant(f"fused_adamp.{field.ours}", "triton", field.family, ours, clip=our_clip, dtypes=dtypes)
+    contestant = Contestant(
+        f"fused_adamp.{field.ours}", "triton", field.family, ours, clip=harness.our_clip, dtypes=dtypes
+    )
     for plan in ("one_pass", "split"):
         yield PlannedSide(contestant, plan, shapes, device)
     if field.ours == "AdamP" and workload in CLOVAAI_MODELS and name == "fp32" and find_spec("adamp"):
@@ -321,7 +285,7 @@ class Session:
             **machine.describe(),
             "triton": _version("triton"),
             "python": sys.version.split()[0],
-            **provenance(commit),
+            **harness.provenance(commit),
             "copy_gbps": None,
             "build": None,
             "tests": None,
@@ -473,7 +437,7 @@ class Session:
         def clock(step: Callable[[], object]) -> float:
             return 1e-3 * self.machine.milliseconds(step, 20)
 
-        self.found["copy_gbps"] = copy_gbps(clock, self.machine.copied, self.machine.device)
+        self.found["copy_gbps"] = harness.copy_gbps(clock, self.machine.copied, self.machine.device)
         self.say(f"copy {self.found['copy_gbps']:.0f} GB/s")
         if find_spec("adamp") is None:
             self.leave_out("clovaai.AdamP", "adamp is missing")
@@ -629,10 +593,10 @@ def race(machine: Machine, sides: Sequence[PlannedSide], clip: bool) -> list[Row
         return machine.milliseconds(partial(side.step, clip), about)
 
     clocks = [partial(clock, side, about) for side, about in zip(sides, host_us, strict=True)]
-    ms = in_turns(clocks, machine.rounds)
+    ms = harness.in_turns(clocks, machine.rounds)
     rows = []
     for i, side in enumerate(sides):
-        row = measured(side, clip, ms[i], side.bytes_per_param(clip))
+        row = harness.measured(side, clip, ms[i], side.bytes_per_param(clip))
         row |= {
             "plan": side.plan,
             "host_us": host_us[i],
@@ -641,7 +605,7 @@ def race(machine: Machine, sides: Sequence[PlannedSide], clip: bool) -> list[Row
             "launches": _launches(side, clip) if side.ours else None,
         }
         if i and sides[0].contestant.backend == "fused":
-            row[side.contestant.family.ratio] = statistics.median(ratios(ms[i], ms[0]))
+            row[side.contestant.family.ratio] = statistics.median(harness.ratios(ms[i], ms[0]))
         rows.append(row)
     return rows
 
@@ -710,8 +674,7 @@ def dram_bytes(output: str) -> dict[str | None, float]:
 
 def _line(row: Row, field: Field) -> str:
     ratio = f", {row[field.family.ratio]:.2f} x {field.peer}" if field.family.ratio in row else ""
-    plan = " ".join(filter(None, (row["plan"], "clip" * row["clip"])))
-    return f"{row['optimizer']} {plan}: {row['ms_p50']:.3f} ms{ratio}"
+    return f"{report.gpu_side(row)}: {row['ms_p50']:.3f} ms{ratio}"
 
 
 def _version(package: str) -> str | None:

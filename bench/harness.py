@@ -205,11 +205,7 @@ def unavoidable(contestant: Contestant, clip: bool) -> int:
 
 
 def against_peer(family: Family, ms: Sequence[float], peer_ms: Sequence[float]) -> Row:
-    return {
-        "peer": family.peer,
-        **spread("peer_ms", peer_ms),
-        family.ratio: statistics.median(ratios(ms, peer_ms)),
-    }
+    return {"peer": family.peer, **spread("peer_ms", peer_ms), family.ratio: statistics.median(ratios(ms, peer_ms))}
 
 
 def copy_gbps(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from bench.harness import Row
 
-__all__ = ["main", "marked", "path_of", "results", "show", "write"]
+__all__ = ["main", "marked", "path_of", "present", "results", "show", "write"]
 
 WIDTH = 160
 """Of the tables: a file or a CI log has no terminal to ask."""
@@ -259,6 +259,10 @@ def machine_line(found: dict[str, Any]) -> str:
     )
 
 
+def gpu_side(row: Row) -> str:
+    return " ".join(filter(None, (row["optimizer"], row["plan"], "clip" * row["clip"])))
+
+
 def gpu_ratio(row: Row) -> float | None:
     """To torch's optimizer, where it can keep such state."""
     return next((row[key] for key in row if key.startswith("ratio_to_")), None)
@@ -277,7 +281,7 @@ def gpu_table(found: dict[str, Any]) -> Table:
             row["workload"],
             row["dtype"],
             row["case"],
-            " ".join(filter(None, (row["optimizer"], row["plan"], "clip" * row["clip"]))),
+            gpu_side(row),
             ms_text(row, digits=3),
             shown(gpu_ratio(row), 2),
             *(shown(row[key], places) for key, places in digits.items()),
@@ -322,6 +326,16 @@ def write(found: dict[str, Any], path: Path) -> None:
     os.replace(unfinished, path)
 
 
+def present(found: dict[str, Any], folder: Path | None) -> None:
+    """On the screen, and where a folder is given, in a file there."""
+    console = Console(width=WIDTH, highlight=False)
+    show(found, console)
+    if folder:
+        path = path_of(found, folder)
+        write(found, path)
+        console.print(f"wrote {path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, help="a result file, or what pytest --benchmark-json wrote")
@@ -330,12 +344,7 @@ def main() -> None:
     found = json.loads(arguments.file.read_text())
     if "benchmarks" in found:
         found = results(found)
-    console = Console(width=WIDTH, highlight=False)
-    show(found, console)
-    if arguments.out:
-        path = path_of(found, arguments.out)
-        write(found, path)
-        console.print(f"wrote {path}")
+    present(found, arguments.out)
 
 
 if __name__ == "__main__":

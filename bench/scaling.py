@@ -11,8 +11,8 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
+from bench.report import table_of
 from bench.workloads import WORKLOADS, llama_layer
 from fused_adamp.batch import ROW_SHARES, SHARES, Sharing
 from fused_adamp.sharded.exchange import _RECORD
@@ -21,6 +21,8 @@ from fused_adamp.sharded.layout import Layout, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from rich.table import Table
 
     from bench.workloads import Shape
 
@@ -342,12 +344,8 @@ def markdown(*, clip: bool = False) -> str:
 
 
 def details(*, clip: bool = False) -> Table:
-    table = Table(title=f"A step of AdamP{' that clips' * clip}, float32")
-    for name in ("model", "layout"):
-        table.add_column(name, no_wrap=True)
-    for name in ("GPUs", "collectives", "rows", "packed", "ring sends", "tree sends", "tables", "exchange", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("share", justify="right")
+    heads = "GPUs", "collectives", "rows", "packed", "ring sends", "tree sends", "tables", "exchange", "memory", "share"
+    table = table_of(f"A step of AdamP{' that clips' * clip}, float32", ("model", "layout"), heads)
     for model in MODELS:
         weights = list(MODELS[model].weights())
         for mesh in dict.fromkeys(mesh for row in meshes(model) for mesh in row if mesh is not None):

@@ -390,12 +390,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(join, (folder, workload, rounds), nprocs=RANKS)
         found = json.loads(Path(folder, "found.json").read_text())
-    console = Console(width=report.WIDTH, highlight=False)
-    report.show(found, console)
-    if arguments.out:
-        path = report.path_of(found, arguments.out)
-        report.write(found, path)
-        console.print(f"wrote {path}")
+    report.present(found, arguments.out)
 
 
 if __name__ == "__main__":
