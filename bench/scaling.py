@@ -374,7 +374,7 @@ def main() -> None:
     if arguments.markdown:
         print(markdown(clip=arguments.clip), end="")
     else:
-        Console(width=170, highlight=False).print(details(clip=arguments.clip))
+        Console(width=200, highlight=False).print(details(clip=arguments.clip))
 
 
 if __name__ == "__main__":
