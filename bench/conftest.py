@@ -1,10 +1,10 @@
-"""Command-line options of the benchmarks, and the machine they ran on."""
+"""Command-line options of bench/cpu.py, and the machine it ran on."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bench.report import torch_info
+from bench.harness import environment
 from bench.workloads import WORKLOADS
 
 if TYPE_CHECKING:
@@ -33,4 +33,4 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    machine_info.update(torch_info())
+    machine_info["environment"] = environment(machine_info["cpu"])

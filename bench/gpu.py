@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import gc
-import json
 import os
-import re
 import shutil
 import signal
 import statistics
@@ -31,17 +28,17 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
-from torch import Tensor
 
 import fused_adamp
-from bench.workloads import WORKLOADS, expected_decision
+from bench import harness, report
+from bench.harness import ADAM, ROOT, SGD, Contestant, Dtypes, Family, Row, Side, making, seconds
+from bench.workloads import WORKLOADS, gradient
 from fused_adamp.backends import jobs
 from fused_adamp.backends import triton as triton_backend
 from fused_adamp.reference import Decision
@@ -49,11 +46,8 @@ from fused_adamp.reference import Decision
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch.optim import Optimizer
-
 __all__ = ["main"]
 
-ROOT = Path(__file__).parent.parent
 MODELS = ("resnet50", "vit_b16", "gpt2", "llama_1b", "llama_8b_layer")
 CLOVAAI_MODELS = ("resnet50", "gpt2", "dry_run")
 """clovaai's step takes some thirty launches per tensor: two models show what is to be shown."""
@@ -65,8 +59,6 @@ ROUNDS = 30
 HOST_ROUNDS = 10
 FLUSH_BYTES = 256 << 20
 """Written, and as many read, before every timed step: several times the largest L2."""
-MAX_NORM = 1e30
-"""Of gradient clipping: never reached, so that gradients stay as they are; clipping costs the same."""
 
 BUILD_SHARE, TESTS_SHARE, PROFILE_SHARE = 0.2, 0.45, 0.15
 """Of all minutes, at most; the benchmark takes what the build and the tests leave, less what the profile needs."""
@@ -77,8 +69,7 @@ GRACE_SECONDS = 30.0
 FAILED_TESTS = 20
 """As many of them, at most, are in the results with the end of their tracebacks; the log has all."""
 
-console = Console(width=160, highlight=False)
-Row = dict[str, Any]
+console = Console(width=report.WIDTH, highlight=False)
 
 
 def main() -> int:
@@ -110,30 +101,19 @@ def main() -> int:
     return Session(machine, arguments.minutes, out, arguments.commit).run()
 
 
-# The two machines: a GPU, and the CPU that stands in for it in a dry run.
-
-
-class Machine(Protocol):
-    """Where steps run and what clock times them."""
-
-    device: torch.device
-    dry: bool
-    rounds: int
-
-    def describe(self) -> dict[str, Any]: ...
-
-    def milliseconds(self, step: Callable[[], object], host_us: float) -> float:
-        """Of one step on the device, from a cold cache; ``host_us`` is about what the call takes on the host."""
-
-    def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
-        """Seconds until the call returns, and until the device is done too; it was idle at the start."""
-
-    def copy_gbps(self) -> float: ...
+# The two machines.
 
 
 class Cuda:
+    """Where steps run and what clock times them.
+
+    Attributes:
+        copied: bytes of the tensor that is copied to see what the memory can do.
+    """
+
     dry = False
     rounds = ROUNDS
+    copied = 1 << 30
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -149,6 +129,7 @@ class Cuda:
         torch.sum(self._read, dim=0, out=self._sum)
 
     def milliseconds(self, step: Callable[[], object], host_us: float) -> float:
+        """Of one step on the device, from a cold cache; ``host_us`` is about what the call takes on the host."""
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         self._cool()
         # The device sleeps, at about 2000 cycles a microsecond, until the host has queued the whole step: what is timed
@@ -161,6 +142,7 @@ class Cuda:
         return float(start.elapsed_time(end))
 
     def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
+        """Seconds until the call returns, and until the device is done too; it was idle at the start."""
         self._cool()
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -169,16 +151,13 @@ class Cuda:
         torch.cuda.synchronize()
         return returned - start, time.perf_counter() - start
 
-    def copy_gbps(self) -> float:
-        source = torch.ones(1 << 30, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        copies = [self.milliseconds(partial(target.copy_, source), 20) for _ in range(10)]
-        return 2 * source.nbytes / statistics.median(copies) / 1e6
-
 
 class Cpu:
+    """In place of :class:`Cuda` in a dry run."""
+
     dry = True
     rounds = 1
+    copied = 1 << 22
     device = torch.device("cpu")
 
     def describe(self) -> dict[str, Any]:
@@ -188,90 +167,59 @@ class Cpu:
         return 1e3 * self.host_and_wall(step)[1]
 
     def host_and_wall(self, step: Callable[[], object]) -> tuple[float, float]:
-        start = time.perf_counter()
-        step()
-        return (time.perf_counter() - start,) * 2
+        return (seconds(step),) * 2
 
-    def copy_gbps(self) -> float:
-        source = torch.ones(1 << 20)
-        return 2 * source.nbytes / self.milliseconds(source.clone, 0) / 1e6
+
+Machine = Cuda | Cpu
 
 
 # What is measured.
 
 
-class Dtypes(NamedTuple):
-    """Weights and gradients of one dtype, state of another (None: the default one), and how bfloat16 is kept."""
-
-    name: str
-    weights: torch.dtype
-    state: torch.dtype | None = None
-    rounding: str = "nearest"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of our optimizers."""
-        return {"state_dtype": self.state, "rounding": self.rounding}
-
-
 # Those that torch's optimizers have no match for come last: time may run out.
-DTYPES = (
-    Dtypes("fp32", torch.float32),
-    Dtypes("bf16_fp32_state", torch.bfloat16, torch.float32),
-    Dtypes("bf16", torch.bfloat16),
-    Dtypes("bf16_remainder", torch.bfloat16, torch.float32, "remainder"),
-    Dtypes("bf16_stochastic", torch.bfloat16, None, "stochastic"),
-)
+DTYPES = {
+    "fp32": Dtypes(torch.float32),
+    "bf16_fp32_state": Dtypes(torch.bfloat16, torch.float32),
+    "bf16": Dtypes(torch.bfloat16),
+    "bf16_remainder": Dtypes(torch.bfloat16, torch.float32, "remainder"),
+    "bf16_stochastic": Dtypes(torch.bfloat16, None, "stochastic"),
+}
 
 
-class Family(NamedTuple):
-    """Optimizers with the same moments, and torch's that they are compared with."""
+class Field(NamedTuple):
+    """Ours and torch's optimizer that are compared, what both are given, and the decisions they are timed with."""
 
-    name: str
+    family: Family
     ours: str
     peer: str
-    moments: int
     options: dict[str, float]
     cases: tuple[Decision, ...]
 
-    @property
-    def ratio(self) -> str:
-        """The key of a row's time over the peer's."""
-        return f"ratio_to_{self.peer.lower()}_fused"
 
-
-# So small a learning rate that no step of a run changes what the cosine test says; the time does not depend on it.
-OPTIONS = {"lr": 1e-8, "weight_decay": 1e-2}
-FAMILIES = (
-    Family("adam", "AdamP", "AdamW", 2, OPTIONS, (Decision.NONE, Decision.CHANNEL)),
-    Family("sgd", "SGDP", "SGD", 1, OPTIONS | {"momentum": 0.9}, (Decision.NONE,)),
+FIELDS = (
+    Field(ADAM, "AdamP", "AdamW", {}, (Decision.NONE, Decision.CHANNEL)),
+    Field(SGD, "SGDP", "SGD", {"momentum": 0.9}, (Decision.NONE,)),
 )
 
 
-class Side:
-    """One optimizer with weights, gradients and state of its own, so that those compared share no cache line.
+class PlannedSide(Side):
+    """A side on the device that may be told its plan.
 
     Attributes:
-        optimizer, backend, plan: as the results name them; ``plan`` is None for what is not ours.
+        plan: None for what is not ours.
         params: N(0, 1), the same on every side.
     """
 
     def __init__(
-        self,
-        name: str,
-        backend: str,
-        plan: str | None,
-        make: Callable[[list[Tensor]], Optimizer],
-        shapes: Sequence[tuple[int, ...]],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, contestant: Contestant, plan: str | None, shapes: Sequence[tuple[int, ...]], device: torch.device
     ) -> None:
-        self.name, self.backend, self.plan = name, backend, plan
-        generator = torch.Generator(device).manual_seed(0)
-        weights = (torch.randn(shape, generator=generator, device=device) for shape in shapes)
-        self.params = [w.to(dtype).requires_grad_() for w in weights]
-        self.optimizer = make(self.params)
-        self._generator = generator
+        self.plan = plan
+        self._generator = torch.Generator(device).manual_seed(0)
+        weights = (torch.randn(shape, generator=self._generator, device=device) for shape in shapes)
+        super().__init__(contestant, [w.to(contestant.dtypes.weights).requires_grad_() for w in weights])
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.plan or ''}"
 
     @property
     def ours(self) -> bool:
@@ -281,75 +229,43 @@ class Side:
         """In place where there are some, so that no address changes."""
         self._generator.manual_seed(1)
         for p in self.params:
-            gradient = _gradient(p.detach(), case, self._generator)
+            grad = gradient(p.detach(), case, self._generator)
             if p.grad is None:
-                p.grad = gradient
+                p.grad = grad
             else:
-                p.grad.copy_(gradient)
+                p.grad.copy_(grad)
 
     def force_plan(self) -> None:
         """To be called before each step: the backend looks whenever it plans, which it does in the first step."""
         os.environ[jobs.PLAN] = self.plan or ""
 
-    def step(self, clip: bool) -> None:
-        if clip and self.ours:
-            self.optimizer.clip_grad_norm_(MAX_NORM)  # type: ignore[attr-defined]
-        elif clip:
-            torch.nn.utils.clip_grad_norm_(self.params, MAX_NORM)
-        self.optimizer.step()
-
-    def bytes_per_param(self, dtypes: Dtypes, clip: bool, moments: int) -> int | None:
-        """Bytes that a step reads and writes per parameter, caches aside.
-
-            g p and moments + p and moments: 28 for two moments, 20 for one, all float32; a remainder is part of p
-            split: g p once more, to measure before the update: 36 and 28
-            torch's clipping: g, then g in place: 12 more; ours: g, 4 more
-
-        None where it was not counted: of clovaai's code, which steps tensor by tensor, operation by operation.
-        """
-        if not self.ours and self.backend != "fused":
+    def bytes_per_param(self, clip: bool) -> int | None:
+        """None where they were not counted: of clovaai's code, which steps operation by operation."""
+        if not self.ours and self.contestant.backend != "fused":
             return None
-        g = dtypes.weights.itemsize
-        p = g + (2 if dtypes.rounding == "remainder" else 0)
-        state = (dtypes.state or dtypes.weights).itemsize
-        extra = g + p if self.plan == "split" else 0
-        if clip:
-            extra += g if self.ours else 3 * g
-        return g + 2 * p + 2 * moments * state + extra
+        passes = (1 if self.ours else 3) * clip
+        moments = self.contestant.family.moments
+        return self.contestant.dtypes.bytes_per_param(moments, split=self.plan == "split", clip_passes=passes)
 
 
-def _gradient(p: Tensor, case: Decision, generator: torch.Generator) -> Tensor:
-    """About 1e-2 large, such that every tensor with two or more dimensions is decided alike."""
-    noise = torch.randn(p.shape, generator=generator, device=p.device).to(p.dtype)
-    if p.ndim >= 2 and case is Decision.NONE:
-        noise = p + 0.5 * noise  # the cosine of a row is about 0.9
-    elif p.ndim >= 2:
-        # Orthogonal without rounding, in any dtype: each pair of a row's elements turned by 90 degrees.
-        rows, even = p.flatten(1), p[0].numel() // 2 * 2
-        turned = torch.zeros_like(rows)
-        turned[:, 0:even:2] = rows[:, 1:even:2]
-        turned[:, 1:even:2] = -rows[:, 0:even:2]
-        noise = turned.view_as(p)
-    return noise * 2**-7
-
-
-def shapes_of(workload: str) -> list[tuple[int, ...]]:
-    return list(WORKLOADS[workload].shapes())
-
-
-def sides_of(family: Family, workload: str, dtypes: Dtypes, device: torch.device) -> Iterator[Side]:
+def sides_of(field: Field, workload: str, name: str, device: torch.device) -> Iterator[PlannedSide]:
     """The peer first, where it can keep such state, then ours under both plans, then clovaai's."""
-    place = (shapes_of(workload), dtypes.weights, device)
+    dtypes, shapes = DTYPES[name], list(WORKLOADS[workload].shapes())
     if dtypes.state is None:  # torch's fused optimizers keep state in the weights' dtype only
-        peer = partial(getattr(torch.optim, family.peer), **family.options, fused=True)
-        yield Side(f"torch.{family.peer}", "fused", None, peer, *place)
-    ours = partial(getattr(fused_adamp, family.ours), **family.options, **dtypes.options, backend="triton")
+        peer = making(getattr(torch.optim, field.peer), **field.options, fused=True)
+        contestant = Contestant(f"torch.{field.peer}", "fused", field.family, peer, dtypes=dtypes)
+        yield PlannedSide(contestant, None, shapes, device)
+    ours = making(getattr(fused_adamp, field.ours), **field.options, **dtypes.options, backend="triton")
+    contestant = Contestant(
+        f"fused_adamp.{field.ours}", "triton", field.family, ours, clip=harness.our_clip, dtypes=dtypes
+    )
     for plan in ("one_pass", "split"):
-        yield Side(f"fused_adamp.{family.ours}", "triton", plan, ours, *place)
-    if family.name == "adam" and workload in CLOVAAI_MODELS and dtypes.name == "fp32" and find_spec("adamp"):
+        yield PlannedSide(contestant, plan, shapes, device)
+    if field.ours == "AdamP" and workload in CLOVAAI_MODELS and name == "fp32" and find_spec("adamp"):
         import adamp
 
-        yield Side("clovaai.AdamP", "forloop", None, partial(adamp.AdamP, **family.options), *place)
+        contestant = Contestant("clovaai.AdamP", "forloop", field.family, making(adamp.AdamP, **field.options))
+        yield PlannedSide(contestant, None, shapes, device)
 
 
 class Session:
@@ -367,12 +283,9 @@ class Session:
         self._children: list[subprocess.Popen[bytes]] = []
         self.found: dict[str, Any] = {
             **machine.describe(),
-            "torch": torch.__version__,
             "triton": _version("triton"),
             "python": sys.version.split()[0],
-            "commit": commit or _git("rev-parse", "--short=7", "HEAD") or "unknown",
-            "uncommitted_changes": None if (status := _git("status", "--porcelain")) is None else bool(status),
-            "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+            **harness.provenance(commit),
             "copy_gbps": None,
             "build": None,
             "tests": None,
@@ -381,9 +294,8 @@ class Session:
             "failures": [],
             "rows": [],
         }
+        self._path = report.path_of(self.found, out)
         out.mkdir(parents=True, exist_ok=True)
-        device = re.sub(r"[^a-z0-9]+", "-", self.found["device"].lower()).strip("-")
-        self._path = out / f"{device}-{self.found['date']}-{self.found['commit']}.json"
 
     def run(self) -> int:
         console.print(
@@ -429,11 +341,8 @@ class Session:
         self.say(f"[yellow]left out[/] {escape(f'{what}: {why}')}")
 
     def write(self) -> None:
-        """Whole or not at all, so that a process that is killed leaves what it had found."""
-        unfinished = self._path.with_suffix(".part")
         with self._writing:
-            unfinished.write_text(json.dumps(self.found, indent=1) + "\n")
-            os.replace(unfinished, self._path)
+            report.write(self.found, self._path)
 
     def _give_up(self) -> None:
         self.fail("time", f"not done after {self._seconds:.0f} s: something hangs; the rest is left out")
@@ -525,45 +434,49 @@ class Session:
             self.fail("tests", output)
 
     def benchmark(self) -> None:
-        self.found["copy_gbps"] = self.machine.copy_gbps()
+        def clock(step: Callable[[], object]) -> float:
+            return 1e-3 * self.machine.milliseconds(step, 20)
+
+        self.found["copy_gbps"] = harness.copy_gbps(clock, self.machine.copied, self.machine.device)
         self.say(f"copy {self.found['copy_gbps']:.0f} GB/s")
         if find_spec("adamp") is None:
             self.leave_out("clovaai.AdamP", "adamp is missing")
         reserve = 0 if self.machine.dry or not shutil.which("ncu") else PROFILE_SHARE * self._seconds
-        for dtypes in DTYPES:
+        for name in DTYPES:
             for workload in ("dry_run",) if self.machine.dry else MODELS:
-                for family in FAMILIES[: 1 if self._brief(dtypes) else None]:
-                    what = f"{workload} {dtypes.name} {family.ours}"
+                for field in FIELDS[: 1 if self._brief(name) else None]:
+                    what = f"{workload} {name} {field.ours}"
                     if self.left() - reserve < GROUP_SECONDS:
                         self.leave_out(what, "no time left")
                         continue
-                    self._measured(what, family, workload, dtypes)
+                    self._measured(what, field, workload, name)
                     self.write()
                     gc.collect()
                     if self.machine.device.type == "cuda":
                         torch.cuda.empty_cache()
 
-    def _brief(self, dtypes: Dtypes) -> bool:
+    def _brief(self, dtypes: str) -> bool:
         """Whether one row a plan will do: the interpreter takes a third of a second for each step."""
-        return self.machine.dry and dtypes is not DTYPES[0]
+        return self.machine.dry and dtypes != "fp32"
 
-    def _measured(self, what: str, family: Family, workload: str, dtypes: Dtypes) -> None:
+    def _measured(self, what: str, field: Field, workload: str, dtypes: str) -> None:
         """The rows of a group, or why there are none."""
         try:
-            sides = list(sides_of(family, workload, dtypes, self.machine.device))
-            for case in family.cases[: 1 if self._brief(dtypes) else None]:
+            sides = list(sides_of(field, workload, dtypes, self.machine.device))
+            for case in field.cases[: 1 if self._brief(dtypes) else None]:
                 for side in sides:
                     side.set_gradients(case)
-                measured = []
+                rows = []
                 # What clipping costs does not depend on the case.
                 for clip in (False, True) if case is Decision.NONE and not self._brief(dtypes) else (False,):
-                    rows = race(self.machine, sides, family, dtypes, clip)
-                    about = {"workload": workload, "params": WORKLOADS[workload].params, "dtype": dtypes.name}
-                    measured += [about | {"case": case.name.lower()} | row for row in rows]
-                    for row in rows:
-                        self.say(f"{workload} {dtypes.name} {case.name.lower()} {_line(row, family)}")
-                _check_decisions(sides, case)
-                self.found["rows"] += measured
+                    about = {"workload": workload, "dtype": dtypes, "case": case.name.lower()}
+                    for row in race(self.machine, sides, clip):
+                        rows.append(about | row)
+                        self.say(f"{workload} {dtypes} {about['case']} {_line(row, field)}")
+                for side in sides:
+                    if side.ours:
+                        side.check_decisions(case)
+                self.found["rows"] += rows
         except torch.cuda.OutOfMemoryError:
             self.leave_out(what, "out of GPU memory")
         except Exception as error:
@@ -573,7 +486,7 @@ class Session:
         """DRAM traffic as ncu counts it, into the rows it belongs to."""
         ncu = shutil.which("ncu")
         if self.machine.dry:
-            status, output = self.call(_steps_only("dry_run", "fp32", "adam", dry=True), self.left())
+            status, output = self.call(_steps_only("dry_run", "fp32", "AdamP", dry=True), self.left())
             if status != 0:
                 self.fail("profile", output)
             self.leave_out("DRAM traffic", "a dry run has no GPU")
@@ -586,12 +499,12 @@ class Session:
             options = ["--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"]
             options += ["--csv", "--print-units", "base"]
             for workload, dtype in PROFILED:
-                for family in FAMILIES:
-                    what = f"DRAM traffic of {workload} {dtype} {family.ours}"
+                for field in FIELDS:
+                    what = f"DRAM traffic of {workload} {dtype} {field.ours}"
                     if self.left() < 2 * GROUP_SECONDS:
                         self.leave_out(what, "no time left")
                         continue
-                    command = [ncu, "--metrics", metrics, *options, *_steps_only(workload, dtype, family.name)]
+                    command = [ncu, "--metrics", metrics, *options, *_steps_only(workload, dtype, field.ours)]
                     status, output = self.call(command, self.left() - GROUP_SECONDS)
                     counted = dram_bytes(output) if status == 0 else {}
                     if not counted:
@@ -600,11 +513,11 @@ class Session:
                         )
                         if status is not None:
                             return  # nor will it the next time
-                    self._put(workload, dtype, family, counted)
+                    self._put(workload, dtype, field, counted)
 
-    def _put(self, workload: str, dtype: str, family: Family, counted: dict[str | None, float]) -> None:
+    def _put(self, workload: str, dtype: str, field: Field, counted: dict[str | None, float]) -> None:
         wanted = {"workload": workload, "dtype": dtype, "case": "none", "clip": False}
-        names = {f"fused_adamp.{family.ours}", f"torch.{family.peer}"}
+        names = {f"fused_adamp.{field.ours}", f"torch.{field.peer}"}
         for row in self.found["rows"]:
             if wanted.items() <= row.items() and row["optimizer"] in names and row["plan"] in counted:
                 row["dram_bytes_per_param"] = counted[row["plan"]] / row["params"]
@@ -640,7 +553,7 @@ class Session:
             }
             at = [groups.index(group) + width * (number + 0.5) - 0.4 for group in mine]
             label = f"{optimizer}, {plan}"
-            ratios.bar(at, [_ratio(row) or float("nan") for row in mine.values()], width, label=label)
+            ratios.bar(at, [report.gpu_ratio(row) or float("nan") for row in mine.values()], width, label=label)
             bandwidth.bar(at, [row["gbps"] for row in mine.values()], width, label=label)
         ratios.axhline(1, color="black", linewidth=1)
         ratios.set_ylabel("GPU time / torch's fused optimizer")
@@ -655,35 +568,15 @@ class Session:
         pyplot.close(figure)
 
     def summary(self) -> None:
-        table = Table(title=f"{self.found['device']}: copy {self.found['copy_gbps'] or 0:.0f} GB/s")
-        for name in ("workload", "dtype", "case", "optimizer"):
-            table.add_column(name, no_wrap=True)
-        for name in ("ms p50 (p20-p80)", "ratio", "GB/s", "B/param", "DRAM", "host us", "wall ms", "launches"):
-            table.add_column(name, justify="right", no_wrap=True)
-        for row in self.found["rows"]:
-            optimizer = " ".join(filter(None, (row["optimizer"], row["plan"], "clip" * row["clip"])))
-            spread = f"{row['ms_p50']:.3f} ({row['ms_p20']:.3f}-{row['ms_p80']:.3f})"
-            numbers = (_ratio(row), row["gbps"], row["bytes_per_param"], row["dram_bytes_per_param"], row["host_us"])
-            shown = (_shown(number, digits) for number, digits in zip(numbers, (2, 0, 0, 1, 0), strict=True))
-            table.add_row(
-                row["workload"], row["dtype"], row["case"], optimizer, spread, *shown, _shown(row["wall_ms"], 3),
-                _shown(row["launches"], 0),
-            )  # fmt: skip
-        console.print(table)
-        console.print(f"tests: {self.found['tests'] or 'not run'}")
-        for kind, colour in (("left_out", "yellow"), ("failures", "red")):
-            for entry in self.found[kind]:
-                text = entry["why"].strip().rpartition("\n")[2]
-                console.print(f"[{colour}]{kind.replace('_', ' ')}[/]: {escape(entry['what'])}:", end=" ")
-                console.print(text, markup=False)
+        report.show(self.found, console)
         console.print(f"wrote {self._path}; {time.monotonic() - self._begin:.0f} s")
 
 
 # Measuring.
 
 
-def race(machine: Machine, sides: Sequence[Side], family: Family, dtypes: Dtypes, clip: bool) -> list[Row]:
-    """One row per side. They step in turns, so that whatever else the machine does disturbs all of them."""
+def race(machine: Machine, sides: Sequence[PlannedSide], clip: bool) -> list[Row]:
+    """One row per side, the peer's first if there is one."""
     for side in sides:
         for _ in range(1 if machine.dry else WARMUP):
             side.force_plan()
@@ -694,38 +587,30 @@ def race(machine: Machine, sides: Sequence[Side], family: Family, dtypes: Dtypes
         rounds = range(1 if machine.dry else HOST_ROUNDS)
         host.append([machine.host_and_wall(partial(side.step, clip)) for _ in rounds])
     host_us = [1e6 * statistics.median(called for called, _ in times) for times in host]
-    ms: list[list[float]] = [[] for _ in sides]
-    for _ in range(machine.rounds):
-        for side, about, times in zip(sides, host_us, ms, strict=True):
-            side.force_plan()
-            times.append(machine.milliseconds(partial(side.step, clip), about))
+
+    def clock(side: PlannedSide, about: float) -> float:
+        side.force_plan()
+        return machine.milliseconds(partial(side.step, clip), about)
+
+    clocks = [partial(clock, side, about) for side, about in zip(sides, host_us, strict=True)]
+    ms = harness.in_turns(clocks, machine.rounds)
     rows = []
     for i, side in enumerate(sides):
-        p20, p50, p80 = _percentiles(ms[i])
-        moved = side.bytes_per_param(dtypes, clip, family.moments)
-        row = {
-            "optimizer": side.name,
-            "backend": side.backend,
+        row = harness.measured(side, clip, ms[i], side.bytes_per_param(clip))
+        row |= {
             "plan": side.plan,
-            "clip": clip,
-            "rounds": machine.rounds,
-            "ms_p20": p20,
-            "ms_p50": p50,
-            "ms_p80": p80,
             "host_us": host_us[i],
             "wall_ms": 1e3 * statistics.median(done for _, done in host[i]),
-            "bytes_per_param": moved,
-            "gbps": moved * sum(p.numel() for p in side.params) / p50 / 1e6 if moved else None,
             "dram_bytes_per_param": None,
             "launches": _launches(side, clip) if side.ours else None,
         }
-        if side is not sides[0] and sides[0].backend == "fused":
-            row[family.ratio] = statistics.median(map(float.__truediv__, ms[i], ms[0]))
+        if i and sides[0].contestant.backend == "fused":
+            row[side.contestant.family.ratio] = statistics.median(harness.ratios(ms[i], ms[0]))
         rows.append(row)
     return rows
 
 
-def _launches(side: Side, clip: bool) -> int:
+def _launches(side: PlannedSide, clip: bool) -> int:
     """Kernels of ours that one step launches."""
     launched = 0
 
@@ -741,35 +626,19 @@ def _launches(side: Side, clip: bool) -> int:
     return launched
 
 
-def _check_decisions(sides: Sequence[Side], case: Decision) -> None:
-    """Whatever the steps did to the weights, the timed ones were of this case."""
-    for side in sides:
-        if side.ours:
-            for p, decision in side.optimizer.decisions().items():  # type: ignore[attr-defined]
-                assert decision is expected_decision(p, case), (side.name, side.plan, tuple(p.shape), decision)
-
-
-def _percentiles(times: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th."""
-    if len(times) == 1:
-        return times[0], times[0], times[0]
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return deciles[1], deciles[4], deciles[7]
-
-
 # DRAM traffic: this module again, under ncu.
 
 
-def _steps_only(workload: str, dtype: str, family: str, dry: bool = False) -> list[str]:
+def _steps_only(workload: str, dtypes: str, ours: str, dry: bool = False) -> list[str]:
     dry_run = ["--dry-run"] if dry else []
-    return [sys.executable, "-m", "bench.gpu", *dry_run, "--steps-only", workload, dtype, family]
+    return [sys.executable, "-m", "bench.gpu", *dry_run, "--steps-only", workload, dtypes, ours]
 
 
-def step_each(machine: Machine, workload: str, dtype: str, family_name: str) -> None:
+def step_each(machine: Machine, workload: str, dtypes: str, ours: str) -> None:
     """Steps torch's optimizer and ours under both plans; ncu looks at the last step of each."""
-    (family,) = (family for family in FAMILIES if family.name == family_name)
-    (dtypes,) = (dtypes for dtypes in DTYPES if dtypes.name == dtype)
-    sides = [side for side in sides_of(family, workload, dtypes, machine.device) if side.backend != "forloop"]
+    (field,) = (field for field in FIELDS if field.ours == ours)
+    sides = list(sides_of(field, workload, dtypes, machine.device))
+    sides = [side for side in sides if side.contestant.backend != "forloop"]
     for side in sides:
         side.set_gradients(Decision.NONE)
         side.force_plan()
@@ -803,32 +672,13 @@ def dram_bytes(output: str) -> dict[str | None, float]:
 # Odds and ends.
 
 
-def _ratio(row: Row) -> float | None:
-    return next((row[key] for key in row if key.startswith("ratio_to_")), None)
-
-
-def _line(row: Row, family: Family) -> str:
-    ratio = f", {row[family.ratio]:.2f} x {family.peer}" if family.ratio in row else ""
-    plan = " ".join(filter(None, (row["plan"], "clip" * row["clip"])))
-    return f"{row['optimizer']} {plan}: {row['ms_p50']:.3f} ms{ratio}"
-
-
-def _shown(number: float | None, digits: int) -> str:
-    return "-" if number is None else f"{number:.{digits}f}"
+def _line(row: Row, field: Field) -> str:
+    ratio = f", {row[field.family.ratio]:.2f} x {field.peer}" if field.family.ratio in row else ""
+    return f"{report.gpu_side(row)}: {row['ms_p50']:.3f} ms{ratio}"
 
 
 def _version(package: str) -> str | None:
     return __import__(package).__version__ if find_spec(package) else None
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says of the checkout, None if there is none; of a repository around it, it says nothing."""
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(ROOT.parent)}
-    try:
-        run = subprocess.run(["git", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return run.stdout.strip()
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:

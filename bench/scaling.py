@@ -12,8 +12,8 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
 
+from bench.report import table_of
 from bench.workloads import WORKLOADS, llama_layer
 from fused_adamp.batch import ROW_SHARES, SHARES, Sharing
 from fused_adamp.sharded.exchange import _RECORD
@@ -22,6 +22,8 @@ from fused_adamp.sharded.layout import Layout, schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from rich.table import Table
 
     from bench.workloads import Shape
 
@@ -343,12 +345,8 @@ def markdown(*, clip: bool = False) -> str:
 
 
 def details(*, clip: bool = False) -> Table:
-    table = Table(title=f"A step of AdamP{' that clips' * clip}, float32")
-    for name in ("model", "layout"):
-        table.add_column(name, no_wrap=True)
-    for name in ("GPUs", "collectives", "rows", "packed", "ring sends", "tree sends", "tables", "exchange", "memory"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("share", justify="right")
+    heads = "GPUs", "collectives", "rows", "packed", "ring sends", "tree sends", "tables", "exchange", "memory", "share"
+    table = table_of(f"A step of AdamP{' that clips' * clip}, float32", ("model", "layout"), heads)
     for model in MODELS:
         weights = list(MODELS[model].weights())
         for mesh in dict.fromkeys(mesh for row in meshes(model) for mesh in row if mesh is not None):
@@ -377,7 +375,7 @@ def main() -> None:
     if arguments.markdown:
         print(markdown(clip=arguments.clip), end="")
     else:
-        Console(width=170, highlight=False).print(details(clip=arguments.clip))
+        Console(width=200, highlight=False).print(details(clip=arguments.clip))
 
 
 if __name__ == "__main__":

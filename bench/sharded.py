@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
-from pytest_benchmark.utils import get_commit_info
 from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,29 +31,15 @@ from torch.nn.functional import cosine_similarity
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.contestants import ADAM, CONTESTANTS, SGD, Contestant
-from bench.report import (
-    DISTURBED_LINE,
-    PEERS,
-    Measured,
-    Row,
-    Target,
-    environment,
-    machine_line,
-    marked,
-    ratio,
-    table_of,
-    target_table,
-    torch_info,
-    write,
-)
-from bench.workloads import WORKLOADS, expected_decision, tensors
+from bench import harness, report
+from bench.contestants import CONTESTANTS
+from bench.harness import ADAM, LR, SGD, Contestant, Row, making, ratios, seconds, spread
+from bench.workloads import WORKLOADS, tensors
 from fused_adamp.reference import Decision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from rich.table import Table
     from torch.distributed import DeviceMesh
 
 __all__ = ["main"]
@@ -68,8 +53,6 @@ SMOKE_ROUNDS = 2
 COUNTED = 3
 """Steps whose collectives are counted and timed, apart from the timed rounds."""
 
-LR = 1e-8
-"""Of the timed steps: so small that they do not change what the cosine test says."""
 CHECKED_LR = 0.1
 """Of a step that is compared: so large that a projection or a decay left out would show."""
 
@@ -159,10 +142,6 @@ class SGDPFormula(Formula):
         w.add_(u, alpha=-lr)
 
 
-def _with(optimizer: Callable[..., Optimizer], **arguments: Any) -> Callable[[list[Tensor]], Optimizer]:
-    return partial(optimizer, lr=LR, weight_decay=1e-2, **arguments)
-
-
 def sgd_of_parts(params: list[Tensor]) -> Optimizer:
     """On plain tensors, a rank's parts of the DTensors: "_fused_sgd_ does not have a sharding strategy registered"."""
     parts = []
@@ -177,14 +156,14 @@ FIELDS = (
     (
         CONTESTANTS["adamw_fused"],
         CONTESTANTS["adamp"],
-        Contestant("AdamP's formula", "DTensor", ADAM, _with(AdamPFormula)),
+        Contestant("AdamP's formula", "DTensor", ADAM, making(AdamPFormula)),
         CONTESTANTS["clovaai_adamp"]._replace(cases=(Decision.CHANNEL,)),
     ),
     (
         Contestant("torch.SGD of parts", "fused", SGD, sgd_of_parts),
         CONTESTANTS["sgdp"],
-        Contestant("SGDP's formula", "DTensor", SGD, _with(SGDPFormula)),
-        Contestant("torch.SGD", "foreach", SGD, _with(torch.optim.SGD, momentum=0.9, foreach=True), tuple(Decision)),
+        Contestant("SGDP's formula", "DTensor", SGD, making(SGDPFormula)),
+        Contestant("torch.SGD", "foreach", SGD, making(torch.optim.SGD, momentum=0.9, foreach=True), tuple(Decision)),
     ),
 )
 """Who steps in turns: torch's fused optimizer, against which all are measured; ours; its formula; and others."""
@@ -193,26 +172,16 @@ FIELDS = (
 # On each rank.
 
 
-class Side:
-    """One contestant with parameters, gradients and state of its own.
-
-    Attributes:
-        params: FSDP2's; the gradients lie as they do.
-    """
+class Side(harness.Side):
+    """With FSDP2's parameters; the gradients lie as they do."""
 
     def __init__(
         self, contestant: Contestant, weights: Sequence[Tensor], grads: Sequence[Tensor], mesh: DeviceMesh
     ) -> None:
-        self.contestant = contestant
-        self.params = fsdp2(weights, mesh)
-        for p, g in zip(self.params, grads, strict=True):
+        params: list[Any] = fsdp2(weights, mesh)
+        for p, g in zip(params, grads, strict=True):
             p.grad = distribute_tensor(g, mesh, p.placements, src_data_rank=None).clone()
-        self.optimizer: Any = contestant.make(self.params)
-
-    def step(self, clip: bool) -> None:
-        if clip:
-            self.contestant.clip(self.optimizer, self.params)
-        self.optimizer.step()
+        super().__init__(contestant, params)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -287,8 +256,7 @@ class Run:
     """One side's steps, with or without clipping.
 
     Attributes:
-        times: seconds of the timed rounds on this rank.
-        by_rank: the same of every rank, after :meth:`gather`.
+        by_rank: seconds of the timed rounds on every rank, after :meth:`gather`.
         slowest: of each round the slowest rank's: the others wait for it before they can go on.
         collectives, sent: of one step, as in :class:`Traffic`.
         share: of the collectives in the time of a step, over the ranks on average.
@@ -296,32 +264,34 @@ class Run:
 
     def __init__(self, side: Side, clip: bool) -> None:
         self.side, self.clip = side, clip
-        self.times: list[float] = []
         self.by_rank: list[list[float]] = []
         self.slowest: list[float] = []
         self.collectives, self.sent, self.share = 0, 0, 0.0
 
-    def step(self) -> float:
-        """Seconds of a step that all ranks begin together."""
-        dist.barrier()
-        return self._seconds()
-
-    def _seconds(self) -> float:
-        start = time.perf_counter()
+    def step(self) -> None:
         self.side.step(self.clip)
-        return time.perf_counter() - start
 
-    def gather(self) -> None:
-        """What only the ranks together can tell, and the traffic, in steps that are not timed: to count slows them."""
-        self.by_rank = gathered(self.times)
+    def gather(self, own: list[float]) -> None:
+        """What only the ranks together can tell, and the traffic, in steps that are not timed: to count slows them.
+
+        Args:
+            own: seconds of the timed rounds on this rank.
+        """
+        self.by_rank = gathered(own)
         self.slowest = [max(ranks) for ranks in zip(*self.by_rank, strict=True)]
         shares = []
         for _ in range(COUNTED):
             dist.barrier()
             with Traffic() as traffic:
-                whole = self._seconds()
+                whole = seconds(self.step)
             shares.append(statistics.mean(gathered(traffic.seconds / whole)))
         self.collectives, self.sent, self.share = traffic.collectives, traffic.sent, statistics.median(shares)
+
+
+def from_barrier(step: Callable[[], object]) -> float:
+    """Seconds of a step that all ranks begin together."""
+    dist.barrier()
+    return seconds(step)
 
 
 def gathered(mine: Any) -> list[Any]:
@@ -341,13 +311,10 @@ def measure(workload: str, case: Decision, field: Sequence[Contestant], rounds: 
     runs += [Run(side, clip=True) for side in (peer, ours)]
     for run in runs:  # makes the state, and finds its memory
         run.step()
-    for _ in range(rounds):
-        for run in runs:
-            run.times.append(run.step())
-    for run in runs:
-        run.gather()
-    # Whatever the steps did to the weights, the timed rounds were of this case.
-    assert ours.optimizer.decisions() == {p: expected_decision(p, case) for p in ours.params}
+    timed = harness.in_turns([partial(from_barrier, run.step) for run in runs], rounds)
+    for run, own in zip(runs, timed, strict=True):
+        run.gather(own)
+    ours.check_decisions(case)
     times = {(run.side, run.clip): run.slowest for run in runs}
     return [row(run, times[peer, run.clip], times.get((formula, run.clip)), workload, case) for run in runs]
 
@@ -371,52 +338,22 @@ def check(ours: Side, formula: Side, case: Decision) -> None:
 
 
 def row(run: Run, peer: Sequence[float], formula: Sequence[float] | None, workload: str, case: Decision) -> Row:
-    """What is kept of a run. The numbers that are quoted are ratios of the steps of one round; see test_step.py."""
+    """What is kept of a run. ``peer`` and ``formula`` have theirs of the same rounds."""
     contestant = run.side.contestant
-    family, params = contestant.family, sum(p.numel() for p in run.side.params)
-    bytes_per_param = family.bytes_per_param(run.clip)
-    ratios = list(map(float.__truediv__, run.slowest, peer))
+    ms, peer_ms = ([1e3 * s for s in times] for times in (run.slowest, peer))
     return {
         "workload": workload,
-        "params": params,
         "dtype": "float32",
-        "optimizer": contestant.optimizer,
-        "backend": contestant.backend,
         "case": case.name.lower(),
-        "clip": run.clip,
-        "rounds": len(run.slowest),
-        **spread("ms", [1e3 * s for s in run.slowest]),
+        **harness.measured(run.side, run.clip, ms, harness.unavoidable(contestant, run.clip)),
         "ms_p50_of_ranks": [1e3 * statistics.median(times) for times in run.by_rank],
-        "bytes_per_param": bytes_per_param,
-        "gbps": bytes_per_param * params / statistics.median(run.slowest) / 1e9,
-        "peer": family.peer,
-        **spread("peer_ms", [1e3 * s for s in peer]),
-        f"ratio_to_{family.peer}": statistics.median(ratios),
-        **spread("ratio", ratios),
-        **(spread("ratio_to_formula", list(map(float.__truediv__, run.slowest, formula))) if formula else {}),
+        **harness.against_peer(contestant.family, ms, peer_ms),
+        **spread("ratio", ratios(ms, peer_ms)),
+        **(spread("ratio_to_formula", ratios(run.slowest, formula)) if formula else {}),
         "collectives": run.collectives,
         "bytes_sent": run.sent,
         "collectives_share": run.share,
     }
-
-
-def spread(name: str, values: Sequence[float]) -> Row:
-    """The 20th, 50th and 80th percentile."""
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return {f"{name}_p{10 * i}": deciles[i - 1] for i in (2, 5, 8)}
-
-
-def copy_gbps() -> float:
-    """What the memory can do: bytes read and written per second when all ranks copy at once what no cache holds."""
-    source = torch.ones(1 << 26)  # 256 MiB
-    target = torch.empty_like(source)
-    times = []
-    for _ in range(6):
-        dist.barrier()
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return sum(2 * source.nbytes / statistics.median(of_rank[1:]) / 1e9 for of_rank in gathered(times))
 
 
 def join(rank: int, folder: str, workload: str, rounds: int) -> None:
@@ -426,7 +363,7 @@ def join(rank: int, folder: str, workload: str, rounds: int) -> None:
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=RANKS, timeout=PATIENCE)
     mesh = init_device_mesh("cpu", (RANKS,))
     console = Console(quiet=rank > 0, highlight=False)
-    copy = copy_gbps()
+    copy = sum(gathered(harness.copy_gbps(from_barrier)))  # all ranks at once
     gc.disable()  # no collection while a clock runs
     rows: list[Row] = []
     for case in Decision:
@@ -435,67 +372,10 @@ def join(rank: int, folder: str, workload: str, rounds: int) -> None:
             rows += measure(workload, case, field, rounds, mesh)
             gc.collect()  # modules and their parameters refer to each other
     if rank == 0:
-        now = datetime.datetime.now(datetime.timezone.utc).isoformat()
-        machine = pytest_benchmark_generate_machine_info() | torch_info()
-        found = environment(machine, get_commit_info(), now)
-        found |= {"ranks": RANKS, "communication": "gloo", "copy_gbps": copy, "rows": marked(rows)}
+        found = harness.environment(pytest_benchmark_generate_machine_info()["cpu"])
+        found |= {"ranks": RANKS, "communication": "gloo", "copy_gbps": copy, "rows": report.marked(rows)}
         Path(folder, "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-# What came of it.
-
-
-def faster(found: Row, rows: Sequence[Row]) -> Measured | None:
-    """How many times faster than the formula."""
-    return Measured(1 / found["ratio_to_formula_p50"], found["disturbed"]) if "ratio_to_formula_p50" in found else None
-
-
-TARGETS = (
-    Target("AdamP / torch AdamW(fused)", "fused_adamp.AdamP", False, ratio, 1.5, models=("gpt2",)),
-    Target("AdamP, times faster than its formula", "fused_adamp.AdamP", False, faster, 10, True, models=("gpt2",)),
-    Target("SGDP, times faster than its formula", "fused_adamp.SGDP", False, faster, 10, True, models=("gpt2",)),
-)
-
-
-def heading(found: dict[str, Any]) -> str:
-    peers = f"{PEERS['adamw_fused']} and {PEERS['sgd_fused']}"
-    return (
-        f"{machine_line(found)}\n"
-        f"{found['ranks']} ranks over {found['communication']}, FSDP2. ms: of the slowest rank, medians over rounds.\n"
-        f"ratio: to {peers}, stepped in turns with it.\n"
-        "torch.SGD of parts: fused=True, which DTensors do not have, on each rank's parts as plain tensors.\n"
-        f"{DISTURBED_LINE}\n"
-        "formula: times faster than the formula in DTensor operations. GB/s: of the bytes that a step cannot avoid.\n"
-        "sent: by one rank in a step. share: of the collectives in a step's time, waiting for the other rank included."
-    )
-
-
-def tables(rows: Sequence[Row]) -> Iterator[Table]:
-    """One for each workload, a section per family and case."""
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        members = [row for row in rows if row["workload"] == workload]
-        numbers = ("ms p50 (p20-p80)", "peer ms", "ratio", "formula", "GB/s", "collectives", "sent", "share")
-        table = table_of(members, numbers)
-        sections = dict.fromkeys((row["peer"], row["case"]) for row in members)
-        for section in sorted(sections, key=lambda section: list(PEERS).index(section[0])):
-            table.add_section()
-            for row in (row for row in members if (row["peer"], row["case"]) == section):
-                times = faster(row, rows)
-                table.add_row(
-                    f"{row['optimizer']} [dim]{row['backend']}[/]",
-                    row["case"],
-                    "clip" if row["clip"] else "",
-                    f"{row['ms_p50']:.1f} ({row['ms_p20']:.1f}-{row['ms_p80']:.1f})",
-                    f"{row['peer_ms_p50']:.1f}",
-                    f"{ratio(row, rows)} ({row['ratio_p20']:.2f}-{row['ratio_p80']:.2f})",
-                    f"{times}x" if times else "",
-                    f"{row['gbps']:.1f}",
-                    str(row["collectives"]),
-                    f"{row['bytes_sent'] / 1e3:.1f} kB",
-                    f"{row['collectives_share']:.1%}",
-                )
-        yield table
 
 
 def main() -> None:
@@ -510,12 +390,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(join, (folder, workload, rounds), nprocs=RANKS)
         found = json.loads(Path(folder, "found.json").read_text())
-    console = Console(width=160, highlight=False)  # as wide as the tables are
-    console.print(heading(found))
-    for table in (*tables(found["rows"]), target_table(found["rows"], TARGETS)):
-        console.print(table)
-    if arguments.out:
-        console.print(f"wrote {write(found, arguments.out, '-sharded')}")
+    report.present(found, arguments.out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,6 @@ def test_shapes_add_up_to_the_published_size(name: str) -> None:
 
 @pytest.mark.parametrize("case", Decision)
 def test_cases_are_decided_as_asked(case: Decision) -> None:
-    """On the awkward shapes; test_step.py checks the models after it timed them."""
+    """On the awkward shapes; cpu.py checks the models after it timed them."""
     for p, g in zip(*tensors("tiny", case), strict=True):
         assert decide(g, p, delta=0.1, eps=1e-8) is expected_decision(p, case), tuple(p.shape)

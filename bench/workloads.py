@@ -16,7 +16,7 @@ from fused_adamp.reference import Decision
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["WORKLOADS", "Workload", "expected_decision", "tensors"]
+__all__ = ["WORKLOADS", "Workload", "expected_decision", "gradient", "tensors"]
 
 Shape = tuple[int, ...]
 
@@ -31,10 +31,6 @@ class Workload(NamedTuple):
 
 def resnet50() -> Iterator[Shape]:
     """ResNet-50 with 1000 classes, as in torchvision."""
-
-    def conv_bn(out: int, channels: int, kernel: int) -> Iterator[Shape]:
-        yield from ((out, channels, kernel, kernel), (out,), (out,))
-
     yield from conv_bn(64, 3, 7)
     channels = 64
     for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
@@ -105,10 +101,6 @@ def gaussians() -> Iterator[Shape]:
 
 def mobilenet_v2() -> Iterator[Shape]:
     """MobileNetV2 with 1000 classes, as in torchvision: its depthwise filters are rows of 9."""
-
-    def conv_bn(out: int, channels: int, kernel: int) -> Iterator[Shape]:
-        yield from ((out, channels, kernel, kernel), (out,), (out,))
-
     yield from conv_bn(32, 3, 3)
     channels = 32
     for expansion, out, blocks in (1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1):
@@ -136,6 +128,10 @@ def tiny() -> Iterator[Shape]:
 def dry_run() -> Iterator[Shape]:
     """What Triton's interpreter has time for: several rows a tile, a vector, a scalar, rows wider than a block."""
     yield from ((33, 65), (31,), (), (4, 3, 3, 3), (2, 2050))
+
+
+def conv_bn(out: int, channels: int, kernel: int) -> Iterator[Shape]:
+    yield from ((out, channels, kernel, kernel), (out,), (out,))
 
 
 def linear(out: int, features: int) -> Iterator[Shape]:
@@ -179,7 +175,7 @@ def tensors(workload: str, case: Decision) -> tuple[list[Tensor], list[Tensor]]:
     """
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(shape, generator=generator) for shape in WORKLOADS[workload].shapes()]
-    return weights, [1e-2 * _gradient(p, case, generator) for p in weights]
+    return weights, [gradient(p, case, generator) for p in weights]
 
 
 def expected_decision(p: Tensor, case: Decision) -> Decision:
@@ -191,24 +187,22 @@ def expected_decision(p: Tensor, case: Decision) -> Decision:
     return case
 
 
-def _gradient(p: Tensor, case: Decision, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(p.shape, generator=generator)
-    if p.ndim < 2:
-        return noise
-    if case is Decision.NONE:
-        return p + 0.5 * noise
-    if case is Decision.CHANNEL:
-        return _orthogonal(noise.flatten(1), p.flatten(1)).view_as(p)
-    # Rows along +w and -w in turn: no row is orthogonal, and half of the layer's dot product cancels beforehand.
-    signs = 1 - 2 * (torch.arange(p.size(0)) % 2)
-    aligned = signs.view(-1, *[1] * (p.ndim - 1)) * p + 0.5 * noise
-    return _orthogonal(aligned.reshape(1, -1), p.reshape(1, -1)).view_as(p)
-
-
-def _orthogonal(g: Tensor, p: Tensor) -> Tensor:
-    """``g - p (g.p)/(p.p)`` row by row, in float64: the cosine left over is that of rounding once to float32."""
-    if p.size(1) == 1:
-        # Zero in exact arithmetic. A residue of rounding would square to a denormal, which slows every optimizer down.
-        return torch.zeros_like(p)
-    g, p = g.double(), p.double()
-    return (g - p * ((g * p).sum(1, keepdim=True) / p.square().sum(1, keepdim=True))).float()
+def gradient(p: Tensor, case: Decision, generator: torch.Generator) -> Tensor:
+    """A gradient for which a weight on any device, in any dtype, is decided as ``case``: see :func:`tensors`."""
+    g = torch.randn(p.shape, generator=generator, device=p.device).to(p.dtype)
+    if p.ndim >= 2 and case is Decision.NONE:
+        g = p + 0.5 * g
+    elif p.ndim >= 2 and case is Decision.CHANNEL:
+        # Orthogonal without rounding: each pair of a row's elements turned by 90 degrees.
+        rows, even = p.flatten(1), p[0].numel() // 2 * 2
+        turned = torch.zeros_like(rows)
+        turned[:, 0:even:2] = rows[:, 1:even:2]
+        turned[:, 1:even:2] = -rows[:, 0:even:2]
+        g = turned.view_as(p)
+    elif p.ndim >= 2:
+        # Rows along +w and -w in turn: no row is orthogonal, and half of the layer's dot product cancels beforehand.
+        signs = 1 - 2 * (torch.arange(p.size(0), device=p.device) % 2)
+        aligned, w = (signs.view(-1, *[1] * (p.ndim - 1)) * p + 0.5 * g).double(), p.double()
+        # Without its part along the weight, in float64: the cosine left over is that of rounding once.
+        g = (aligned - w * ((aligned * w).sum() / w.square().sum())).to(p.dtype)
+    return g * 2**-7
