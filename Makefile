@@ -14,10 +14,10 @@ train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes 
 	$(BIN)/torchrun --nproc-per-node 2 examples/train_fsdp2.py
 
 test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (five minutes on two cores)
-	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (two hours)
-	FUSED_ADAMP_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadgroup --ignore tests/ptx
+	FUSED_ADAMP_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/ptx
 
 test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, under both plans (an hour on two cores)
 	for plan in one_pass split; do \

@@ -12,9 +12,7 @@ from hypothesis import settings
 from fused_adamp.backends import BACKENDS, available
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from _pytest.fixtures import FixtureDef
+    from collections.abc import Iterator
 
 CPU = torch.device("cpu")
 pytest_plugins = ["pytester"]  # test_covering.py runs tests of its own
@@ -45,17 +43,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     leave_to_exhaustive(items)
-    for item in items:  # tests that share what takes long to make run in one worker
-        shared = [name for name, (*_, last) in _fixtures(item).items() if last.scope == "module"]
-        if shared and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {shared[0]}"))
-
-
-def _fixtures(item: pytest.Item) -> dict[str, Sequence[FixtureDef[object]]]:
-    return getattr(item, "_fixtureinfo").name2fixturedefs  # noqa: B009  # pytest has no public name for it
 
 
 def pytest_report_header() -> list[str]:

@@ -174,7 +174,6 @@ def test_one_process(optimizer: str, count: int, backend: str) -> None:
     search(start, 2 if backend == "triton" else count)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(("optimizer", "name"), [*zip(RULES, backends(), strict=False)])
 @pytest.mark.skipif(triton.interpreted(), reason="the ranks have been tried without Triton's interpreter")
 def test_two_ranks(optimizer: str, name: str) -> None:

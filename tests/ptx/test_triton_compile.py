@@ -125,7 +125,6 @@ def _most_registers(variant: Variant, row: Row) -> int:
     return available // (row.threads * backend._PROGRAMS_PER_MULTIPROCESSOR)
 
 
-@pytest.mark.xdist_group("compiled kernels")
 @pytest.mark.parametrize(
     "variant",
     [

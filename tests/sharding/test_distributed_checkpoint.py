@@ -40,7 +40,7 @@ from fused_adamp.sharded.dtensor import local
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKEND = {"backend": backends()[0]}
 EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))

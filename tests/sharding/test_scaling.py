@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import DeviceMesh
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Call = tuple[str, int, int]
 """Of an all_reduce: the mesh's dimension, its ranks, and bytes."""

@@ -49,7 +49,7 @@ from fused_adamp.sharded.placement import placement_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 20
 FASTEST, *OTHERS = backends()

@@ -40,7 +40,7 @@ from fused_adamp.sharded.flat_slice import mark_slice
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BACKEND = {"backend": backends()[0]}
 CAREFUL = {"backend": "reference"}
