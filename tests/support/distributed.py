@@ -71,7 +71,9 @@ def run(ranks: int, task: Callable[..., Any], *args: Any, timeout: float = 60) -
 
 class _Pool:
     def __init__(self, ranks: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has imported this module and has started no thread: torch takes seconds to import.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["distributed"])
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipes = [context.Pipe() for _ in range(ranks)]
         self._processes = [
