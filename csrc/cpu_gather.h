@@ -149,7 +149,7 @@ void copy(const Parameter& x, int role, const Tile& tile, char* scratch) {
 // Which of a tile's tensors a stage reads.
 constexpr int only_g = 1 << role_g, p_and_g = only_g | 1 << role_p | 1 << role_remainder, everything = (1 << role_count) - 1;
 
-// The tile as the kernels want it. What a gathered tile writes reaches the parameter with store().
+// A tile in the form that kernels take. store() copies the results of a gathered tile back to the parameter.
 template <class F, class T = typename F::Number>
 class TileAccess {
  public:

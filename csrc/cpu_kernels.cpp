@@ -152,10 +152,10 @@ FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL ViewSums sum_again(Block<F> b, int64_t n,
   return {{pg.sum(), gg.sum(), pp.sum()}, pu.sum()};
 }
 
-// Advances the state of the row of n elements that starts at `row` and adds up its sums. What becomes of its weights is up
-// to `weights`: begin(start of the block within the row, elements), each vector's (i, extent, block, p, u), end(); and
-// whether the state is stored. A block whose sums are not right in T is summed again (with the rule of measure, so that the
-// same block has the same sums in both), and `weights` is told: stop(block, first element, elements).
+// Advances the state of the row of `size` elements that starts at element `row` of the tile. Returns the row's sums.
+// `weights` moves the weights, through begin(start of the block within the row, elements), visit(i, extent, block, p, u)
+// for each vector, and end(). It also says whether the state is stored. A block whose sums are not right in T is summed
+// again, by the rule of measure, so that both find the same sums. Then stop(block, first element, elements) is called.
 template <class R, class F, class T, class Weights>
 FUSED_ADAMP_INLINE ViewSums advance_row(const TileData<F>& t, int64_t row, int64_t size, const Coefficients<T>& c,
                                         double least, Weights&& weights) {

@@ -154,8 +154,8 @@ FUSED_ADAMP_INLINE bool recoverable(T shrink) {
 // Rows that update_projected and sweep work on at once: their scratch u has room for so many.
 constexpr int rows_in_flight = 3;
 
-// Kernels that depend on the momentum rule. What they read once per tile is passed by value: behind a pointer the
-// compiler would have to read it again after every store.
+// Kernels that depend on the momentum rule. Arguments that they read once per tile are passed by value: through a pointer,
+// the compiler would have to read them again after every store.
 template <class F, class T = typename F::Number>
 struct RuleKernels {
   // Measures, p.u included. Reads p g m v (16 bytes per fp32 element), writes nothing.

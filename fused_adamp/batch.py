@@ -161,7 +161,7 @@ class Shared(NamedTuple):
             take part.
         shares: ``(P, len(SHARES))`` float64, this rank's share of the sums, of the gradient as the batch scales it. The
             channels here pass the test at a further scale s if ``s < limit``; ``cosine`` is the largest of a row over
-            its threshold. Of vectors and of SPLIT members, limit and cosine mean nothing.
+            its threshold. For vectors and SPLIT members, ignore limit and cosine.
         rows: ``(rows, len(ROW_SHARES))`` float64, the same of every row of SPLIT members.
         verdicts: ``(P, 2)`` float64: the decision, :data:`UNDECIDED` of LOCAL members, on which the backend decides
             alone; and the projection c of a SHARED member under the layer view.

@@ -1,6 +1,6 @@
 """Optimizer state_dicts of other packages in this package's format, and back.
 
-What each keeps per parameter, and in its groups beside the hyperparameters that all of them share:
+The state that each keeps per parameter, and the keys of its groups besides the hyperparameters that all share:
 
 ===================== ================================= ========================= ====================================
 state_dict of         Adam family                       SGD family                groups
@@ -16,7 +16,7 @@ torch.optim 2.13      ``step`` (tensor), ``exp_avg``,   ``momentum_buffer``; non
                       ``max_exp_avg_sq``
 ===================== ================================= ========================= ====================================
 
-Beside ours may stand ``remainder`` (int16, the weight's shape) and ``rounding_seed`` (0-dim int64), which no other has.
+Only this package keeps ``remainder`` (int16, the weight's shape) and ``rounding_seed`` (0-dim int64); both are optional.
 """
 
 from __future__ import annotations
@@ -199,14 +199,14 @@ _DTYPES = {"step": (torch.float32,), "remainder": (torch.int16,), "rounding_seed
 
 
 def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A state_dict of any of the formats above, told apart by their group keys, in ours.
+    """Converts a state_dict of any of the formats above to this package's. Group keys tell the formats apart.
 
-    Hyperparameters come from the state_dict, as in torch.optim, and where it lacks them from ``options``: ``delta`` for
-    torch's, ``project_buffer`` for all others'. What is a machine's choice stays as in ``options``: ``backend`` and
-    ``amp_scaling``, and of other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. What
-    theirs have and ours do not, such as ``amsgrad``, is dropped where it is off, and refused where it makes another
-    rule. A group key that only optimizers of other rules have is refused at any value. Group keys of schedulers and
-    users, and state that a wrapper such as Lookahead keeps beside theirs, are passed on as they are.
+    Hyperparameters come from the state_dict, as in torch.optim. Those that it lacks come from ``options``: ``delta`` for
+    torch's, ``project_buffer`` for all others'. Options that depend on the machine stay as in ``options``: ``backend``
+    and ``amp_scaling``, and for other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. An
+    option that this package lacks, such as ``amsgrad``, is dropped if it is off. If it is on and changes the rule, it is
+    an error. A group key that only optimizers of other rules have is an error at any value. Group keys of schedulers
+    and users, and state that a wrapper such as Lookahead adds, are passed on unchanged.
 
     Accepted, although the other optimizer would have gone on in another way:
 

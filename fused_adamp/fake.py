@@ -23,7 +23,7 @@ _mode_of = torch._C._get_dispatch_mode
 
 
 def has_numbers(t: Any) -> bool:
-    """Whether a tensor is none of FakeTensorMode's. Of a DTensor the part that lies here tells."""
+    """Whether a tensor has data, so is not a FakeTensor. For a DTensor, its local part is asked."""
     return not isinstance(local(t), FakeTensor)
 
 

@@ -304,10 +304,9 @@ class ProjectedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this optimizer, or of the same rule from another package, as torch.optim does.
 
-        What torch.optim.Adam, AdamW or SGD, clovaai's adamp, timm or pytorch_optimizer saved is recognised and
-        converted: see :mod:`fused_adamp.checkpoint`, which also converts the other way. Unlike in torch.optim, state
-        keeps the dtype that it was saved in: where that is not the weight's, ``state_dtype`` of the group says so from
-        then on.
+        A state_dict of torch.optim.Adam, AdamW or SGD, of clovaai's adamp, timm or pytorch_optimizer is recognised and
+        converted. :mod:`fused_adamp.checkpoint` also converts the other way. Unlike in torch.optim, state keeps the
+        dtype that it was saved in. If that is not the weight's dtype, the group's ``state_dtype`` is set to it.
 
         Raises:
             ValueError: the state_dict does not fit; the message names the parameter. The optimizer is unchanged.

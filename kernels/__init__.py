@@ -21,9 +21,9 @@ ask for. ``decision`` says what all tiles of a parameter have in common. ``order
 stages tell each other. Sums run in the math's dtype within a tile and in float64 from tile to tile, always in the
 order of the tiles, so that results repeat bit for bit.
 
-Measure and square see gradients as they are, everything else times the step's scale: so a tensor that was measured for
-the norm of the gradients need not be measured again once the scale that clips them is known. What ranks share is of the
-gradients times the scale: there, SHARE is true.
+Measure and square read gradients as they are; the other stages multiply them by the step's scale. So a tensor that was
+measured for the norm of the gradients need not be measured again once the scale that clips them is known. With SHARE,
+gradients are scaled before they are summed.
 
 Sums of squares may leave float32: those of gradients or weights of 1e20. A stage that meets such sums writes the epoch
 into a mark, and what it cannot decide or step, it leaves as it is. A mark is read once all who may write it are done.

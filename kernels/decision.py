@@ -1,4 +1,4 @@
-"""What all tiles of a parameter have in common: its hyperparameters, the decision on it, its views."""
+"""Lookups that are equal for all tiles of a parameter: its hyperparameters, the decision on it, its views."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""What a rank finds out of its part of a parameter, as far as the other ranks ask for it."""
+"""A rank's share of a parameter's sums, as far as the other ranks need it."""
 
 import triton
 import triton.language as tl

@@ -3,8 +3,8 @@
 A backend has three launches for a step (split) or one (one pass), and two more where ranks share parameters. One more
 follows each of these, of float32 math: it does again, in float64, what has left float32's range.
 
-What a kernel reads besides the tensors stays on the device between steps and is uploaded again only when it changed:
-the addresses when a tensor moved, the hyperparameters when one has another value. Nothing here waits for the device.
+Kernels also read tables of addresses and hyperparameters. These stay on the device between steps and are uploaded again
+only when a tensor has moved or a hyperparameter has changed. Nothing here waits for the device.
 
 **CUDA graphs.** With ``capturable=True`` a step, and a ``clip_grad_norm_`` before it, can be captured::
 
@@ -219,7 +219,10 @@ class DeviceBackend:
     # A subclass supplies these.
 
     def spec(self, batch: Batch, p: torch.dtype, g: torch.dtype, state: torch.dtype | None, layout: str) -> Any:
-        """What kernels are compiled for. Without ``state``, before the first step, for the norm of gradients alone."""
+        """The properties that a kernel is compiled for: dtypes of weight, gradient and state, and one of LAYOUTS.
+
+        ``state`` is None before the first step, where only the norm of the gradients is computed.
+        """
         raise NotImplementedError
 
     def square_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:

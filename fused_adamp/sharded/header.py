@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside the sums, in numbers that are summed too."""
+"""Numbers that the ranks sum together with the sums of the cosine test: failures, and a hash of their options."""
 
 from __future__ import annotations
 
