@@ -16,7 +16,7 @@ torch.optim 2.13      ``step`` (tensor), ``exp_avg``,   ``momentum_buffer``; non
                       ``max_exp_avg_sq``
 ===================== ================================= ========================= ====================================
 
-Only this package keeps ``remainder`` (int16, the weight's shape) and ``rounding_seed`` (0-dim int64); both are optional.
+Only this package keeps ``remainder`` (int16, the weight's shape) and ``rounding_seed`` (0-dim int64), if they are used.
 """
 
 from __future__ import annotations
@@ -201,12 +201,12 @@ _DTYPES = {"step": (torch.float32,), "remainder": (torch.int16,), "rounding_seed
 def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Converts a state_dict of any of the formats above to this package's. Group keys tell the formats apart.
 
-    Hyperparameters come from the state_dict, as in torch.optim. Those that it lacks come from ``options``: ``delta`` for
-    torch's, ``project_buffer`` for all others'. Options that depend on the machine stay as in ``options``: ``backend``
-    and ``amp_scaling``, and for other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. An
-    option that this package lacks, such as ``amsgrad``, is dropped if it is off. If it is on and changes the rule, it is
-    an error. A group key that only optimizers of other rules have is an error at any value. Group keys of schedulers
-    and users, and state that a wrapper such as Lookahead adds, are passed on unchanged.
+    Hyperparameters come from the state_dict, as in torch.optim. Those that it lacks come from ``options``: ``delta``
+    for torch's, ``project_buffer`` for all others'. Options that depend on the machine stay as in ``options``:
+    ``backend`` and ``amp_scaling``, and for other packages ``foreach``, ``fused``, ``capturable`` and
+    ``differentiable`` too. An option that this package lacks, such as ``amsgrad``, is dropped if it is off. If it is on
+    and changes the rule, it is an error. A group key that only optimizers of other rules have is an error at any value.
+    Group keys of schedulers and users, and state that a wrapper such as Lookahead adds, are passed on unchanged.
 
     Accepted, although the other optimizer would have gone on in another way:
 
