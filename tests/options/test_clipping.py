@@ -878,7 +878,7 @@ def test_a_copy_has_no_gradients_and_nothing_to_clip(rule: str, how: str, backen
 
 @EVERY_RULE
 def test_loading_a_state_leaves_clipped_gradients_clipped(rule: str, backend: str) -> None:
-    """torch's function clips the gradients themselves, which loading does not change."""
+    """Clipping by torch changes the gradients themselves; loading leaves them so."""
     run = ClippedRun(rule, parameters(*SHAPES), backend)
     run.step()
     saved = run.optimizer.state_dict()

@@ -1,4 +1,4 @@
-"""What is installed, with and without a compiler, and what importing it costs."""
+"""The installed package, with and without a compiler, and the cost of importing it."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def tables(optimizer: Any) -> int:
 
 
 def step(mesh: Mesh, sizes: dict[str, int], options: dict[str, Any]) -> dict[str, Any]:
-    """The collectives of three steps on one rank, the last one with clipping; its rank in each group; bytes of tables."""
+    """The collectives of three steps on a rank, the last one with clipping; its rank in each group; bytes of tables."""
     model, groups = sharded(mesh, sizes)
     optimizer = fused_adamp.AdamP(model.parameters(), lr=1e-3, backend="reference", **options)
     with distributed.Collectives() as begun, counted(groups) as calls:
