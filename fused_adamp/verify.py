@@ -155,7 +155,7 @@ class Outcome:
     """Per step, the backend's decision and the reference's."""
 
     def passed(self) -> bool:
-        """Whether all decisions agree and all errors are within the tolerance; NaN is not."""
+        """Whether all decisions agree and all errors are within the tolerance. A NaN fails."""
         agree = all(ours == theirs for ours, theirs in self.decisions)
         return agree and all(error <= self.allowed[name] for name, error in self.error.items())
 

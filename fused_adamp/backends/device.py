@@ -1,7 +1,8 @@
-"""The contract of GPU backends that is not code for a GPU: tables on the device, job lists, workspace, CUDA graphs.
+"""The host side of GPU backends: tables on the device, job lists, workspace, CUDA graphs.
 
-A backend has three launches for a step (split) or one (one pass), and two more where ranks share parameters. One more
-follows each of these, of float32 math: it does again, in float64, what has left float32's range.
+A step takes three launches (split) or one (one pass), and two more before it if ranks share parameters. With float32
+math, one more launch follows the step, and the shares: it redoes, in float64, parameters and tiles whose sums have left
+float32's range.
 
 Kernels also read tables of addresses and hyperparameters. These stay on the device between steps and are uploaded again
 only when a tensor has moved or a hyperparameter has changed. Nothing here waits for the device.
@@ -14,9 +15,9 @@ only when a tensor has moved or a hyperparameter has changed. Nothing here waits
         train()
     lr_tensor.fill_(...); graph.replay()
 
-A replay repeats launches with the arguments they had. So hyperparameters are those of the capture, but for tensors on
-the GPU, which each replay reads; what a captured step uploads, each replay uploads again, into tables that no other
-step uses; and what tells one step from the next is counted on the device.
+A replay repeats launches with the same arguments. So hyperparameters are those of the capture, except tensors on the
+GPU, which each replay reads. Each replay repeats the uploads of the captured step, into tables that no other step uses.
+Steps are counted on the device.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ PLAN = "FUSED_ADAMP_PLAN"
 """Environment variable that forces a plan: ``one_pass`` or ``split``."""
 
 STAGES = ("prepare", "measure", "dot", "update", "square", "share", "share_nothing")
-"""The first column of a job: ``(stage, first tile, number of tiles)``. A job of the last has a parameter for a tile."""
+"""The first column of a job: ``(stage, first tile, number of tiles)``. In place of the first tile, share_nothing has a
+parameter, and prepare a block of parameters."""
 
 LAYOUTS = ("aligned", "flat", "strided")
 """How a parameter's tensors lie in memory. Aligned: rows follow each other, the first starts at a multiple of
@@ -63,15 +65,15 @@ COEFFICIENTS = ("inverse_bias2", "step_size")
 """The numbers of a parameter that depend on its step count."""
 
 FINDINGS = ("channel_limit", "layer_limit", "found_cosine", "found_norm", "layer_projection")
-"""The findings on a parameter: the limits of both views and what the results say, from measure; c, from dot."""
+"""The findings on a parameter: limits of both views, cosine and norm, from measure; c of the layer, from dot."""
 
 COUNTERS = ("measured", "dotted", "concluded", "projection_known", "key", "measure_left", "dot_left", "tiles_left")
-"""The counters of a parameter: tiles that have been measured and dotted, the epoch in which all had been, the keys of
-this step's noise; and marks, the last epoch in which sums of measure, dot or update left float32."""
+"""The counters of a parameter: numbers of tiles that have been measured and dotted; the epochs in which all had been;
+the keys of this step's noise; and marks: the last epochs in which sums of measure, dot or update left float32."""
 
 PARTS = ("need", "shares", "row_shares", "verdict", "given", "given_step")
-"""A parameter's addresses in :class:`~fused_adamp.batch.Shared`. ``given`` are c of its rows if they are split, else
-the one c of its layer; c of the next row lies ``given_step`` numbers further, 1 or 0."""
+"""A parameter's addresses in :class:`~fused_adamp.batch.Shared`. At ``given`` are c of its rows if they are split, else
+the one c of its layer. ``given_step`` is the distance from row to row in numbers: 1 or 0."""
 
 TICKETS = ("ticket", "preparing", "prepared")
 """The counters of a launch."""
@@ -89,15 +91,15 @@ STRIDES = 1 + 5 * (1 + INNER)
 _WINDOW = 1 << 20
 """Elements, 8 MB of float32 weights and gradients, that the one-pass plan measures ahead of updating them."""
 _RUN = 1 << 13
-"""Elements of a job, in whole tiles: the loads that lead to the first, one after the other, are cached for the next."""
+"""Elements of a job, in whole tiles. Later tiles find the tables in cache that the first tile has loaded."""
 _DOT_RUN = 1 << 16
-"""Elements of a job in a stage that most often has nothing to do."""
+"""Elements of a job of dot, which most often has nothing to do."""
 
 
 class Tables:
-    """The tables that kernels read besides the tensors, as they were uploaded last, and the launches.
+    """The tables that kernels read besides the tensors, as last uploaded, and the launches.
 
-    A captured step has its own, since its uploads do not happen before a replay and happen again in each.
+    A captured step has tables of its own, since only replays execute its uploads.
     """
 
     def __init__(self, bucket: Members, *, captured: bool) -> None:
@@ -119,7 +121,7 @@ class Tables:
         self._kept: list[Tensor] | None = [] if captured else None
 
     def upload(self, target: Tensor, source: Tensor) -> None:
-        """Copies in the order of the current stream, without waiting for it."""
+        """Copies ``source``, on the CPU, to ``target`` on the device, on the current stream without a sync."""
         if self.device.type == "cuda":
             source = source.pin_memory()  # returns to its pool only after the stream has read it
         if self._kept is not None:  # a graph reads it in every replay
@@ -127,13 +129,13 @@ class Tables:
         target.copy_(source, non_blocking=True)
 
     def uploaded(self, source: Tensor) -> Tensor:
-        """A copy on the device."""
+        """A copy of ``source``, on the CPU, on the device."""
         target = torch.empty_like(source, device=self.device)
         self.upload(target, source)
         return target
 
     def set_scalars(self, rows: list[Scalars]) -> None:
-        """Uploads hyperparameters if a number changed, and in any case copies those that are tensors, unread."""
+        """Uploads hyperparameters, a row per group, if a number has changed; always copies those that are tensors."""
         tensors = {
             (i, j): number for i, row in enumerate(rows) for j, number in enumerate(row) if isinstance(number, Tensor)
         }
@@ -170,14 +172,14 @@ class Workspace:
         self.captured: list[Tables] = []
 
     def tables(self, batch: Batch, *, capturing: bool) -> Tables:
-        """The tables of eager steps. A captured norm or step gets new ones."""
+        """The tables of eager steps; new tables for a captured norm or step."""
         if not capturing:
             return self.eager
         self.captured.append(Tables(batch.bucket, captured=True))
         return self.captured[-1]
 
     def advance(self, batch: Batch) -> None:
-        """Another epoch. Once a step may be captured the device counts: of a replay the host knows nothing."""
+        """Begins a new epoch. Once a step may be captured, the device counts, since the host does not see replays."""
         self.counts_on_device = self.counts_on_device or any(group["capturable"] for group in _stepped_groups(batch))
         if self.counts_on_device:
             self.replays.add_(1)
@@ -194,11 +196,11 @@ class Launch(NamedTuple):
     active: Tensor
     tickets: Tensor
     jobs: tuple[Tensor, ...]
-    """One pass: of the one kernel. Split: of measure, dot and update."""
+    """Job lists, ``(n, 3)`` int32. One pass: of the one kernel. Split: of measure, dot and update."""
     blocks: int
-    """Jobs that prepare, the first of them all."""
+    """The number of jobs that prepare. They come first."""
     ahead: list[Tensor]
-    """The one job list of what comes ahead of a step, once it has been asked for: :func:`_jobs_ahead`."""
+    """Cache of :func:`jobs_ahead`: empty, or one job list."""
 
 
 class Run(Protocol):
@@ -209,12 +211,12 @@ class Run(Protocol):
 
 
 class DeviceBackend:
-    """A backend on a GPU, but for the kernels."""
+    """A backend on a GPU, without the kernels, which a subclass supplies."""
 
     fused = True
     mixes_moments = False  # a kernel is compiled for one dtype of state
     block: ClassVar[int]
-    """Elements that a program holds in registers at once. However few a tile has, it takes as long as these."""
+    """Elements that a program holds in registers at once. A smaller tile takes as long."""
 
     # A subclass supplies these.
 
@@ -226,15 +228,15 @@ class DeviceBackend:
         raise NotImplementedError
 
     def square_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels that find the norm of the gradients."""
+        """The kernels that write g.g of each tile of the launch's parameters, for the norm of the gradients."""
         raise NotImplementedError
 
     def share_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels that find what the ranks ask of each other."""
+        """The kernels that write this rank's shares of the launch's parameters."""
         raise NotImplementedError
 
     def step_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels of a step."""
+        """The kernels of a step of the launch's parameters, in order."""
         raise NotImplementedError
 
     # The protocol of backends.
@@ -297,9 +299,9 @@ class DeviceBackend:
         return -1
 
     def _lined_up(self, batch: Batch, *, state: bool = True) -> Tables | None:
-        """The tables of an epoch that measures and does not step; None unless :meth:`first_stale` is -1.
+        """Refreshes the tables and begins an epoch that measures and does not step. None if a member is stale.
 
-        Without ``state`` it reads gradients alone.
+        Without ``state``, the epoch reads only gradients.
         """
         work: Workspace = batch.bucket.scratch
         tables = work.tables(batch, capturing=_captured(batch))
@@ -309,7 +311,7 @@ class DeviceBackend:
         return tables
 
     def _refresh(self, batch: Batch, tables: Tables, *, state: bool = True) -> int:
-        """Uploads what has changed, unless :meth:`first_stale` is not -1; returns that index."""
+        """Uploads tables that have changed, unless a member is stale; returns :meth:`first_stale`."""
         bucket, seen = batch.bucket, tables.seen
         if seen is None or not seen.fits(batch, state=state):
             stale = self.first_stale(batch)
@@ -331,12 +333,12 @@ class DeviceBackend:
 
 
 def _on(device: torch.device) -> Any:
-    """Makes a GPU the current one."""
+    """A context manager that makes a GPU the current device; for the CPU it does nothing."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether what is launched on the device, which is the current one, is captured in a graph."""
+    """Whether the current stream of the device is capturing a CUDA graph. The device must be the current one."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -350,10 +352,10 @@ def _refuse_capture(device: torch.device) -> None:
 
 
 def _captured(batch: Batch) -> bool:
-    """Whether the batch is stepped inside of a capture.
+    """Whether the batch is stepped while a CUDA graph is captured.
 
     Raises:
-        RuntimeError: it is, and a group does not expect that. Nothing has moved then.
+        RuntimeError: it is, and a group has capturable=False. Nothing has changed then.
     """
     if not _capturing(batch.bucket.key.device):
         return False
@@ -377,7 +379,7 @@ def _stepped_groups(batch: Batch) -> list[dict[str, Any]]:
 
 
 class _Layout(NamedTuple):
-    """How tensors lie in memory, wherever that is."""
+    """Strides, sizes and dtypes of tensors, without their addresses."""
 
     strides: list[tuple[int, ...]]
     sizes: list[torch.Size]
@@ -389,16 +391,16 @@ class _Layout(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """The tensors that tables were made from. The tables are good for the same ones: :meth:`fits`."""
+    """The tensors that tables were made from. :meth:`fits` says whether the tables still hold."""
 
     layout: _Layout
-    """That of weights and gradients."""
+    """The layout of weights and gradients."""
     weights: list[int]
-    """Addresses."""
+    """Addresses, as in ``gradients`` and ``state``."""
     gradients: list[int]
     state: list[int]
     tensors: list[ref[Tensor]]
-    """The state."""
+    """All state tensors."""
     state_layout: _Layout
 
     @classmethod
@@ -408,7 +410,7 @@ class _Seen(NamedTuple):
         return cls(_layout_of(batch), weights, gradients, places, list(map(ref, state)), _Layout.of(state))
 
     def fits(self, batch: Batch, *, state: bool) -> bool:
-        """Whether all is as it was, but that gradients may lie elsewhere. ``state``: whether that has to be, too.
+        """Whether the batch's tensors are as they were; gradients may have moved. State is compared if ``state``.
 
         State does not change its layout while it is the same tensor at the same address.
         """
@@ -421,7 +423,7 @@ class _Seen(NamedTuple):
         )
 
     def _gradients_fit(self, addresses: list[int], gradients: list[Tensor]) -> bool:
-        """Whether gradients at other addresses are aligned as those before them, and inside their storage."""
+        """Whether each gradient that has moved has the old one's alignment, and lies inside its storage."""
         return all(
             (a - b) % WIDEST_LOAD == 0 and has_storage(g)
             for a, b, g in zip(self.gradients, addresses, gradients, strict=True)
@@ -438,7 +440,7 @@ def _state(batch: Batch) -> list[Tensor]:
 
 
 def _layout_of(batch: Batch) -> _Layout:
-    """The layout of a batch's weights and gradients, looked up once in a batch."""
+    """The layout of a batch's weights and gradients, computed once per batch."""
     if "layout" not in batch.notes:
         batch.notes["layout"] = _Layout.of([*batch.params, *batch.grads])
     layout: _Layout = batch.notes["layout"]
@@ -446,14 +448,14 @@ def _layout_of(batch: Batch) -> _Layout:
 
 
 def _move_gradients(tables: Tables, batch: Batch, addresses: list[int]) -> None:
-    """Uploads new addresses of gradients that lie as those before them."""
+    """Uploads the gradients' new addresses, one per member; their layout has not changed."""
     present = [0 if g is ABSENT else address for g, address in zip(batch.grads, addresses, strict=True)]
     tables.places[:, ADDRESSES.index("g")] = torch.tensor(present, dtype=torch.int64, device="cpu")
     tables.upload(tables.addresses, tables.places)
 
 
 def _table(bucket: Members) -> Tensor:
-    """A bucket's table with two columns more: a member's tiles, and those of one of its rows."""
+    """A bucket's table with two more columns: the number of tiles of a member, and of each of its rows."""
     return torch.cat([bucket.table, _tiles(bucket.table)[:, None], _segments(bucket.table)[:, None]], dim=1)
 
 
@@ -470,7 +472,7 @@ def _tiles(table: Tensor) -> Tensor:
 
 
 def _parts(bucket: Members) -> Tensor:
-    """Where every member's parts of ``bucket.shared`` lie, for the kernels; nothing where nobody shares it."""
+    """Addresses of every member's entries in ``bucket.shared``: ``(P, len(PARTS))`` int64; no rows if it is None."""
     shared, table = bucket.shared, bucket.table
     parts = torch.empty(0 if shared is None else len(table), len(PARTS), dtype=torch.int64, device="cpu")
     if shared is not None:
@@ -498,7 +500,7 @@ def _backend_of(batch: Batch) -> DeviceBackend:
 
 
 def _plan(batch: Batch, tables: Tables) -> None:
-    """Uploads addresses and strides, and lines up the launches: parameters by the kernel they need."""
+    """Uploads addresses and strides, and makes the launches: one for the parameters of each kernel."""
     addresses, strides = ([[0] * table.size(1) for _ in batch.params] for table in (tables.addresses, tables.strides))
     members: dict[Any, list[int]] = {}
     for i, (p, g) in enumerate(zip(batch.params, batch.grads, strict=True)):
@@ -538,10 +540,10 @@ def _plan(batch: Batch, tables: Tables) -> None:
 
 
 def _collapse(roles: Sequence[Tensor], *, any_order: bool = True) -> tuple[list[int], list[list[int]]]:
-    """The sizes of the dimensions beyond dim 0, and each tensor's strides in them, merged where all tensors allow it.
+    """The sizes of the dimensions after dim 0, and each tensor's strides in them, merged where all tensors allow it.
 
-    The order within a row means nothing to the algorithm as long as all tensors agree on it: where any will do, the
-    first tensor's strides sort the dimensions. A vector is one row.
+    A vector is one row. The algorithm allows any order of the elements of a row that is the same for all tensors. With
+    ``any_order``, the dimensions are sorted by the first tensor's strides, largest first.
     """
     p = roles[0]
     dims = [d for d in range(min(p.ndim, 2) // 2, p.ndim) if p.size(d) != 1]
@@ -610,7 +612,7 @@ def _launch(
 
 
 def jobs_ahead(batch: Batch, tables: Tables, launch: Launch) -> Tensor:
-    """The jobs of the norm, or of a bucket that ranks share, of what they tell each other."""
+    """The jobs, ``(n, 3)`` int32 on the device, of the norm; for a bucket that ranks share, of its shares."""
     if not launch.ahead:
         order = _order(batch.bucket, _backend_of(batch).block)
         if batch.bucket.shared is not None:
@@ -645,7 +647,7 @@ class _Order(NamedTuple):
         return self.jobs("dot", i, _DOT_RUN if self.projected[i] and self.counts[i] > 1 else None)
 
     def update(self, i: int) -> Tensor:
-        """Backwards: what was measured last is still in cache."""
+        """In reverse order: the tiles that were measured last are still in cache."""
         return self.jobs("update", i, _RUN).flip(0)
 
     def share(self, i: int) -> Tensor:
