@@ -52,8 +52,8 @@ class Seen(NamedTuple):
 class Clipping(NamedTuple):
     """The result that :meth:`ProjectedOptimizer.clip_grad_norm_` keeps for the next step, and its inputs.
 
-    It is the one thing that a step believes from an earlier call. ``seen`` says whether the step may go by the
-    norm, :meth:`test_of` whether it may go by the sums of the test too.
+    A step uses no other result of an earlier call. It may use the norm if ``seen`` still holds, and the sums of the
+    test if :meth:`test_of` returns them.
     """
 
     max_norm: Any
@@ -76,7 +76,7 @@ class Clipping(NamedTuple):
         return self.norm * unscale.to(self.norm.device, non_blocking=True)
 
     def coefficient(self, unscale: Tensor | None) -> Tensor:
-        """The factor of the gradients in the step, beside ``unscale``: 0-dim float64."""
+        """``min(1, max_norm / (norm + 1e-6))``, without the factor ``unscale``: 0-dim float64."""
         norm, limit = self.norm_over(unscale), self.max_norm
         if isinstance(limit, Tensor):
             limit = limit.double().to(norm.device, non_blocking=True)
@@ -84,7 +84,7 @@ class Clipping(NamedTuple):
         return coefficient
 
     def test_of(self, options: list[tuple[float, float, float]], measured: Outcome | None) -> Outcome | None:
-        """The outcome, if the test is made with the same options now, and its shares are those that the ranks hold."""
+        """The outcome, if ``options`` are the test's options and ``measured`` is this outcome; else None."""
         return self.outcome if self.test_options == options and self.outcome is measured else None
 
 
@@ -112,7 +112,7 @@ class Memory:
         self.forget()
 
     def forget(self) -> None:
-        """Back to what a new optimizer remembers."""
+        """Resets everything to the values of a new optimizer."""
         self.buckets: list[Bucket] = []
         self.unbucketed: list[Tensor] = []
         self.has_fakes = False

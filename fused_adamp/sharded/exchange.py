@@ -223,7 +223,7 @@ class Exchange:
         return collectives
 
     def header(self, lines: Sequence[str], **flags: bool) -> Header:
-        """This rank's parameters, hyperparameters and the like, in words."""
+        """This rank's header, with a hash of its parameters and ``lines``. ``flags`` are failed, moved and stale."""
         return Header.of([self._hashed, *lines], **flags)
 
     def disagreement(self, lines: Sequence[str], *, replicas: bool = False) -> str:
@@ -300,7 +300,7 @@ class Exchange:
         return by_test | ~self._tested | self._missing(known)
 
     def _parts(self, table: Tensor) -> Sequence[Tensor]:
-        """A table with a row for each of the buckets' parameters, bucket by bucket."""
+        """Splits a table with one row for each member of all buckets into one table per bucket."""
         return torch.split(table, self._sizes)
 
     def _all_shares(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ranks decide together: the decision and projection of every parameter of which several ranks have a part."""
+"""The decision and projection of every parameter that lies on several ranks, made by all of them together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["decide_across_ranks"]
 
 
 def decide_across_ranks(owner: Owner, exchange: Exchange, batches: list[Batch]) -> list[Batch]:
-    """The batches of a step, with everything decided that the ranks have to decide together.
+    """Writes the verdicts on parameters that lie on several ranks. Returns the step's batches, with scale and found_inf.
 
     Raises:
         ValueError: the ranks have different parameters or hyperparameters, or call other methods; on every rank.
