@@ -117,7 +117,7 @@ struct Parameter {
   Decision settled;        // by the projection that the group names, by all ranks, or by there being none
   float* step;             // t, kept in the state; null where the rule counts no steps
   int64_t* seed;           // of stochastic rounding; null where there is none
-  uint32_t key[2] = {0, 0};  // of this step's chance
+  uint32_t key[2] = {0, 0};  // of this step's random bits
   double t = 0;            // the step being taken, 1-based
   Coefficients<float> coefficients;
   Coefficients<double> coefficients_f64;

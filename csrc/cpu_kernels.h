@@ -25,9 +25,9 @@ struct Storage {
   char* data[role_count];
   StorageType type[role_count];  // of the remainder: none
   bool staged[role_count];       // not stored as computed
-  bool stochastic;               // bfloat16 is rounded up or down by chance,
-  uint32_t key[2];               // of which these are the keys,
-  uint32_t first;                // and this the number of the tile's first element
+  bool stochastic;               // bfloat16 is rounded stochastically
+  uint32_t key[2];               // the keys of the random bits
+  uint32_t first;                // the number of the tile's first element
 };
 
 // How a tensor of a tile is stored, as far as a kernel reads and writes it by itself: csrc/storage.h.
@@ -142,7 +142,7 @@ struct Guess {
   Test test;
   T decay, projected_decay;  // w of a parameter that is not projected, and of one that is
   bool channel;              // the guess: rows are projected, or nothing is
-  T* shrink;                 // per row, out: the shrink that the row's projection asks for; null: nobody will ask for it
+  T* shrink;                 // out, per row: the shrink that the row's projection asks for; null if it is not needed
 };
 
 // Whether weight_correction can recover the old weight from one that was moved with this shrink; false for NaN.

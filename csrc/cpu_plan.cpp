@@ -105,8 +105,9 @@ void Step::add(Parameter* x, Stage stage, int64_t count) {
   if (x && count > 0) segments_.push_back({x, stage, jobs(), jobs() + count});
 }
 
-// Lines up the jobs. A speculative parameter's sweep follows the prediction of the next one, and its finish the sweep of
-// the next one, so that no thread waits for the last tiles of another. On several ranks it is finished in another pass.
+// Makes the list of jobs. A speculative parameter's sweep follows the prediction of the next one, and its finish the sweep
+// of the next one, so that threads do not wait for each other's last tiles. A parameter on several ranks is finished by
+// another call.
 void Step::schedule() {
   Parameter *swept = nullptr, *predicted = nullptr;
   const auto proceed = [&](Parameter* x) {

@@ -276,7 +276,7 @@ class Batch(NamedTuple):
 
 
 ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
-"""Stands for the gradient and the state of a parameter that has no gradient in this step. No gradient is bool."""
+"""Replaces the gradient and state of a parameter without gradient in this step. It is bool, which no gradient is."""
 
 
 class Backend(Protocol):

@@ -72,7 +72,7 @@ class Bucket(Members):
         rows, first_tile, first_row = [], 0, 0
         for p, layout in members:
             part, numbers = layout.part.of(local(p)), layout.numbers or (0, 0)
-            # Chance goes by an element's number: rows that do not follow each other in the whole are tiles.
+            # Random bits depend on an element's number: rows that are not consecutive in the whole are separate tiles.
             apart = key.rounding == "stochastic" and numbers[1] != rows_cols(part)[1]
             row, tiles = _geometry(part, key.backend, apart=apart)
             rows.append((0, *row, first_tile, layout.sharing, first_row, *numbers))

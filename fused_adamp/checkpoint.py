@@ -41,7 +41,7 @@ _PROJECTED = _ADAM | _SGD | _PROJECTION
 _SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
 _OURS = set(OPTIONS)
 _MACHINES = {name for name, option in OPTIONS.items() if option.machine}
-"""Our hyperparameters. Other group keys, such as a scheduler's initial_lr, are somebody else's and are passed on."""
+"""This package's hyperparameters. Other group keys, such as a scheduler's initial_lr, are passed on."""
 
 
 def _words(text: str) -> frozenset[str]:

@@ -115,7 +115,7 @@ def _batch(owner: Owner, bucket: Bucket, make_state: bool) -> Batch | None:
         params, grads = bucket.parts(params), bucket.parts(grads, copy=True)
         tensors |= {name: bucket.parts(tensors[name]) for name in key.storage.keys() & tensors}
     if bucket.has_pieces:
-        # Where a step is told that gradients are missing, it may have counted for the others already.
+        # In the second pass of a step, for missing gradients, the other members may have been counted already.
         uncounted = filled or bucket.index
         tensors |= {name: bucket.counts(name, tensors[name], uncounted) for name in key.counters.keys() & tensors}
     return Batch(

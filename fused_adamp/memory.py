@@ -98,13 +98,13 @@ class Memory:
         buckets: the parameters as the backends see them.
         unbucketed: parameters that are in no bucket, as they neither train nor have state.
         has_fakes: whether others are in no bucket, as they hold no numbers: :mod:`fused_adamp.fake`.
-        seen_params, seen_groups, seen_generation: what the buckets were made from: the parameters, the options that
-            choose a bucket, and :func:`fused_adamp.sharded.placement.generation`.
-        addresses, rounds: the weights' addresses, bucket by bucket, and the order that follows from them:
-            :func:`fused_adamp.gather.rounds_of`.
-        clipping: what :meth:`ProjectedOptimizer.clip_grad_norm_` has left for the next step.
+        seen_params, seen_groups, seen_generation: the inputs that the buckets were made from: the parameters, the
+            options that choose a bucket, and :func:`fused_adamp.sharded.placement.generation`.
+        addresses, rounds: the weights' addresses, bucket by bucket, and the result of
+            :func:`fused_adamp.gather.rounds_of` for them.
+        clipping: the result of :meth:`ProjectedOptimizer.clip_grad_norm_` for the next step; None if there is none.
         exchange: the collectives of parameters that lie on several ranks; None if none does.
-        agreed: the exchange that all ranks have agreed on last.
+        agreed: the last exchange that all ranks have agreed on.
         filled: stand-ins for gradients that other ranks have and this one does not, during a step.
     """
 
@@ -142,7 +142,7 @@ class Owner(Rule, Protocol):
     def direction(
         self, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor | float]:
-        """The update u that moments in float64 stand for, and the step size: :class:`ProjectedOptimizer`."""
+        """The update u that follows from float64 moments, and the step size: :class:`ProjectedOptimizer`."""
 
     def _step(self) -> None:
         """One step on the gradients that are there, without the hooks of torch.optim."""

@@ -69,7 +69,7 @@ def _optimizer_step(
 
 
 def _optimizer_step_fake(*_: object) -> None:
-    """Returns nothing, and the schema says what is written."""
+    """Does nothing: the operator returns nothing, and its schema lists the tensors that it writes."""
 
 
 _library = torch.library.Library("fused_adamp", "FRAGMENT")  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ _TILE = 32768
 
 
 def shapes(tile: int = _TILE) -> dict[str, tuple[int, ...]]:
-    """Edge shapes by what is special about them, of a backend whose tiles have that many elements."""
+    """Edge shapes, by name, for a backend whose tiles have ``tile`` elements."""
     return {
         "scalar": (),
         "empty vector": (0,),

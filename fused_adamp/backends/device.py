@@ -261,7 +261,7 @@ class DeviceBackend:
     def square_norm(self, batch: Batch) -> Tensor | None:
         work = batch.bucket.scratch
         with _on(batch.bucket.key.device):
-            if not batch.has_state:  # before the first step: what it needs cannot be lined up yet
+            if not batch.has_state:  # before the first step: the tables of a step cannot be made yet
                 if self.first_stale(batch) >= 0:
                     return None
                 norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in batch.grads if g is not ABSENT]
@@ -513,7 +513,7 @@ def _plan(batch: Batch, tables: Tables) -> None:
         counters = (("step", batch.steps), ("seed", batch.seeds))
         for role, tensor in (*roles.items(), *((role, counts[i]) for role, counts in counters if counts)):
             addresses[i][ADDRESSES.index(role)] = tensor.data_ptr()
-        # Noise goes by the element's number in the tensor, wherever it lies.
+        # Noise depends on the element's number in the tensor, not on its address.
         sizes, inner = _collapse([*roles.values()], any_order=not batch.seeds)
         layout = _layout([*roles.values()], inner)
         if layout == "strided":

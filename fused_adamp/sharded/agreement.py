@@ -115,7 +115,7 @@ def reduce_shares(
         outcome = exchange.reduce(exchange.header(lines, stale=stale), found_inf, present, scale)
         exchange.check(outcome, lines)
     except Exception:
-        for batch in batches:  # what was measured, and perhaps moved by a guess, is part of no step
+        for batch in batches:  # sums, and weights moved by a guess, are not part of any later step
             batch.bucket.scratch = batch.bucket.key.backend.scratch(batch.bucket)
         raise
     return outcome

@@ -230,7 +230,7 @@ class Exchange:
         """An error message with the first line that differs between ranks, and the ranks. All ranks must call this."""
         everybody = {dist.get_rank(): list(lines)}
         groups = in_order(self.layouts, replicas=replicas)
-        for group in groups * len(groups):  # so that word gets around
+        for group in groups * len(groups):  # so that news reaches ranks that share no group
             parts: list[Any] = [None] * group.size()
             dist.all_gather_object(parts, everybody, group=group)
             everybody = {rank: theirs for part in parts for rank, theirs in part.items()}
@@ -462,8 +462,8 @@ class Exchange:
         self.ask_afresh(Need(0))
         return Header.read(self.reduce(header, None, [False] * len(self.members), None).header.tolist())
 
-    # Results of the collectives. On a GPU nobody waits to read it: a step that should not be taken moves nothing, on no
-    # rank, and the next one raises the error.
+    # Results of the collectives. On a GPU no rank waits to read them: a step that must not be taken changes nothing on
+    # any rank, and the next one raises the error.
 
     @property
     def asynchronous(self) -> bool:
