@@ -61,7 +61,7 @@ class Spec(NamedTuple):
 
 @triton.jit
 def locate(table, owners, tile):
-    """The place of a tile, called ``where``: parameter x, first row, first column, number of rows, number of columns."""
+    """The place of a tile, ``where``: parameter x, first row, first column, number of rows, number of columns."""
     x = tl.load(owners + tile).to(tl.int64)
     entry = table + x * COLUMNS
     tile_rows = tl.load(entry + TILE_ROWS)
