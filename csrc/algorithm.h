@@ -97,7 +97,7 @@ FUSED_ADAMP_INLINE N weight_update(N p, N u, T step_size, S shrink) {
   return p - fma(step_size, u, shrink * p);
 }
 
-// Takes a weight that was moved with one shrink to where another would have moved it: with p' the moved and p the old one,
+// Corrects a weight that was moved with the shrink `was` and should have been with `is`: with p' the moved and p the old one,
 //
 //   p' = p - (s u + was p)   =>   p = (p' + s u) / (1 - was);    p - (s u + is p) = p' - (is - was) p
 //
@@ -114,8 +114,8 @@ struct Sums {
   double pg, gg, pp;
 };
 
-// The size below which a block's p.p or g.g may have lost squares that are too small for float32, in which a block is summed.
-// -1 where nobody would notice: the clamp at eps hides what is lost, and so does |p| + eps.
+// The value below which a block's p.p or g.g may lack squares that are too small for float32, in which a block is summed.
+// -1 if eps is large: then the clamp at eps, and |p| + eps, hide the loss.
 FUSED_ADAMP_INLINE double least_square(double eps2) { return eps2 < 0x1p-90 ? 0x1p-100 : -1; }
 
 // The numbers that the cosine test compares with.

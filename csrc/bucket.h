@@ -13,7 +13,7 @@
 
 namespace fused_adamp {
 
-// The properties of a tensor that a step reads through the stable C interface. No data: there is none.
+// The properties of a tensor that a step reads through the stable C interface. `exists` is false for a missing tensor.
 struct TensorRef {
   TensorRef() = default;
   explicit TensorRef(AtenTensorHandle handle);
@@ -64,7 +64,7 @@ struct TableRow {
   int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows * segments(); }
 };
 
-// Whether measure has moved a parameter that lies on several ranks, as if nothing or every row were projected.
+// Whether measure has moved a parameter that lies on several ranks: no; yes, without projection; yes, with rows projected.
 enum class Swept : uint8_t { no, plain, channel };
 
 // This rank's shares of a parameter, and the verdict of all ranks: fused_adamp/batch.py, SHARES and Shared.
@@ -117,7 +117,7 @@ struct Parameter {
   Decision settled;        // by the projection that the group names, by all ranks, or by there being none
   float* step;             // t, kept in the state; null where the rule counts no steps
   int64_t* seed;           // of stochastic rounding; null where there is none
-  uint32_t key[2] = {0, 0};  // of this step's chance
+  uint32_t key[2] = {0, 0};  // of this step's random bits
   double t = 0;            // the step being taken, 1-based
   Coefficients<float> coefficients;
   Coefficients<double> coefficients_f64;

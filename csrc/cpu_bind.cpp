@@ -1,4 +1,4 @@
-// From an operator's tensors to parameters. Everything is checked here, before anything moves.
+// From an operator's tensors to parameters. Everything is checked here, before anything is written.
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
@@ -62,8 +62,8 @@ bool is_contiguous(int64_t dim, const int64_t* sizes, const int64_t* strides) {
   return true;
 }
 
-// Sets strides, merging the dimensions beyond dim 0 wherever all of the parameter's tensors allow it. The order within a
-// row means nothing to the algorithm as long as all tensors agree on it, so dimensions are sorted by p's stride first.
+// Sets the parameter's layout. Dimensions after dim 0 are merged if all of its tensors allow it. The algorithm allows any
+// order of a row's elements that is the same for all tensors, so dimensions are sorted by p's strides first.
 void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
   const int64_t dim = tensor[role_p].dim;
   const int64_t* sizes = tensor[role_p].sizes;
@@ -119,7 +119,7 @@ void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
   }
 }
 
-// The format that kernels are compiled for, or staging.
+// Sets the format of the kernels, and whether blocks are staged since no kernel is compiled for the tensors' storage.
 void choose_format(Parameter& x, bool halves) {
   const auto is = [&](StorageType p, StorageType g, StorageType state) {
     const auto stored = [&](Role role) { return !x.operand[role].data || x.operand[role].type == state; };

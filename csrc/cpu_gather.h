@@ -1,4 +1,4 @@
-// Tiles, where they lie in memory or gathered into scratch. For cpu_stages.cpp alone.
+// Access to tiles, in memory or gathered into scratch. Used by cpu_stages.cpp only.
 #pragma once
 
 #include <algorithm>
@@ -110,7 +110,7 @@ void copy(const Axis* axes, size_t count, Element* tensor, Element* tile) {
   }
 }
 
-// The same of a part of a row, a run of the innermost dimension at a time.
+// Copies a tile that is a part of a row, one run of the innermost dimension at a time.
 template <class Element, bool back>
 void copy_part(const Layout& layout, int role, const Tile& tile, Element* tensor, Element* to) {
   const auto& sizes = layout.inner_sizes;
@@ -125,7 +125,7 @@ void copy_part(const Layout& layout, int role, const Tile& tile, Element* tensor
   }
 }
 
-// Between a tensor that lies otherwise and a tile's scratch.
+// Copies a tile from a strided tensor to `scratch`, without gaps; or back.
 template <bool back>
 void copy(const Parameter& x, int role, const Tile& tile, char* scratch) {
   const Operand& o = x.operand[role];
@@ -149,7 +149,7 @@ void copy(const Parameter& x, int role, const Tile& tile, char* scratch) {
 // Which of a tile's tensors a stage reads.
 constexpr int only_g = 1 << role_g, p_and_g = only_g | 1 << role_p | 1 << role_remainder, everything = (1 << role_count) - 1;
 
-// The tile as the kernels want it. What a gathered tile writes reaches the parameter with store().
+// A tile in the form that kernels take. store() copies the results of a gathered tile back to the parameter.
 template <class F, class T = typename F::Number>
 class TileAccess {
  public:

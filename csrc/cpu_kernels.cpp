@@ -8,7 +8,7 @@ namespace {
 
 using namespace fused_adamp;
 
-// A kernel, with the bodies of its loops inlined: left to itself, gcc calls them line by line.
+// A kernel, with the bodies of its loops inlined: by default, gcc calls them for each line.
 #if defined(__GNUC__)
 #define FUSED_ADAMP_KERNEL __attribute__((flatten))
 #else
@@ -36,7 +36,7 @@ FUSED_ADAMP_INLINE Sums measure_block(const Block<F>& b, int64_t n, T scale) {
   return {pg.sum(), gg.sum(), pp.sum()};
 }
 
-// `careful` takes the products of a block in double where its sums in T are not right. A function of its own: inlined beside
+// If the sums of a block in T are not right, `careful` computes its products in double. A separate function: inlined beside
 // the other one, rows of 16 cost 2% more.
 template <bool careful, class F, class T>
 FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL void measure_rows(TileData<F> t, int64_t rows, int64_t cols, T scale, Test test,
@@ -131,8 +131,9 @@ FUSED_ADAMP_INLINE void prefetch(const Block<F>& b, int64_t i) {
 #endif
 }
 
-// A block's sums, with products taken in double, after advance_row has been through it: p and u come from where `weights` has
-// kept them, if it has, else from the block and from the state, which is advanced already if it is stored.
+// The sums of a block of n elements, with products in double, after advance_row has stepped it. p is read from old_p, u from
+// old_u, if they are not null. Else p is read from the block, and u is computed from its state. `stored`: the state in the
+// block is the new one already.
 template <class R, bool stored, class F, class T>
 FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL ViewSums sum_again(Block<F> b, int64_t n, Coefficients<T> c, const T* old_p,
                                                           const T* old_u) {
@@ -152,10 +153,10 @@ FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL ViewSums sum_again(Block<F> b, int64_t n,
   return {{pg.sum(), gg.sum(), pp.sum()}, pu.sum()};
 }
 
-// Advances the state of the row of n elements that starts at `row` and adds up its sums. What becomes of its weights is up
-// to `weights`: begin(start of the block within the row, elements), each vector's (i, extent, block, p, u), end(); and
-// whether the state is stored. A block whose sums are not right in T is summed again (with the rule of measure, so that the
-// same block has the same sums in both), and `weights` is told: stop(block, first element, elements).
+// Advances the state of the row of `size` elements that starts at element `row` of the tile. Returns the row's sums.
+// `weights` moves the weights, through begin(start of the block within the row, elements), visit(i, extent, block, p, u)
+// for each vector, and end(). It also says whether the state is stored. A block whose sums are not right in T is summed
+// again, by the rule of measure, so that both find the same sums. Then stop(block, first element, elements) is called.
 template <class R, class F, class T, class Weights>
 FUSED_ADAMP_INLINE ViewSums advance_row(const TileData<F>& t, int64_t row, int64_t size, const Coefficients<T>& c,
                                         double least, Weights&& weights) {
@@ -211,8 +212,9 @@ struct Stay {
   FUSED_ADAMP_INLINE void end() {}
 };
 
-// The weights of a row that is not projected move at once. Those of the block are kept until it ends. If it has to be summed
-// again they go back, and from there to the end of the tile nothing moves: a step that dwarfs the weight could not be undone.
+// Moves the weights of a row that is not projected at once, and keeps the old ones until the block ends. If the block has to
+// be summed again, it restores them, and moves nothing from there to the end of the tile: a step that is much larger than the
+// weight could not be undone.
 template <class F, class T = typename F::Number>
 struct MoveNow {
   static constexpr bool stores_state = true;
@@ -237,7 +239,7 @@ struct MoveNow {
   FUSED_ADAMP_INLINE void end() {}
 };
 
-// How the weights of a row move once its sums are known: the second half of its update, from u in scratch.
+// Moves the weights of a row whose sums are known, from u in scratch: the second half of its update.
 template <class R, class F, class T = typename F::Number>
 struct Move {
   const TileData<F>* t;
@@ -253,7 +255,7 @@ struct Move {
   }
 };
 
-// The weights of a row wait for its sums: u is kept in scratch. Meanwhile those of an earlier row move.
+// Keeps u of a row in scratch until its sums are known. Meanwhile moves the weights of an earlier row.
 template <class R, class F, bool moves, class T = typename F::Number>
 struct MoveLater {
   static constexpr bool stores_state = true;
@@ -281,10 +283,11 @@ struct MoveLater {
   }
 };
 
-// Updates rows that are each projected: move_of(row, sums) gives (step size, projected, shrink). A row's weights move while the state
-// of a later one advances: moving works in cache, advancing waits for memory. The next one but one where rows are short, so
-// that how to move, a chain of some hundred cycles from the row's sums, is not waited for; else the next one, so that the
-// row is still in the first-level cache.
+// Updates `rows` rows of `cols` elements, each of which is projected: p, m and v. move_of(row, sums) returns the step size,
+// c and the shrink of a row. u has room for rows_in_flight rows. A row's weights move while the state of a later row advances:
+// moving works in cache, advancing waits for memory. The later row is the next one but one if rows are short, so that no
+// time is lost waiting for move_of, some hundred cycles; else it is the next one, so that the row is still in the
+// first-level cache.
 template <class R, class F, class T, class MoveOf>
 FUSED_ADAMP_INLINE void update_rows(const TileData<F>& t, T* u, int64_t rows, int64_t cols, const Coefficients<T>& c,
                                     double least, const MoveOf& move_of) {
@@ -441,8 +444,8 @@ FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL bool sum_ordinary_block(const RowBlock<T>
   return true;
 }
 
-// The same row by row, in double from the sums on. Sums that are not right in T are added up again: the rule is that of
-// advance_row. True if a step may have dwarfed its weight: a weight's sum has left the range of T.
+// As sum_block, but row by row, and in double from the sums on. Sums that are not right in T are added up again, by the rule
+// of advance_row. Returns true if a weight's sum has left the range of T: then a step may be too large to be undone.
 template <bool with_u, class T>
 FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL bool sum_any_block(const RowBlock<T>& x, int64_t row, int64_t rows, int64_t cols,
                                                           const RowUse<T>& use, TileSums* tile) {
@@ -518,10 +521,10 @@ FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL void measure_short(TileData<F> t, int64_t
   *tile = sums;
 }
 
-// How advance_short treats the weights: nothing, move them at once, or leave them to wait for the block's sums.
+// How advance_short treats the weights: leave them, move them at once, or move them when the block's sums are known.
 enum Weights { stay, move_now, move_later };
 
-// The state of n elements advances.
+// Advances the state of n elements.
 template <class R, Weights weights, class F, class T>
 FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL void advance_block(Block<F> b, int64_t n, Coefficients<T> c, T step_size, T shrink,
                                                           RowBlock<T>& x) {
@@ -558,8 +561,8 @@ FUSED_ADAMP_INLINE void spread(const T* numbers, int64_t rows, int64_t cols, T* 
   }
 }
 
-// The weights of a block whose rows are each projected, and with project_buffer their momentum. If `kept`, that gets the
-// shrink of each row, and rows that could not be put right afterwards do not move. Returns how many.
+// Moves the weights of a block whose rows are each projected, and with project_buffer their momentum. If `kept` is not null,
+// it gets the shrink of each row, and rows that finish could not correct do not move. Returns the number of these.
 template <bool project_buffer, class F, class T = typename F::Number>
 FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL int64_t move_block(Block<F> b, int64_t rows, int64_t cols, T step_size, T decay,
                                                           const T* projected, T* kept, RowBlock<T>& x) {
@@ -729,7 +732,7 @@ FUSED_ADAMP_KERNEL void sweep(TileData<F> t, T* u, int64_t rows, int64_t cols, C
   *tile = total;
 }
 
-// Moves weights whose state is advanced already: to what moved(p, u) gives.
+// Moves weights whose state has advanced already to moved(p, u).
 template <class R, class F, class T, class Moved>
 FUSED_ADAMP_INLINE void move_weights(const TileData<F>& t, int64_t first, int64_t size, const Coefficients<T>& c,
                                      const Moved& moved) {

@@ -20,14 +20,14 @@ enum StorageType { storage_f32, storage_f64, storage_bf16, storage_f16, storage_
 
 enum Role { role_p, role_g, role_m, role_v, role_remainder, role_count };
 
-// Where a tile's numbers lie if they are not stored as they are computed: csrc/storage.h.
+// The storage of a tile whose numbers are not stored as they are computed: csrc/storage.h.
 struct Storage {
   char* data[role_count];
   StorageType type[role_count];  // of the remainder: none
   bool staged[role_count];       // not stored as computed
-  bool stochastic;               // bfloat16 is rounded up or down by chance,
-  uint32_t key[2];               // of which these are the keys,
-  uint32_t first;                // and this the number of the tile's first element
+  bool stochastic;               // bfloat16 is rounded stochastically
+  uint32_t key[2];               // the keys of the random bits
+  uint32_t first;                // the number of the tile's first element
 };
 
 // How a tensor of a tile is stored, as far as a kernel reads and writes it by itself: csrc/storage.h.
@@ -68,7 +68,7 @@ struct TileData {
   typename F::Number* stage;    // room for blocks of numbers on their way from and to the storage
 };
 
-// Elements that are added up in T, and pass through the stage, at once; and how many of them the stage holds.
+// Elements of a block, which is added up in T and passes through the stage as a whole; and blocks that the stage holds.
 template <class T>
 constexpr int64_t block_size = 4096 / sizeof(T);
 constexpr int64_t staged_blocks = 8;
@@ -104,7 +104,7 @@ struct TileSums {
   double least_limit = HUGE_VAL;  // squared_limit of a row, if it is wanted
   ViewSums total;
   double projection = 0;  // c of weight_update, where a view is wider than a tile
-  double unmoved = 0;     // what sweep left where it was: elements at the tile's end, or rows if it projected rows
+  double unmoved = 0;     // number of elements at the tile's end that sweep has not moved, or of rows if it projected rows
 
   template <class T = double>
   FUSED_ADAMP_INLINE void add(const ViewSums& row, const Test& test, double cols) {
@@ -142,7 +142,7 @@ struct Guess {
   Test test;
   T decay, projected_decay;  // w of a parameter that is not projected, and of one that is
   bool channel;              // the guess: rows are projected, or nothing is
-  T* shrink;                 // per row, out: the shrink that the row's projection asks for; null: nobody will ask for it
+  T* shrink;                 // out, per row: the shrink that the row's projection asks for; null if it is not needed
 };
 
 // Whether weight_correction can recover the old weight from one that was moved with this shrink; false for NaN.
@@ -154,26 +154,26 @@ FUSED_ADAMP_INLINE bool recoverable(T shrink) {
 // Rows that update_projected and sweep work on at once: their scratch u has room for so many.
 constexpr int rows_in_flight = 3;
 
-// Kernels that depend on the momentum rule. What they read once per tile is passed by value: behind a pointer the
-// compiler would have to read it again after every store.
+// Kernels that depend on the momentum rule. Arguments that they read once per tile are passed by value: through a pointer,
+// the compiler would have to read them again after every store.
 template <class F, class T = typename F::Number>
 struct RuleKernels {
   // Measures, p.u included. Reads p g m v (16 bytes per fp32 element), writes nothing.
   void (*dot)(TileData<F>, int64_t rows, int64_t cols, Coefficients<T>, Test, TileSums*, RowShares);
-  // n elements from `first` on whose projection c is known, 0 where there is none. Reads p g m v, writes p m v (28).
+  // Updates n elements from `first` on; their projection c is known, 0 without one. Reads p g m v, writes p m v (28).
   void (*update)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T c, T decay);
-  // Rows whose projection is not known yet, each row a view: the sums p.u and p.p first, with u kept in scratch, then
-  // the weights, from the first-level cache. Reads p g m v, writes p m v (28).
+  // Updates rows whose projection is not known yet, each row a view: first the sums p.u and p.p, with u kept in scratch,
+  // then the weights, from the first-level cache. Reads p g m v, writes p m v (28).
   void (*update_projected)(TileData<F>, T* u, int64_t rows, int64_t cols, Coefficients<T>, T decay);
   // Measures and updates at once, as if the decision were the guess. Reads p g m v, writes p m v (28).
   void (*sweep)(TileData<F>, T* u, int64_t rows, int64_t cols, Coefficients<T>, Guess<T>, TileSums*, RowShares);
-  // n elements from `first` on that were updated with one shrink and should have been with another. Reads p g m v, writes
-  // p (20; g only for nesterov and for SGDP without momentum, else 16).
+  // Corrects n elements from `first` on that were updated with the shrink `was` and should have been with `is`. Reads
+  // p g m v, writes p (20; g only for nesterov and for SGDP without momentum, else 16).
   void (*finish)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T was, T is);
-  // n elements from `first` on that sweep left where they were, though their state is advanced. As finish.
+  // Moves n elements from `first` on that sweep has not moved, though their state is advanced. Bytes as for finish.
   void (*move)(TileData<F>, int64_t first, int64_t n, Coefficients<T>, T is);
-  // Short rows that were updated with the shrink `was` of each and should have been with `is`; where `was` is not recoverable
-  // sweep left the row where it was. As finish.
+  // Short rows that were updated with the shrink `was` of each and should have been with `is`. If `was` is not recoverable,
+  // sweep has not moved the row. Bytes as for finish.
   void (*finish_rows)(TileData<F>, int64_t rows, int64_t cols, Coefficients<T>, const T* was, const T* is);
 };
 

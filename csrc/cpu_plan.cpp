@@ -20,8 +20,8 @@
 //   update   momentum, projection, weight decay, weight                                          reads p g m v, writes p m v
 //   predict  measure of the first rows: if one fails, the channels cannot be projected           reads p g
 //   sweep    measure and update in one, as if the prediction were the decision                    reads p g m v, writes p m v
-//   finish   puts weights right where it was not; most often there is nothing to do              reads p m v, writes p
-//   share    what a parameter's needs ask for: g.g, measure or dot                                reads g, p g or p g m v
+//   finish   corrects weights if the prediction was wrong; most often it was right               reads p m v, writes p
+//   share    g.g, measure or dot, as the parameter's needs ask                                    reads g, p g or p g m v
 //
 // The prediction looks at this step's tensors only, so a step depends on nothing but its arguments. Every (stage, tile) is a
 // job. Threads draw jobs in order from one counter, so a job only ever waits for jobs that were drawn before it by threads
@@ -44,19 +44,19 @@ bool spans_ranks(const Parameter& x, Decision view) {
   return view == Decision::layer ? sharing != Sharing::local : view == Decision::channel && sharing == Sharing::split;
 }
 
-// Whether a view is wider than a tile, or than what is here.
+// Whether a view is wider than a tile, or lies on several ranks.
 bool spans_tiles(const Parameter& x, Decision view) {
   const TableRow& t = *x.table;
   return spans_ranks(x, view) || (view == Decision::layer ? t.tiles() > 1 : view == Decision::channel && t.segments() > 1);
 }
 
-// Speculation keeps one number per row: for the step, or from measure to step, which is too much memory for short rows
-// (fused_adamp/backends/cpu.py).
+// Whether speculation may keep the shrink of each row. If several ranks share the parameter, it is kept from measure to
+// step, which takes too much memory for short rows (fused_adamp/backends/cpu.py).
 bool keeps_shrink(const TableRow& t) { return t.local() || t.cols >= 64; }
 
-// The tiles that predict measures: at least 16 rows. If rows pass the test by chance, as 8% of random ones do at
-// delta = 0.1, all of 16 hardly ever do. None where a row is not in one piece: its shrink is not known before its last
-// part, so the guess is that nothing is projected.
+// The number of tiles that predict measures, with at least 16 rows: 8% of random rows pass the test at delta = 0.1, but
+// hardly ever all of 16. It is 0 if rows span tiles or ranks: their shrink is not known before the last part, so the guess is
+// that nothing is projected.
 int64_t predicted_tiles(const TableRow& t) {
   if (t.segments() > 1 || t.sharing == Sharing::split) return 0;
   return std::min((16 + t.tile_rows - 1) / t.tile_rows, t.tiles());
@@ -64,8 +64,8 @@ int64_t predicted_tiles(const TableRow& t) {
 
 namespace {
 
-// Speculation rests on recovering the old weight from the new one and the state, so both must be stored as computed, and
-// the shrink without projection be small.
+// Whether the old weight can be recovered from the new one and the state, as speculation requires: both must be stored as
+// computed, and the shrink without projection must be small.
 bool recovers(const Parameter& x) {
   const StorageType wanted = x.is_double ? storage_f64 : storage_f32;
   const auto exact = [&](Role role) { return !x.operand[role].data || x.operand[role].type == wanted; };
@@ -105,8 +105,9 @@ void Step::add(Parameter* x, Stage stage, int64_t count) {
   if (x && count > 0) segments_.push_back({x, stage, jobs(), jobs() + count});
 }
 
-// Lines up the jobs. A speculative parameter's sweep follows the prediction of the next one, and its finish the sweep of
-// the next one, so that no thread waits for the last tiles of another. On several ranks it is finished in another pass.
+// Makes the list of jobs. A speculative parameter's sweep follows the prediction of the next one, and its finish the sweep
+// of the next one, so that threads do not wait for each other's last tiles. A parameter on several ranks is finished by
+// another call.
 void Step::schedule() {
   Parameter *swept = nullptr, *predicted = nullptr;
   const auto proceed = [&](Parameter* x) {
@@ -189,7 +190,7 @@ void Step::run() {
   });
 }
 
-// For every parameter; its t and scale are known.
+// Computes the coefficients of every parameter from its t and the scale.
 void Step::compute_coefficients() {
   for (int64_t i = 0; i < count_; ++i) {
     Parameter& x = parameters_[i];

@@ -12,7 +12,7 @@ namespace {
 
 Decision decision_of(const Parameter& x) { return Decision(*x.decision); }
 
-// The sums of a row of several tiles, or of none, in tile order.
+// The sums of a row over its tiles, of which there may be none, in their order.
 ViewSums sum_row(const Parameter& x, int64_t row) {
   ViewSums sums;
   const int64_t segments = x.table->segments();
@@ -22,7 +22,8 @@ ViewSums sum_row(const Parameter& x, int64_t row) {
 
 }  // namespace
 
-// The sums of all tiles, in their order; those of a row first.
+// The sums of a parameter over all tiles, added in their order, with the largest ratio and the least limit of its rows. If
+// rows have several tiles, each row is summed first.
 TileSums sum_tiles(const Parameter& x) {
   const TableRow& t = *x.table;
   TileSums all;
@@ -38,7 +39,7 @@ TileSums sum_tiles(const Parameter& x) {
   return all;
 }
 
-// The sums that the other ranks need: of rows whose parts they hold, else of the parameter.
+// Writes this rank's shares, as the parameter's needs ask: its sums, and those of each row that other ranks have parts of.
 void share_sums(const Parameter& x) {
   const TileSums all = sum_tiles(x);
   const double scale = x.needs == need_square ? x.coefficients_f64.scale : 1;  // of gradients as they are
@@ -53,8 +54,8 @@ void share_sums(const Parameter& x) {
     for (int64_t row = 0; row < x.table->rows; ++row) put_needed(sum_row(x, row), x.needs, x.rows + row);
 }
 
-// The projection c of every view of several tiles, written to each of its tiles. Rows that other ranks hold parts of have
-// theirs in row_projections.
+// Writes the projection c of every view of several tiles to the sums of each of its tiles. c of a row that other ranks hold
+// parts of is in row_projections.
 void project_views(const Parameter& x) {
   const int64_t tiles = x.table->tiles();
   const Decision decision = decision_of(x);
@@ -83,7 +84,7 @@ const Coefficients<T>& coefficients_of(const Parameter& x) {
   }
 }
 
-// Where the sums of the tile's rows go. Rows of several tiles are added up by share_sums.
+// The place for the sums of the tile's rows, if other ranks need them. share_sums adds up rows of several tiles.
 RowShares row_shares(const Parameter& x, const Tile& tile) {
   return {x.rows && x.table->segments() == 1 ? x.rows + tile.row : nullptr, x.needs};
 }
@@ -93,7 +94,7 @@ void measure(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, c
   k.measure(data, tile.rows, tile.cols, coefficients_of<T>(x).scale, x.test, sums, row_shares(x, tile));
 }
 
-// The decision, and what the user may ask of the test.
+// Returns the decision on a parameter whose tiles are measured. If it was tested, writes its cosine and norm to results.
 Decision decide(const Parameter& x) {
   if (!x.tested) return x.settled;
   const TableRow& t = *x.table;
@@ -125,7 +126,8 @@ void update(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, co
   }
 }
 
-// A parameter that other ranks hold parts of keeps the shrink of rows that it has whole under either guess.
+// Sweeps a tile by the parameter's guess. The shrink of each row is kept for finish if the guess is channel, or if other
+// ranks hold parts of the parameter but not of its rows.
 template <class F, class T = typename F::Number>
 void sweep(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const Scratch& scratch,
            TileSums* sums) {
@@ -137,14 +139,14 @@ void sweep(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, con
                        row_shares(x, tile));
 }
 
-// Whether some row of a tile that was swept is not where the decision wants it.
+// Whether some row of a swept tile has to be corrected, since the guess was wrong or the row has not moved.
 bool needs_finish(const Parameter& x, const TileSums& sums) {
   const Decision decision = decision_of(x);
   const bool own = decision == Decision::channel && !spans_tiles(x, decision);
   return sums.unmoved != 0 || !(x.predict_channel ? own : decision == Decision::none);
 }
 
-// Each row was moved with the shrink of the guess; now the decision is known, and so is the shrink it should have had.
+// Corrects the weights of a swept tile: each row was moved with the shrink of the guess, and the decision asks for another.
 template <class F, class T = typename F::Number>
 void finish(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile, const Scratch& scratch,
             const TileSums& sums) {
@@ -192,7 +194,7 @@ void wait_for(const std::atomic<bool>& flag) {
   }
 }
 
-// Counts one tile of a stage; true for the last.
+// Counts one tile of a stage. Returns true for the last of `tiles`.
 bool is_last(std::atomic<int64_t>& finished, int64_t tiles) {
   return finished.fetch_add(1, std::memory_order_acq_rel) + 1 == tiles;
 }

@@ -1,5 +1,5 @@
-// One pass over a bucket: cpu_bind.cpp makes parameters of its tensors, cpu_plan.cpp lines up the jobs, and cpu_stages.cpp
-// runs them.
+// One pass over a bucket: cpu_bind.cpp makes Parameters from its tensors, cpu_plan.cpp makes the list of jobs, and
+// cpu_stages.cpp runs them.
 #pragma once
 
 #include <deque>

@@ -3,18 +3,20 @@
 
 #include "cpu.h"
 
-// A bucket's tensors in one step, fused_adamp/batch.py, Batch. A list is empty where the members have none of that kind;
-// what stands for a member without gradient has no elements. Instead of several members' state, a list may hold the table
-// of where it lies, if all of it is contiguous and has one dtype: of moments `state_dtype`. `shared` is empty where no
-// member lies on several ranks; else it holds the tensors of Shared, and what fused_adamp/backends/cpu.py keeps between measure and step: `swept` and `shrink`.
+// A bucket's tensors in one step, fused_adamp/batch.py, Batch. A list is empty if the members have none of that kind. The
+// tensors of a member without gradient have no elements. If all state of a kind is contiguous and has one dtype
+// (`state_dtype` for moments), its list may hold the table of its addresses instead. `shared` is empty if no member lies on
+// several ranks; else it holds the tensors of Shared, and `swept` and `shrink`, which fused_adamp/backends/cpu.py keeps
+// between measure and step.
 #define FUSED_ADAMP_BATCH(weight, m, v, remainder, step, seed, decisions, results, shared)                                  \
   "(Tensor" weight "[] params, Tensor[] grads, Tensor" m "[] first_moments, Tensor" v "[] second_moments, "                 \
   "Tensor" remainder "[] remainders, Tensor" step "[] steps, Tensor" seed "[] seeds, Tensor" decisions " decisions, "       \
   "Tensor" results " results, Tensor(i!) sums, Tensor table, Tensor scalars, float scale, int dtype, int state_dtype, "      \
   "bool adaptive, Tensor" shared "[] shared, bool final)"
 
-// `step` and `first_stale` return the index of the first member that does not fit the bucket's table, -1 if all do; `step`
-// has moved nothing then. `measure` writes the shares, and with `final` moves what step will only have to put right.
+// `step` and `first_stale` return the index of the first member that does not fit the bucket's table, -1 if all do. If the
+// index is not -1, `step` has changed nothing. `measure` writes the shares; with `final` it may move weights by a guess,
+// which `step` corrects.
 // `square_norm` returns the sum of the squares of the gradients, or -1 if a member does not fit.
 STABLE_TORCH_LIBRARY(fused_adamp, m) {
   m.def("measure" FUSED_ADAMP_BATCH("(a!)", "(b!)", "(c!)", "(d!)", "(e!)", "", "", "", "(j!)") " -> ()");

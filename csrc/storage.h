@@ -47,7 +47,7 @@ FUSED_ADAMP_INLINE uint32_t round_by_chance(uint32_t bits, uint32_t random) {
   return without_nan(bits) + (magnitude(bits) >= 0x7f800000 ? 0 : random);
 }
 
-// fused_adamp/precision.py, join, of both halves as they are stored.
+// fused_adamp/precision.py, join, from both halves as stored.
 template <class N>
 FUSED_ADAMP_INLINE N join(N high, N low) {
   const N bits = high << 16, rest = (low ^ 0x8000) - 0x8000;
@@ -311,7 +311,7 @@ enum Roles { none = 0, with_p = 1, with_g = 2, with_m = 4, with_v = 8 };
 template <class R>
 constexpr int with_state = (R::buffer ? with_m : none) | (R::adaptive ? with_v : none);
 
-// A role's part of the block, in place or read to `stage`.
+// The elements [begin, begin + n) of a role: in place, or in `stage`, read from the storage if `reads`.
 template <class T>
 FUSED_ADAMP_INLINE T* open(const Storage& s, Role role, bool reads, int64_t begin, int64_t n, T* stage) {
   if (!s.staged[role]) return reinterpret_cast<T*>(s.data[role]) + begin;

@@ -1,9 +1,9 @@
-"""Trains a small residual network on handwritten digits with seven optimizers and shows what becomes of the weights.
+"""Trains a small residual network on handwritten digits with seven optimizers and shows how the weights' norms change.
 
 The data are the 1797 real 8x8 digits that scikit-learn ships. Every convolution is followed by BatchNorm, so its weight
 is scale-invariant: its length |w| does not change what the network computes, only how far a step of given length turns
 it. Momentum makes |w| grow, and the longer the weight, the less a step turns it. SGDP and AdamP remove the part of the
-step that makes it longer. What to look at, always averaged over the convolutions and the seeds:
+step that makes it longer. Compare these columns, which are averages over the convolutions and the seeds:
 
 - norm growth, |w_t| / |w_0|: well above 1 with SGD and AdamW, close to 1 with SGDP and AdamP;
 - effective step size, the angle in radians between w_t and w_{t+1}: larger with SGDP than with SGD and with AdamP than
@@ -133,7 +133,7 @@ def build_network() -> nn.Sequential:
 
 @dataclass
 class Run:
-    """What one training left behind; the lists have one entry per step."""
+    """Results of one training run; the lists have one entry per step."""
 
     accuracy: float = 0.0
     loss: list[float] = field(default_factory=list)

@@ -4,8 +4,8 @@
     python examples/train_fsdp2.py                         # one
 
 Each rank keeps its part of the weights, the gradients and the optimizer's moments, and learns from its part of each
-batch. AdamP and SGDP find out together with the other ranks what to project, so that a run is the same on any number
-of ranks, up to rounding. What to look at:
+batch. AdamP and SGDP decide together with the other ranks which weights to project. So a run is the same on any number
+of ranks, up to rounding. Look at these numbers:
 
 - validation, the loss in bits per byte of files that are not trained on: 8 is knowing nothing, 4.78 knowing how often
   each byte occurs. The defaults end at 2.30 (with the library of Python 3.11), after about a minute on two CPU cores;
@@ -63,7 +63,7 @@ KEPT = 2  # checkpoints
 SHOWN = "loss {loss:.3f}  validation {validation:.3f}  norm {gradient_norm:.3f}  {tokens_per_second:,.0f} tok/s"
 BITS = 1 / math.log(2)  # in a nat, the unit of cross_entropy
 
-# What a run's losses depend on: it is resumed with the same or not at all.
+# A run's losses depend on these. A run cannot be resumed with other values.
 SETTINGS = ("optimizer", "steps", "batch", "context", "width", "depth", "heads", "seed", "float64")
 
 
@@ -167,9 +167,10 @@ def guessing(text: Text) -> float:
 
 
 def loss_on_share(network: nn.Module, text: Tensor, starts: Tensor, context: int) -> Tensor:
-    """What this rank adds to the mean loss over the windows of text with these starts: it takes its share of them.
+    """This rank's summand of the mean loss over the windows of text that begin at ``starts``.
 
-    The shares of two ranks may differ by a window, so that any number of ranks will do, up to one for each window.
+    Each rank takes a share of the windows. Shares may differ by one window, so any number of ranks will do, up to one
+    rank per window.
     """
     share = starts.tensor_split(dist.get_world_size())[dist.get_rank()]
     windows = text[(share[:, None] + torch.arange(context + 1)).to(text.device)].long()

@@ -1,4 +1,4 @@
-"""The words that the front end and the backends share: one step's tensors, and the tables that go with them.
+"""The types that the front end and the backends share: one step's tensors, and the tables that go with them.
 
 The front end builds a :class:`Batch` for each bucket in every step (``gather.py``) and hands it to a :class:`Backend`.
 This module imports nothing else of the package.
@@ -48,7 +48,7 @@ RESULTS = ("cosine", "norm")
 """The columns of :attr:`Members.results`."""
 
 PROJECTIONS = ("auto", "channel", "layer", "none")
-"""How a parameter group decides; a row of Scalars has the index."""
+"""The values of the option ``projection``. :attr:`Scalars.projection` is an index into this."""
 
 UNDECIDED = 255
 """The decision of a parameter that has not been stepped."""
@@ -154,17 +154,17 @@ class BucketKey(NamedTuple):
 
 
 class Shared(NamedTuple):
-    """Tables through which a backend and the front end talk about members that lie on several ranks.
+    """Tables that a backend and the front end exchange for members that lie on several ranks.
 
     Attributes:
-        needs: ``(P,)`` uint8, of :class:`Need`: what :meth:`Backend.measure` has to find out. 0 of members that do not
-            take part.
-        shares: ``(P, len(SHARES))`` float64, this rank's share of the sums, of the gradient as the batch scales it. The
-            channels here pass the test at a further scale s if ``s < limit``; ``cosine`` is the largest of a row over
-            its threshold. Of vectors and of SPLIT members, limit and cosine mean nothing.
-        rows: ``(rows, len(ROW_SHARES))`` float64, the same of every row of SPLIT members.
-        verdicts: ``(P, 2)`` float64: the decision, :data:`UNDECIDED` of LOCAL members, on which the backend decides
-            alone; and the projection c of a SHARED member under the layer view.
+        needs: ``(P,)`` uint8, of :class:`Need`: the sums that :meth:`Backend.measure` has to compute. 0 for members
+            that do not take part.
+        shares: ``(P, len(SHARES))`` float64, this rank's share of the sums, for gradients times the batch's scale. The
+            rows here pass the test at a further scale s if ``s < limit``; ``cosine`` is the largest of a row over
+            its threshold. For vectors and SPLIT members, ignore limit and cosine.
+        rows: ``(rows, len(ROW_SHARES))`` float64, the same for every row of SPLIT members.
+        verdicts: ``(P, 2)`` float64: the decision, :data:`UNDECIDED` for LOCAL members, on which the backend decides
+            alone; and the projection c of a member with the decision LAYER.
         row_projections: ``(rows,)`` float64: c of every row of SPLIT members, 0 where they are not projected.
     """
 
@@ -183,23 +183,23 @@ class Members:
     Attributes:
         key: what all members have in common.
         params: the parameter of each member.
-        index: of every parameter the first of its members.
-        groups: the members' parameter groups, by index.
-        table: ``(P, len(COLUMNS))`` int64 on the CPU, a row for each member: group index; 1 where the parameter has two
-            or more dimensions; R rows of K columns here; rows and columns of a tile; index of the first tile; a value
-            of :class:`Sharing`; of SPLIT members the place of their first row in :attr:`Shared.rows`; the number of
-            their first element in the whole tensor, and how many lie from row to row. A tile never spans members. It
-            holds whole rows, or one piece of a row that is wider than a tile.
+        index: for every parameter, the index of its first member.
+        groups: the indices of the members' parameter groups.
+        table: ``(P, len(COLUMNS))`` int64 on the CPU, a row for each member: group index; 1 if the parameter has two or
+            more dimensions, else 0; R rows of K columns on this rank; rows and columns of a tile; index of the first
+            tile; a value of :class:`Sharing`; for SPLIT members the index of their first row in :attr:`Shared.rows`;
+            the number of their first element in the whole tensor, and the step of these numbers from row to row. A tile
+            never spans members. It holds whole rows, or one piece of a row that is wider than a tile.
         tiles: the number of tiles.
-        shared: None where no member lies on several ranks.
+        shared: None if no member lies on several ranks.
         decisions: ``(P,)`` uint8 on the device, the last :class:`~fused_adamp.reference.Decision` of each member, or
             :data:`UNDECIDED`.
-        results: ``(P, len(RESULTS))`` float64 on the device, of the last step of each member that was tested: the
-            largest cosine of a row over its threshold, and the weight's norm before the step. NaN where nothing was.
+        results: ``(P, len(RESULTS))`` float64 on the device, from the last step of each member: the largest cosine of a
+            row over its threshold, and the weight's norm before the step. NaN if the member was not tested.
         distributed: whether any parameter is a DTensor.
-        has_own_tensors: whether a batch holds the parameters' and states' own tensors. Else it holds views, which are
-            new in every step.
-        scratch: whatever the backend keeps between steps.
+        has_own_tensors: whether a batch holds the tensors of parameters and state themselves. Else it holds views,
+            which are new in every step.
+        scratch: an object that the backend keeps between steps.
     """
 
     key: BucketKey
@@ -220,18 +220,18 @@ class Batch(NamedTuple):
     """One bucket's tensors in one step. A member without gradient has :data:`ABSENT` in place of all its tensors.
 
     Attributes:
-        bucket: where they belong.
-        params, grads: the members' weights and gradients, with rows first (dim 0 is the output channel); of DTensors
-            what this rank holds, which is so of all their tensors.
+        bucket: the bucket of the members.
+        params, grads: the members' weights and gradients, with rows first (dim 0 is the output channel). For DTensors,
+            all tensors are the local parts.
         moments: ``moments[k][i]`` is member i's state under ``bucket.key.moments[k]``, with rows first.
         steps, seeds, remainders: the members' other state; empty if they have none of that kind.
         groups: the optimizer's parameter groups.
         rule: the optimizer.
-        notes: what a backend has found out of these tensors, for its next call with the same batch.
-        scale: what gradients are multiplied with before anything else (AMP's unscaling, clipping), as a float64 tensor
-            of one element on the bucket's device; None is 1.
-        found_inf: a tensor of one element on the bucket's device: where it is not 0, nothing moves. None is 0.
-        final: the scale is the step's, and nothing can keep it from being taken.
+        notes: a backend's cache of properties of these tensors, for its next call with the same batch.
+        scale: the factor of the gradients (AMP's unscaling, clipping), as a float64 tensor of one element on the
+            bucket's device; None is 1.
+        found_inf: a tensor of one element on the bucket's device. If it is not 0, nothing changes. None is 0.
+        final: whether ``scale`` is the step's, and the step is sure to be taken.
     """
 
     bucket: Members
@@ -250,12 +250,12 @@ class Batch(NamedTuple):
 
     @property
     def has_state(self) -> bool:
-        """Whether the members' state is in the batch, all kinds of it."""
+        """Whether the batch has all kinds of the members' state."""
         kinds = [*self.moments, self.remainders, self.steps, self.seeds]
         return sum(map(bool, kinds)) == len(self.bucket.key.storage) + len(self.bucket.key.counters)
 
     def only(self, members: Container[int]) -> Batch:
-        """The batch of some members alone, by index: the others have no gradient."""
+        """The batch with only the members at these indices; the others have :data:`ABSENT` as gradient and state."""
 
         def keep(tensors: list[Tensor]) -> list[Tensor]:
             return [t if i in members else ABSENT for i, t in enumerate(tensors)]
@@ -271,12 +271,12 @@ class Batch(NamedTuple):
 
     @property
     def stored(self) -> list[list[Tensor]]:
-        """Per kind of tensor that has the parameters' shape, gradients included, the members' tensors."""
+        """Lists of the members' weights, gradients, each moment, and remainders if there are any."""
         return [self.params, self.grads, *self.moments, *([self.remainders] if self.remainders else [])]
 
 
 ABSENT = torch.empty(0, dtype=torch.bool, device="cpu")
-"""Stands for the gradient and the state of a parameter that has no gradient in this step. No gradient is bool."""
+"""Replaces the gradient and state of a parameter without gradient in this step. It is bool, which no gradient is."""
 
 
 class Backend(Protocol):
@@ -291,36 +291,36 @@ class Backend(Protocol):
         """Why this backend cannot step parameters on ``device`` here, with the remedy; None if it can."""
 
     def zeros_like(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        """A new moment, with the strides of ``p`` where they are dense."""
+        """A new moment: zeros of the shape and device of ``p``, with its strides if they are dense."""
 
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
-        """Rows and columns of a tile of a parameter that has so many, of both at least 1."""
+        """Rows and columns of a tile of a parameter of ``rows`` rows and ``cols`` columns, both at least 1."""
 
     def counters_device(self, device: torch.device) -> torch.device:
-        """Where the step counts and seeds of parameters on ``device`` are kept."""
+        """The device of the step counts and seeds of parameters on ``device``."""
 
     def scratch(self, bucket: Members) -> Any:
-        """Whatever the backend keeps for a bucket between steps."""
+        """A new object for :attr:`Members.scratch`, which the backend keeps between steps."""
 
     def first_stale(self, batch: Batch) -> int:
-        """Index of the first member that does not fit the bucket's table, -1 if all do. Moves nothing."""
+        """Index of the first member that does not fit the bucket's table, -1 if all do. Writes nothing."""
 
     def square_norm(self, batch: Batch) -> Tensor | None:
-        """The sum of the squares of the batch's gradients as they are: 0-dim float64 on the bucket's device.
+        """The sum of the squares of the batch's gradients, without its scale: 0-dim float64 on the bucket's device.
 
-        None unless weights and gradients fit the bucket's table. The backend remembers nothing of it.
+        None unless weights and gradients fit the bucket's table. The backend keeps no result for later calls.
         """
 
     def measure(self, batch: Batch) -> None:
-        """Finds out what the ranks have to tell each other before a step: writes ``bucket.shared``, shares and rows.
+        """Computes this rank's sums for the exchange before a step. Writes ``bucket.shared``: shares and rows.
 
-        It writes for members with a gradient, as far as their ``needs`` ask; all else stays as it is. The batch fits
-        the bucket's table. If the batch is ``final``, members asked for both TEST and DOT may be moved already,
-        by a guess that the step puts right. Each member is asked once per step for what a further call asks of others.
+        For each member with a gradient, it writes the sums that its ``needs`` ask for, and nothing else. The batch must
+        fit the bucket's table. If the batch is ``final``, members with both TEST and DOT may already be moved, by a
+        guess that the step corrects. No sum of a member is asked for twice in a step.
         """
 
     def step(self, batch: Batch) -> int:
         """One optimizer step over the batch, unless :meth:`first_stale` is not -1; returns that index.
 
-        Members that lie on several ranks go by ``bucket.shared``, verdicts and row_projections.
+        For members that lie on several ranks it uses the verdicts and row_projections of ``bucket.shared``.
         """

@@ -72,7 +72,7 @@ class Bucket(Members):
         rows, first_tile, first_row = [], 0, 0
         for p, layout in members:
             part, numbers = layout.part.of(local(p)), layout.numbers or (0, 0)
-            # Chance goes by an element's number: rows that do not follow each other in the whole are tiles.
+            # Random bits depend on an element's number: rows that are not consecutive in the whole are separate tiles.
             apart = key.rounding == "stochastic" and numbers[1] != rows_cols(part)[1]
             row, tiles = _geometry(part, key.backend, apart=apart)
             rows.append((0, *row, first_tile, layout.sharing, first_row, *numbers))
@@ -93,14 +93,14 @@ class Bucket(Members):
 
     @property
     def places(self) -> list[tuple[int, ...] | None]:
-        """:func:`place_of` of each member; None if no parameter may take its place."""
+        """:func:`place_of` of each member; None if no other parameter may replace it."""
         if any(placement.is_shared for placement in self._placements):
             return [None] * len(self.params)
         first = COLUMNS.index("projected")
         return list(map(tuple, self.table[:, first : first + 3].tolist()))
 
     def replace(self, index: int, p: Tensor) -> None:
-        """Puts a parameter that has the bucket's key in the place of member ``index``, if :attr:`places` says so."""
+        """Replaces member ``index`` by a parameter with the bucket's key and the same place: :attr:`places`."""
         self.params[index] = p
         self.index = {member: i for i, member in enumerate(self.params)}
         self.decisions[index] = UNDECIDED
@@ -122,14 +122,17 @@ class Bucket(Members):
         )
 
     def parts(self, tensors: list[Tensor], *, copy: bool = False) -> list[Tensor]:
-        """The part that each member is of a tensor that lies on this rank as its parameter does."""
+        """For each member, its part of its tensor, with rows first; ABSENT stays.
+
+        Each tensor has its parameter's local shape. The parts are views, or with ``copy`` copies if there is no view.
+        """
         return [t if t is ABSENT else x.part.of(t, copy=copy) for x, t in zip(self.layouts, tensors, strict=True)]
 
     def counts(self, name: str, given: list[Tensor], uncounted: Container[Tensor]) -> list[Tensor]:
-        """Step counts per member, expanded from the counts per parameter.
+        """The counters ``name`` of each member, 0-dim; ``given`` has its parameter's for each member.
 
-        Every member counts by itself, from what its parameter has; but for parameters that are not ``uncounted``, which
-        this step may have counted already.
+        The first member of a parameter has the parameter's counter, further ones have their own. These are set to the
+        parameter's count, if it is ``uncounted``: this step may have counted the others already.
         """
         counts, further = list(given), []
         for i, (p, t) in enumerate(zip(self.params, given, strict=True)):
@@ -142,10 +145,11 @@ class Bucket(Members):
 
 
 def new_state(key: BucketKey, name: str, p: Tensor) -> Tensor:
-    """State under that key for a parameter that has none: zeros.
+    """Zeros as the state ``name`` of a parameter that has none.
 
-    A moment has the parameter's shape, and its strides where they are dense. It is a tensor with a storage of its
-    own, which offloading tools may free and restore. State of a DTensor's shape is a DTensor that lies as it does.
+    A moment has the parameter's shape, and its strides if they are dense. It is a tensor with a storage of its own,
+    which offloading tools may free and restore. A counter is 0-dim. The moments of a DTensor are DTensors with its mesh
+    and placements.
     """
     if name in key.counters:
         device = key.backend.counters_device(key.device)
@@ -154,7 +158,7 @@ def new_state(key: BucketKey, name: str, p: Tensor) -> Tensor:
 
 
 def fits(key: BucketKey, name: str, t: Any, p: Tensor) -> bool:
-    """Whether a backend can use what the parameter has under that key where it lies."""
+    """Whether a backend can use ``t``, the state of ``p`` under the key ``name``, without a copy."""
     if not isinstance(t, Tensor) or not has_numbers(t):
         return False
     if name in key.counters:
@@ -202,7 +206,9 @@ def place_of(p: Tensor, key: BucketKey) -> tuple[int, ...] | None:
 
 
 def _geometry(p: Tensor, backend: Backend, *, apart: bool) -> tuple[tuple[int, int, int, int, int], int]:
-    """The table's columns from ``projected`` to ``tile_cols``, and the number of tiles; rows may be kept apart."""
+    """The table's columns from ``projected`` to ``tile_cols``, and the number of tiles. If ``apart``, a tile is one row
+    at most.
+    """
     rows, cols = rows_cols(p)
     tile_rows, tile_cols = backend.geometry(max(rows, 1), max(cols, 1))
     tile_rows = 1 if apart else tile_rows

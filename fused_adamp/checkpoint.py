@@ -1,6 +1,6 @@
 """Optimizer state_dicts of other packages in this package's format, and back.
 
-What each keeps per parameter, and in its groups beside the hyperparameters that all of them share:
+The state that each keeps per parameter, and the keys of its groups besides the hyperparameters that all share:
 
 ===================== ================================= ========================= ====================================
 state_dict of         Adam family                       SGD family                groups
@@ -16,7 +16,7 @@ torch.optim 2.13      ``step`` (tensor), ``exp_avg``,   ``momentum_buffer``; non
                       ``max_exp_avg_sq``
 ===================== ================================= ========================= ====================================
 
-Beside ours may stand ``remainder`` (int16, the weight's shape) and ``rounding_seed`` (0-dim int64), which no other has.
+Only this package keeps ``remainder`` (int16, the weight's shape) and ``rounding_seed`` (0-dim int64), if they are used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PROJECTED = _ADAM | _SGD | _PROJECTION
 _SWITCHES = {"foreach", "fused", "capturable", "differentiable"}
 _OURS = set(OPTIONS)
 _MACHINES = {name for name, option in OPTIONS.items() if option.machine}
-"""Our hyperparameters. Other group keys, such as a scheduler's initial_lr, are somebody else's and are passed on."""
+"""This package's hyperparameters. Other group keys, such as a scheduler's initial_lr, are passed on."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -199,25 +199,25 @@ _DTYPES = {"step": (torch.float32,), "remainder": (torch.int16,), "rounding_seed
 
 
 def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A state_dict of any of the formats above, told apart by their group keys, in ours.
+    """Converts a state_dict of any of the formats above to this package's. Group keys tell the formats apart.
 
-    Hyperparameters come from the state_dict, as in torch.optim, and where it lacks them from ``options``: ``delta`` for
-    torch's, ``project_buffer`` for all others'. What is a machine's choice stays as in ``options``: ``backend`` and
-    ``amp_scaling``, and of other packages ``foreach``, ``fused``, ``capturable`` and ``differentiable`` too. What
-    theirs have and ours do not, such as ``amsgrad``, is dropped where it is off, and refused where it makes another
-    rule. A group key that only optimizers of other rules have is refused at any value. Group keys of schedulers and
-    users, and state that a wrapper such as Lookahead keeps beside theirs, are passed on as they are.
+    Hyperparameters come from the state_dict, as in torch.optim. Those that it lacks come from ``options``: ``delta``
+    for torch's, ``project_buffer`` for all others'. Options that depend on the machine stay as in ``options``:
+    ``backend`` and ``amp_scaling``, and for other packages ``foreach``, ``fused``, ``capturable`` and
+    ``differentiable`` too. An option that this package lacks, such as ``amsgrad``, is dropped if it is off. If it is on
+    and changes the rule, it is an error. A group key that only optimizers of other rules have is an error at any value.
+    Group keys of schedulers and users, and state that a wrapper such as Lookahead adds, are passed on unchanged.
 
-    Accepted, although the other optimizer would have gone on in another way:
+    These are accepted, although the other optimizer would have continued differently:
 
-    - torch.optim.SGD with weight decay. Ours is decoupled, but its ``lr * weight_decay / (1 - momentum)`` per step is
-      what torch's comes to over the steps (without dampening): the coefficient keeps its meaning.
-    - Adam and AdamW of a torch that did not say ``decoupled_weight_decay``: from here on it is decoupled.
+    - torch.optim.SGD with weight decay. Ours is decoupled, ``lr * weight_decay / (1 - momentum)`` per step. Torch's
+      adds up to the same over many steps (without dampening), so the coefficient keeps its meaning.
+    - Adam and AdamW of a torch without the key ``decoupled_weight_decay``: from here on, decay is decoupled.
     - SGDP without nesterov of clovaai, and of timm before 1.0.26, which project the buffer: ``project_buffer`` decides.
-    - pytorch_optimizer's AdamP, whose bias correction divides eps too, and whose nesterov was another before version 4.
+    - pytorch_optimizer's AdamP, whose bias correction also divides eps, and whose nesterov differed before version 4.
 
     Args:
-        state_dict: from an optimizer of any of these packages. Stays as it is; the result shares its tensors.
+        state_dict: from an optimizer of any of these packages. It is not changed; the result shares its tensors.
         adaptive: True for AdamP, False for SGDP.
         options: the loading optimizer's own parameter groups, with or without "params".
 
@@ -250,14 +250,14 @@ def to_ours(state_dict: dict[str, Any], *, adaptive: bool, options: Sequence[dic
 
 
 def check(state_dict: dict[str, Any], params: Sequence[Sequence[Tensor]], labels: Sequence[str]) -> None:
-    """Raises ValueError unless a state_dict in our format fits the parameters. Reads no values: waits for no device.
+    """Raises ValueError unless a state_dict in this package's format fits the parameters. Waits for no device.
 
-    A parameter without state fits: it has not been stepped yet. State under other names than ours fits, tensor or not.
+    A parameter without state fits: it has not been stepped yet. State under unknown keys always fits.
 
     Args:
-        state_dict: in our format, as :func:`to_ours` returns it.
+        state_dict: in this package's format, as :func:`to_ours` returns it.
         params: the loading optimizer's parameters, group by group.
-        labels: what messages call them, such as "parameter 'conv.weight'": one for each, in the same order, flat.
+        labels: the parameters' names in messages, such as "parameter 'conv.weight'", in one flat list.
     """
     groups = state_dict["param_groups"]
     _check_count("the state_dict has", groups, "parameter groups", params)
@@ -270,22 +270,22 @@ def check(state_dict: dict[str, Any], params: Sequence[Sequence[Tensor]], labels
 
 
 def export(state_dict: dict[str, Any], target: str) -> dict[str, Any]:
-    """A state_dict of ours in the format of another package, whose optimizer continues it with the same numbers.
+    """Converts a state_dict of this package to another package's format, to continue there with the same numbers.
 
-    AdamP becomes the target's AdamP, or torch.optim.AdamW; SGDP its SGDP, or torch.optim.SGD, where weight decay turns
-    into the L2 penalty that comes to as much over the steps. Torch's do not project, and nothing of that is kept for
-    them. Lost for all is what only ours has: ``remainder``, and with it the low bits of bfloat16 weights,
-    ``rounding_seed``, and options that make no rule, such as ``state_dtype``. State that a wrapper has added stays
-    beside the moments. pytorch_optimizer's AdamP differs in two things: its bias correction divides eps too, and a
+    AdamP becomes the target's AdamP, or torch.optim.AdamW. SGDP becomes the target's SGDP, or torch.optim.SGD, where
+    weight decay becomes an L2 penalty that adds up to the same over many steps. Torch's optimizers do not project, so
+    the options of the projection are dropped for them. Always dropped are ``remainder`` (the low bits of bfloat16
+    weights), ``rounding_seed``, and options that do not change the rule, such as ``state_dtype``. State that a wrapper
+    has added is kept. pytorch_optimizer's AdamP differs in two ways: its bias correction also divides eps, and a
     parameter without state starts with its group's step count.
 
     Args:
-        state_dict: from AdamP or SGDP of this package. Stays as it is; the result shares its moments.
-        target: "clovaai" (for timm before 1.0.26 too), "timm", "pytorch_optimizer" or "torch".
+        state_dict: from AdamP or SGDP of this package. It is not changed; the result shares its moments.
+        target: "clovaai" (also for timm before 1.0.26), "timm", "pytorch_optimizer" or "torch".
 
     Raises:
-        ValueError: a state_dict that is not ours, an unknown target, an option that the target's optimizer would
-            silently ignore, or step counts that one per group cannot stand for.
+        ValueError: the state_dict is not this package's, the target is unknown, its optimizer would silently ignore an
+            option, or it counts steps per group and the counts within a group differ.
     """
     ours = _recognise(state_dict)
     if ours.package != "fused_adamp":
@@ -365,7 +365,7 @@ def _check_keys(fmt: _Format, groups: Sequence[dict[str, Any]], *, foreign: bool
 
 
 def _check_entry(fmt: _Format, entry: Any, i: Any, *, foreign: bool) -> None:
-    """Raises ValueError unless an entry is a parameter's state, and none that another rule keeps."""
+    """Raises ValueError unless ``entry`` is a dict, without state of another rule. ``i`` is the parameter's index."""
     moments = {"exp_avg", "exp_avg_sq"} if fmt.adaptive else {fmt.buffer}
     if not isinstance(entry, dict):
         raise ValueError(
@@ -430,7 +430,7 @@ def _state_to_ours(fmt: _Format, group: dict[str, Any], state: dict[str, Any]) -
 
 
 def _step(count: Any) -> Any:
-    """A number or a 1-element tensor as a 0-dim float32 tensor of its own; anything else is left for check."""
+    """A new 0-dim float32 tensor from a number or a 1-element tensor; anything else unchanged, for :func:`check`."""
     if isinstance(count, (int, float)) or (isinstance(count, Tensor) and count.numel() == 1):
         device = count.device if isinstance(count, Tensor) else "cpu"
         return torch.as_tensor(count, dtype=torch.float32, device=device).reshape(()).clone()

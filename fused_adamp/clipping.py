@@ -23,7 +23,10 @@ __all__ = ["clip", "clipping_holds", "factor_of", "norm_of_fakes", "renew", "sca
 
 
 def scaled(owner: Owner, batches: list[Batch]) -> list[Batch]:
-    """The batches with what GradScaler has set and clip_grad_norm_ has left for this step."""
+    """The batches with the scale and found_inf of this step, from GradScaler and clip_grad_norm_.
+
+    If gradients or weights have changed since clip_grad_norm_, the norm is measured again.
+    """
     if batches and not clipping_holds(owner, batches):
         renew(owner, refit(owner, batches))
     return with_scale(owner, batches, factor_of(owner))
@@ -60,12 +63,12 @@ def with_scale(owner: Owner, batches: list[Batch], factor: Tensor | None, *, fin
 
 
 def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    """A number of one element as a batch takes it: ``(1,)`` on the device, which is not waited for."""
+    """A one-element tensor as ``(1,)`` on the device, without a sync; None stays None."""
     return None if tensor is None else tensor.to(device, non_blocking=True).reshape(1)
 
 
 def clip(owner: Owner, batches: list[Batch], max_norm: Any, norm_type: float, *, unscaled: bool) -> Clipping:
-    """Takes the norm of all gradients, and returns the result to keep for the next step."""
+    """Computes the norm of all gradients. Returns it with its inputs, for the next step."""
     norm, outcome = _total_norm(owner, batches, norm_type)
     options = [] if outcome is None else agreement.cosine_options(owner)
     return Clipping(max_norm, norm_type, norm, unscaled, Seen.of(*_gradients(batches)), outcome, options)
@@ -87,7 +90,7 @@ def renew(owner: Owner, batches: list[Batch]) -> None:
 def _total_norm(owner: Owner, batches: list[Batch], norm_type: float) -> tuple[Tensor, Outcome | None]:
     """The norm of all gradients taken together, 0-dim float64 on the first one's device.
 
-    And what the ranks that share parameters have found out of the cosine test on the way.
+    Also the sums of the cosine test, if ranks share parameters and the order is 2; else None.
     """
     exchange = owner._memory.exchange
     if norm_type != 2.0:
@@ -114,7 +117,7 @@ def _total_norm(owner: Owner, batches: list[Batch], norm_type: float) -> tuple[T
 
 
 def norm_of_fakes(owner: Owner, norm_type: float, error_if_nonfinite: bool) -> Tensor:
-    """A norm without a number, of the gradients on this rank. The next step needs none."""
+    """The norm of this rank's gradients as a FakeTensor, 0-dim. The next step does not clip."""
     owner._memory.clipping = None
     params = chain.from_iterable(group["params"] for group in owner.param_groups)
     grads = [g for p in params if (g := local_gradient(p)) is not None]
@@ -122,9 +125,9 @@ def norm_of_fakes(owner: Owner, norm_type: float, error_if_nonfinite: bool) -> T
 
 
 def _gradients(batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights that have a gradient, and their gradients; of DTensors also the parts that lie here.
+    """The weights that have a gradient, and their gradients; for DTensors also their local tensors.
 
-    A DTensor and its local tensor count apart what was written through either.
+    A DTensor and its local tensor have separate version counters.
     """
     params, grads = [], []
     for batch in batches:

@@ -1,4 +1,4 @@
-"""Tensors without numbers, as torch's FakeTensorMode makes them: to plan memory, or to trace."""
+"""FakeTensors, which have no data: torch's FakeTensorMode makes them, to plan memory or to trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _mode_of = torch._C._get_dispatch_mode
 
 
 def has_numbers(t: Any) -> bool:
-    """Whether a tensor is none of FakeTensorMode's. Of a DTensor the part that lies here tells."""
+    """Whether a tensor has data, so is not a FakeTensor. For a DTensor, its local part is asked."""
     return not isinstance(local(t), FakeTensor)
 
 
@@ -33,16 +33,16 @@ def traces_fakes() -> bool:
 
 
 def new_state(p: Tensor, key: BucketKey) -> dict[str, Tensor]:
-    """The keys, shapes and dtypes of :func:`fused_adamp.bucket.new_state`, each in a storage of its own."""
+    """All state of a parameter, by key, with the shapes and dtypes of :func:`fused_adamp.bucket.new_state`."""
     counters = {name: local(p).new_zeros((), dtype=dtype) for name, dtype in key.counters.items()}
     storage = {name: torch.zeros_like(p, dtype=dtype, requires_grad=False) for name, dtype in key.storage.items()}
     return counters | storage
 
 
 def touch(written: Sequence[Tensor]) -> None:
-    """Shows what a step writes to torch: versions count up, and modes and allocators see which tensors are in use.
+    """Writes to the tensors that a step writes, so that versions count up, and modes and allocators see the writes.
 
-    A real tensor among them is an error of FakeTensorMode, in torch's words.
+    A real tensor among them raises FakeTensorMode's own error.
     """
     for t in written:
         t.mul_(1)

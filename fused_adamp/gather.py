@@ -38,9 +38,9 @@ __all__ = ["bucket_key", "fill_buckets", "gather", "in_order", "refit", "rounds_
 
 
 def gather(owner: Owner, *, make_state: bool = True) -> list[Batch]:
-    """This step's tensors by bucket, with buckets and state made where they are missing. Moves no weight.
+    """This step's batches, one per bucket with a gradient. Makes missing buckets and state; writes no weight.
 
-    Without ``make_state``, a bucket that lacks state is gathered without any.
+    Without ``make_state``, a batch of a bucket that lacks state has no state.
     """
     memory = owner._memory
     params = list(chain.from_iterable(group["params"] for group in owner.param_groups))
@@ -63,10 +63,10 @@ def gather(owner: Owner, *, make_state: bool = True) -> list[Batch]:
 
 
 def refit(owner: Owner, batches: list[Batch]) -> list[Batch]:
-    """The same batches, with new buckets where a tensor no longer fits the table of its bucket.
+    """Returns the batches, gathered again with new buckets if a tensor no longer fits the table of its bucket.
 
     Raises:
-        ValueError, TypeError: a tensor that fits no table.
+        ValueError, TypeError: a tensor cannot be stepped at all.
     """
     stale = [batch for batch in batches if batch.bucket.key.backend.first_stale(batch) >= 0]
     if not stale:
@@ -115,7 +115,7 @@ def _batch(owner: Owner, bucket: Bucket, make_state: bool) -> Batch | None:
         params, grads = bucket.parts(params), bucket.parts(grads, copy=True)
         tensors |= {name: bucket.parts(tensors[name]) for name in key.storage.keys() & tensors}
     if bucket.has_pieces:
-        # Where a step is told that gradients are missing, it may have counted for the others already.
+        # In the second pass of a step, for missing gradients, the other members may have been counted already.
         uncounted = filled or bucket.index
         tensors |= {name: bucket.counts(name, tensors[name], uncounted) for name in key.counters.keys() & tensors}
     return Batch(
@@ -145,7 +145,7 @@ def _check_tensors(owner: Owner, bucket: Members) -> None:
 @torch.inference_mode(False)  # what is made here lasts longer
 @torch.no_grad()
 def _make_state(owner: Owner) -> None:
-    """Gives every parameter with a gradient the state that it lacks: all of them, or on an error none."""
+    """Adds missing state to every parameter with a gradient. On an error nothing is added."""
     memory = owner._memory
     stepped = [(b, p) for b in memory.buckets for p in b.index if p.grad is not None or p in memory.filled]
     for bucket, p in stepped:
@@ -192,8 +192,7 @@ def _new_seed(p: Tensor, label: Label) -> int:
 def fill_buckets(owner: Owner, without: Collection[Any] = ()) -> None:
     """Puts every parameter that trains into a bucket: its old one if that still fits, else a new one.
 
-    State stays where it lies if it fits. Either all of this happens or, on any error, nothing. No parameter stays in a
-    bucket of ``without``.
+    State that fits is not copied. On an error nothing changes. No parameter stays in a bucket of ``without``.
     """
     memory, state, param_groups = owner._memory, owner.state, owner.param_groups
     keys = _bucket_keys(owner, without)
@@ -236,7 +235,10 @@ def fill_buckets(owner: Owner, without: Collection[Any] = ()) -> None:
 def _kept_buckets(
     owner: Owner, keys: dict[Tensor, BucketKey], without: Collection[Any]
 ) -> tuple[list[Bucket], list[tuple[Bucket, int, Tensor]]]:
-    """The buckets that may stay, and which new parameters take the places of members that are gone."""
+    """The old buckets that stay, and the replacements of their members that are gone.
+
+    A replacement is (bucket, index of the member, new parameter).
+    """
     old = [bucket for bucket in owner._memory.buckets if bucket not in without and bucket.fits_placements]
     members = {p for bucket in old for p in bucket.params if keys.get(p) == bucket.key}
     new: dict[Any, list[Tensor]] = {}
@@ -257,7 +259,7 @@ def _kept_buckets(
 
 
 def _bucket_keys(owner: Owner, without: Collection[Any]) -> dict[Tensor, BucketKey]:
-    """The bucket key of every parameter that trains or has state; checked, but for members of other buckets."""
+    """The bucket key of every parameter that trains or has state. Checks those that are in no other bucket yet."""
     keys: dict[Tensor, BucketKey] = {}
     known = {p for bucket in owner._memory.buckets if bucket not in without for p in bucket.index}
     for group in owner.param_groups:
@@ -278,7 +280,7 @@ def _bucket_keys(owner: Owner, without: Collection[Any]) -> dict[Tensor, BucketK
 
 
 def takes_part(owner: Owner, p: Tensor) -> bool:
-    """Whether a step may concern the parameter. A frozen one, or a lazy one without its shape, is left alone."""
+    """Whether a step may use the parameter: not if it is lazy, or frozen and without gradient and state."""
     return (p.requires_grad or p.grad is not None or bool(owner.state.get(p))) and not is_lazy(p)
 
 
@@ -301,7 +303,7 @@ def _bucket_options(owner: Owner, group: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _dtype_there(owner: Owner, p: Tensor, moments: tuple[str, ...]) -> torch.dtype | None:
-    """The dtype of moments that a parameter has already."""
+    """The dtype of the parameter's existing moments; None if it has none."""
     there = (owner.state[p].get(name) for name in moments if p in owner.state)
     return next((t.dtype for t in there if isinstance(t, Tensor) and t.dtype in FLOATING), None)
 
@@ -311,7 +313,7 @@ def _default_state_dtype(p: Tensor, rounding: str) -> torch.dtype:
 
 
 def state_dtype_of(owner: Owner, group: dict[str, Any], state: dict[Any, Any]) -> torch.dtype | None:
-    """A ``state_dtype`` for a group that names none, if its moments do not have those they would take by default."""
+    """The ``state_dtype`` for a group that has None, from loaded state; None if its moments have the default dtype."""
     moments = [
         (p, state[p][name]) for p in group["params"] for name in owner.moments(group) if name in state.get(p, {})
     ]
@@ -323,7 +325,7 @@ def state_dtype_of(owner: Owner, group: dict[str, Any], state: dict[Any, Any]) -
 
 
 def in_order(owner: Owner, batches: list[Batch]) -> list[Batch]:
-    """The batches to step one after the other: parameters that share memory are never in one batch."""
+    """The batches, split so that parameters that share memory are in different ones, in the order of their steps."""
     rounds = rounds_of(owner, batches)
     if not rounds:
         return batches
@@ -332,10 +334,10 @@ def in_order(owner: Owner, batches: list[Batch]) -> list[Batch]:
 
 
 def rounds_of(owner: Owner, batches: list[Batch]) -> list[list[set[int]]]:
-    """Rounds of members, batch by batch, in which nobody shares memory; empty if nobody does at all.
+    """Rounds, each a set of member indices per batch, in which no parameters share memory; empty if none share any.
 
-    Parameters that share memory take the order of the parameter groups, as in torch.optim. A step whose addresses
-    have not changed searches for nothing.
+    Parameters that share memory are stepped in the order of the parameter groups, as in torch.optim. The result is
+    cached as long as no address changes.
     """
     memory = owner._memory
     addresses = [list(map(Tensor.data_ptr, batch.params)) for batch in batches]
@@ -348,9 +350,10 @@ def rounds_of(owner: Owner, batches: list[Batch]) -> list[list[set[int]]]:
 
 
 def _find_rounds(params: list[list[Tensor]], places: list[list[int]]) -> list[list[set[int]]]:
-    """See :func:`rounds_of`. ``places``: the parameters' places in the order of the parameter groups.
+    """The rounds of :func:`rounds_of`, from the members' parameters, batch by batch.
 
-    Address ranges that meet form a cluster. The parameters of a cluster take a round each.
+    ``places`` are the parameters' indices in the order of the parameter groups. Parameters whose address ranges overlap
+    form a cluster. Each parameter of a cluster is in another round.
     """
     spans = sorted(
         (*span_of(p), place, batch, i)

@@ -52,8 +52,8 @@ class Seen(NamedTuple):
 class Clipping(NamedTuple):
     """The result that :meth:`ProjectedOptimizer.clip_grad_norm_` keeps for the next step, and its inputs.
 
-    It is the one thing that a step believes from an earlier call. ``seen`` says whether the step may go by the
-    norm, :meth:`test_of` whether it may go by the sums of the test too.
+    A step uses no other result of an earlier call. It may use the norm if ``seen`` still holds, and the sums of the
+    test if :meth:`test_of` returns them.
     """
 
     max_norm: Any
@@ -76,7 +76,7 @@ class Clipping(NamedTuple):
         return self.norm * unscale.to(self.norm.device, non_blocking=True)
 
     def coefficient(self, unscale: Tensor | None) -> Tensor:
-        """The factor of the gradients in the step, beside ``unscale``: 0-dim float64."""
+        """``min(1, max_norm / (norm + 1e-6))``, without the factor ``unscale``: 0-dim float64."""
         norm, limit = self.norm_over(unscale), self.max_norm
         if isinstance(limit, Tensor):
             limit = limit.double().to(norm.device, non_blocking=True)
@@ -84,7 +84,7 @@ class Clipping(NamedTuple):
         return coefficient
 
     def test_of(self, options: list[tuple[float, float, float]], measured: Outcome | None) -> Outcome | None:
-        """The outcome, if the test is made with the same options now, and its shares are those that the ranks hold."""
+        """The outcome, if ``options`` are the test's options and ``measured`` is this outcome; else None."""
         return self.outcome if self.test_options == options and self.outcome is measured else None
 
 
@@ -98,13 +98,13 @@ class Memory:
         buckets: the parameters as the backends see them.
         unbucketed: parameters that are in no bucket, as they neither train nor have state.
         has_fakes: whether others are in no bucket, as they hold no numbers: :mod:`fused_adamp.fake`.
-        seen_params, seen_groups, seen_generation: what the buckets were made from: the parameters, the options that
-            choose a bucket, and :func:`fused_adamp.sharded.placement.generation`.
-        addresses, rounds: the weights' addresses, bucket by bucket, and the order that follows from them:
-            :func:`fused_adamp.gather.rounds_of`.
-        clipping: what :meth:`ProjectedOptimizer.clip_grad_norm_` has left for the next step.
+        seen_params, seen_groups, seen_generation: the inputs that the buckets were made from: the parameters, the
+            options that choose a bucket, and :func:`fused_adamp.sharded.placement.generation`.
+        addresses, rounds: the weights' addresses, bucket by bucket, and the result of
+            :func:`fused_adamp.gather.rounds_of` for them.
+        clipping: the result of :meth:`ProjectedOptimizer.clip_grad_norm_` for the next step; None if there is none.
         exchange: the collectives of parameters that lie on several ranks; None if none does.
-        agreed: the exchange that all ranks have agreed on last.
+        agreed: the last exchange that all ranks have agreed on.
         filled: stand-ins for gradients that other ranks have and this one does not, during a step.
     """
 
@@ -112,7 +112,7 @@ class Memory:
         self.forget()
 
     def forget(self) -> None:
-        """Back to what a new optimizer remembers."""
+        """Resets everything to the values of a new optimizer."""
         self.buckets: list[Bucket] = []
         self.unbucketed: list[Tensor] = []
         self.has_fakes = False
@@ -142,7 +142,7 @@ class Owner(Rule, Protocol):
     def direction(
         self, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor | float]:
-        """The update u that moments in float64 stand for, and the step size: :class:`ProjectedOptimizer`."""
+        """The update u that follows from float64 moments, and the step size: :class:`ProjectedOptimizer`."""
 
     def _step(self) -> None:
         """One step on the gradients that are there, without the hooks of torch.optim."""

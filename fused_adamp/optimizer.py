@@ -91,18 +91,18 @@ class ProjectedOptimizer(Optimizer):
     def direction(
         self, moments: Sequence[Tensor], step: Tensor | None, group: dict[str, Any]
     ) -> tuple[Tensor, Tensor | float]:
-        """The update u that moments in float64 stand for, and the step size. Waits for no device.
+        """The update u that follows from float64 moments, in their shape, and the step size. Waits for no device.
 
-        If the rule keeps no moments, ``moments[0]`` is the gradient. Nesterov momentum is left out.
+        If the rule keeps no moments, ``moments[0]`` is the gradient. Nesterov momentum is ignored.
         """
         raise NotImplementedError
 
     def numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        """The group's options that are numbers, by :func:`number`."""
+        """The group's options that are numbers, by name: floats, or 0-dim float64 tensors as of :func:`number`."""
         return {name: number(group[name]) for name in self._numbers}
 
     def reference_options(self, group: dict[str, Any], *flags: str) -> dict[str, Any]:
-        """The group's options that are numbers as floats, the named ones as they are."""
+        """Keyword arguments for the reference: the group's options that are numbers, as floats, and ``flags``."""
         return {name: float(group[name]) for name in self._numbers} | {name: group[name] for name in flags}
 
     # Users call these.
@@ -118,7 +118,7 @@ class ProjectedOptimizer(Optimizer):
             The result of the closure, or None without one.
 
         Raises:
-            ValueError, TypeError: a parameter, gradient or state that cannot be stepped. Nothing has moved then.
+            ValueError, TypeError: a parameter, gradient or state that cannot be stepped. Nothing has changed then.
         """
         loss = None
         if closure is not None:
@@ -174,12 +174,12 @@ class ProjectedOptimizer(Optimizer):
             torch.autograd.graph.increment_version(stepped)
 
     def _fakes(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The parameters whose step computes nothing, with their groups: in FakeTensorMode all that have a gradient."""
+        """The parameters without data that have a gradient, with their groups: all of them in FakeTensorMode."""
         owners = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         return owners if traces_fakes() else [(p, group) for p, group in owners if not has_numbers(p)]
 
     def _step_fakes(self) -> None:
-        """All that a step does but for the numbers: errors, state, versions. No backend is asked whether it could."""
+        """A step without numbers: it raises errors, creates state and counts versions up. It asks no backend."""
         for group in self.param_groups:
             check_options(group, self.options)
         keys = {p: gather.bucket_key(self, p, group, BACKENDS[-1]) for p, group in self._fakes()}
@@ -199,10 +199,10 @@ class ProjectedOptimizer(Optimizer):
     ) -> Tensor:
         """Clips the norm of all gradients taken together, as torch.nn.utils.clip_grad_norm_ does, within the next step.
 
-        The gradients stay as they are; the next :meth:`step`, and only that one, multiplies them by
-        ``max_norm / (norm + 1e-6)`` as it reads them, if that is below 1. If a gradient or a weight has changed until
-        then (in-place operations and replaced gradients are noticed, writes through ``.data`` are not), the step
-        measures the norm again, so that what it uses has no larger norm than ``max_norm`` in any case.
+        It does not write to the gradients. The next :meth:`step`, and only that one, multiplies them by
+        ``max_norm / (norm + 1e-6)`` as it reads them, if that is below 1. If a gradient or a weight has changed by
+        then, the step measures the norm again. It notices in-place operations and replaced gradients, but not writes
+        through ``.data``.
 
         Args:
             max_norm: at least 0.
@@ -250,10 +250,11 @@ class ProjectedOptimizer(Optimizer):
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def projection_report(self, model: torch.nn.Module | None = None) -> ProjectionReport:
-        """How the last step was projected and what it did to the norms, parameter by parameter. Waits for the device.
+        """The decision, cosine, norm and growth of each parameter in the last step. Waits for the device.
 
         Args:
-            model: whose parameter names the records bear; without, those of the groups' ``param_names``, or numbers.
+            model: the model whose parameter names the records have. Without it, names are the groups' ``param_names``,
+                or indices.
 
         Returns:
             A list of :class:`~fused_adamp.report.ProjectionRecord`, which prints as a table.
@@ -264,12 +265,12 @@ class ProjectedOptimizer(Optimizer):
 
     @property
     def buckets(self) -> list[Bucket]:
-        """The parameters as the backends see them: those that have been in a step, bucket by bucket."""
+        """The buckets of all parameters that have been in a step."""
         return self._memory.buckets
 
     @property
     def exchange(self) -> Exchange | None:
-        """The collectives of parameters that lie on several ranks."""
+        """The collectives of parameters that lie on several ranks; None if there are none."""
         return self._memory.exchange
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -304,10 +305,9 @@ class ProjectedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state_dict of this optimizer, or of the same rule from another package, as torch.optim does.
 
-        What torch.optim.Adam, AdamW or SGD, clovaai's adamp, timm or pytorch_optimizer saved is recognised and
-        converted: see :mod:`fused_adamp.checkpoint`, which also converts the other way. Unlike in torch.optim, state
-        keeps the dtype that it was saved in: where that is not the weight's, ``state_dtype`` of the group says so from
-        then on.
+        A state_dict of torch.optim.Adam, AdamW or SGD, of clovaai's adamp, timm or pytorch_optimizer is recognised and
+        converted. :mod:`fused_adamp.checkpoint` also converts the other way. Unlike in torch.optim, state keeps the
+        dtype that it was saved in. If that is not the weight's dtype, the group's ``state_dtype`` is set to it.
 
         Raises:
             ValueError: the state_dict does not fit; the message names the parameter. The optimizer is unchanged.
@@ -347,13 +347,13 @@ class ProjectedOptimizer(Optimizer):
 
 
 def _supports_amp_scaling(defaults: dict[str, Any]) -> bool:
-    """Whether GradScaler may leave unscaling to the step: as in torch.optim where ``fused=True``, or as asked for."""
+    """Whether GradScaler leaves unscaling to the step: ``amp_scaling``, or if that is None, whether ``fused=True``."""
     wish = defaults.get("amp_scaling")
     return bool(defaults.get("fused") if wish is None else wish)
 
 
 def number(value: Any) -> Any:
-    """A hyperparameter as a float; a tensor that is not on the CPU as a 0-dim float64 tensor, not waited for."""
+    """A hyperparameter as a float; a tensor that is not on the CPU as a 0-dim float64 tensor, without a sync."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value.detach().double().reshape(())
     return float(value)
@@ -362,7 +362,7 @@ def number(value: Any) -> Any:
 @torch.inference_mode(False)  # what is made here lasts longer
 @torch.no_grad()
 def _copied(t: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the optimizer's own: two optimizers that load one state_dict must not share their state."""
+    """A copy of ``t`` on ``device``: two optimizers that load one state_dict must not share their state."""
     if device.type != "cpu" or is_distributed(t):
         return t.to(device, copy=True)
     return empty_like(t, t.dtype).copy_(t)

@@ -1,4 +1,4 @@
-"""Every option of AdamP and SGDP, once: its default, which values are allowed, what it means, and who has it.
+"""The table of all options of AdamP and SGDP: default, allowed values, meaning, and the optimizers that have it.
 
 The constructors' signatures are written out, for readers and editors; a test compares their defaults with these.
 Checks, docstrings and checkpoints read this table. A new option is an entry here and a parameter of the constructors.
@@ -136,11 +136,11 @@ class Option(NamedTuple):
     """One option of a parameter group.
 
     Attributes:
-        default: of the constructors.
-        allowed: which values.
-        meaning: for the docstrings; lines after the first are indented there.
+        default: the constructors' default.
+        allowed: the allowed values.
+        meaning: the text for the docstrings; lines after the first are indented there.
         rules: the optimizers that have it.
-        machine: whether it is a choice of the machine and not of the rule, so that a loaded state_dict leaves it alone.
+        machine: whether it depends on the machine and not on the rule, so that loading a state_dict does not change it.
     """
 
     default: Any
@@ -252,7 +252,7 @@ def chosen(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def documented(docstring: str | None, rule: str) -> str | None:
-    """A docstring with the lines of "Args:" for all options, where it says ``{options}``."""
+    """The docstring with ``{options}`` replaced by the "Args:" lines of the rule's options."""
     if docstring is None:  # python -OO
         return None
     lines = [f"{name}: {option.meaning}".replace("\n", "\n    ") for name, option in options_of(rule).items()]

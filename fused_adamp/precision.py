@@ -29,7 +29,7 @@ def split(w: Tensor) -> tuple[Tensor, Tensor]:
 def join(p: Tensor, remainder: Tensor) -> Tensor:
     """The float32 tensor that :func:`split` took apart.
 
-    No zero has a negative remainder: where one does, the weight was set to zero since, and zero it is.
+    :func:`split` gives no zero a negative remainder. A zero that has one was set to zero later, and stays zero.
     """
     rest = remainder.to(torch.int32)
     bits = p.view(torch.int16).to(torch.int32) << 16
@@ -37,7 +37,7 @@ def join(p: Tensor, remainder: Tensor) -> Tensor:
 
 
 def round_stochastically(x: Tensor, random: Tensor) -> Tensor:
-    """float32 ``x`` to bfloat16: to either neighbour, with a mean over all ``random`` (16 bits, int64) of ``x``."""
+    """Rounds float32 ``x`` to either neighbour in bfloat16. Its mean over all ``random`` (16 bits, int64) is ``x``."""
     bits = torch.where(x.isnan(), 0x7FC00000, x.contiguous().view(torch.int32)).to(torch.int64)
     keep = x.isnan() | x.isinf()
     bits = torch.where(keep, bits, bits + random)
@@ -55,10 +55,10 @@ def step_key(seed: int) -> tuple[int, int]:
 
 
 def noise(seed: int, numbers: Tensor, stream: int) -> Tensor:
-    """16 random bits (int64) for elements by their numbers, counted row by row (int64); another stream, other bits.
+    """16 random bits per element, int64 in the shape of ``numbers``: the elements' numbers, counted row by row, int64.
 
-    A multiply-xorshift hash of the element's number under two keys. Stream 0 (the weight) takes the low half of the
-    hash, stream 1 (the first moment) the high half, stream 2 (the second) the low half of the hash under swapped keys.
+    They are a multiply-xorshift hash of the element's number under two keys. Stream 0 (the weight) takes the low half
+    of the hash, stream 1 (the first moment) the high half, stream 2 (the second) the low half under swapped keys.
     """
     low, high = step_key(seed)
     if stream == 2:

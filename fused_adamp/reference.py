@@ -187,7 +187,7 @@ def project(u: Tensor, p: Tensor, decision: Decision, eps: float) -> Tensor:
 def rows_first(x: Tensor, channel_dim: int | tuple[int, ...], *, copy: bool = False) -> Tensor:
     """A view of ``x`` whose dim 0 is the output channel: ``channel_dim`` moved to the front, several of them merged.
 
-    Where they cannot be merged without a copy, it is an error, or a copy where ``copy`` allows it.
+    If they cannot be merged without a copy, the result is a copy with ``copy``, else it is an error.
     """
     if x.ndim < 2 or channel_dim == 0:
         return x

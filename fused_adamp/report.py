@@ -25,18 +25,18 @@ __all__ = ["ProjectionRecord", "ProjectionReport", "projection_report"]
 
 
 class ProjectionRecord(NamedTuple):
-    """One parameter in the last step. NaN stands for what a parameter does not have.
+    """One parameter in the last step. NaN is a missing value.
 
     Attributes:
-        name: as ``model.named_parameters()`` has it, else the optimizer's name for the parameter.
-        shape: of the parameter.
+        name: the name in ``model.named_parameters()``, else the optimizer's name for the parameter.
+        shape: the shape of the whole parameter.
         decision: "channel", "layer" or "none".
-        cosine: the largest cosine between a row of the gradient and of the weight, over the threshold that it is
-            compared with: below 1 the channels are projected. Infinite after a NaN. NaN where nothing was tested.
-        norm: of the weight, after the step.
-        growth: of the norm in the step, relative to what it was before; NaN where nothing was tested.
-        effective_step: what one more step with these moments would turn the weight by: the size of the update,
-            projected by the last decision, times the step size, over the weight's norm. In radians while it is small.
+        cosine: the largest cosine between a row of the gradient and of the weight, divided by the test's threshold:
+            below 1 the channels are projected. Infinite after a NaN. NaN if the parameter was not tested.
+        norm: the weight's norm after the step.
+        growth: the relative growth of the norm in the step; NaN if the parameter was not tested.
+        effective_step: the norm of one more step with these moments, projected by the last decision, divided by the
+            weight's norm. If it is small, it is the angle in radians by which the step turns the weight.
     """
 
     name: str
@@ -78,9 +78,9 @@ def _line(record: ProjectionRecord) -> tuple[str, ...]:
 
 
 def projection_report(optimizer: Owner, names: dict[Tensor, str]) -> ProjectionReport:
-    """Reads the buckets' results. The rest is computed on each device, which is waited for once.
+    """The report of the last step; ``names`` has a name for every parameter. Waits for each device once.
 
-    Each rank adds up its part of a parameter that lies on several ranks, so all of them have to call this.
+    All ranks must call this, since it adds up the parts of parameters that lie on several ranks.
     """
     sharded = _over_ranks(optimizer)
     tables: dict[torch.device, list[Tensor]] = {}
@@ -108,7 +108,7 @@ def _record(name: str, p: Tensor, row: list[float]) -> ProjectionRecord | None:
 
 
 def _over_ranks(optimizer: Owner) -> dict[Tensor, tuple[Tensor, Tensor]]:
-    """Cosine and squares of each whole parameter that lies on several ranks."""
+    """For each parameter that lies on several ranks, its cosine (0-dim) and :func:`_squares` of the whole of it."""
     exchange = optimizer._memory.exchange
     if exchange is None:
         return {}
@@ -126,9 +126,9 @@ def _over_ranks(optimizer: Owner) -> dict[Tensor, tuple[Tensor, Tensor]]:
 
 
 def _weight_and_step(optimizer: Owner, bucket: Bucket, index: int) -> tuple[Tensor, Tensor]:
-    """The weight here, and the step that these moments would take next: both ``(R, K)`` float64.
+    """A member's local weight, and the step that its moments would take next, without projection: ``(R, K)`` float64.
 
-    Without projection. NaN where there is none: of a rule that keeps no moments, without gradient.
+    The step is NaN if the rule keeps no moments and the gradient is None.
     """
     param, key = bucket.params[index], bucket.key
     state, group = optimizer.state.get(param, {}), optimizer.param_groups[bucket.groups[index]]
@@ -148,15 +148,15 @@ def _weight_and_step(optimizer: Owner, bucket: Bucket, index: int) -> tuple[Tens
 
 
 def _dots(optimizer: Owner, bucket: Bucket, index: int) -> Tensor:
-    """p.u and p.p of each row here: ``(R, 2)``."""
+    """p.u and p.p of each local row of a member: ``(R, 2)`` float64."""
     p, u = _weight_and_step(optimizer, bucket, index)
     return torch.stack([(p * u).sum(dim=1), (p * p).sum(dim=1)], dim=1)
 
 
 def _squares(optimizer: Owner, bucket: Bucket, index: int, factors: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """The squares of what is here of the weight, and by decision of the update projected so: ``(4,)`` float64.
+    """Sums of squares of a member's local weight, and of its step with each decision: ``(4,)`` float64.
 
-    ``factors``: c of every row and of the layer, of parameters of which not all is here.
+    ``factors`` are c of every row ``(R,)`` and of the layer, for parameters that lie on several ranks.
     """
     p, u = _weight_and_step(optimizer, bucket, index)
     if factors is None:

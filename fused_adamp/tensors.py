@@ -1,4 +1,4 @@
-"""Where a tensor's elements lie in memory, and how many rows it has. Nothing here knows of optimizers."""
+"""Memory layout and rows of tensors. Nothing here knows of optimizers."""
 
 from __future__ import annotations
 

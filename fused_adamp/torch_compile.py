@@ -35,7 +35,13 @@ def _optimizer_step(
     """Steps the optimizer's parameters ``members``, as if the others had no gradient.
 
     Compiled code may compute on copies that it writes back later (functionalization). So while the step runs, the
-    optimizer's own tensors stand on what was passed: parameters, gradients, and hyperparameters that are tensors.
+    optimizer's own tensors use the data of the arguments: parameters, gradients, and hyperparameters that are tensors.
+
+    Args:
+        params, grads: the tensors of these parameters in compiled code.
+        options, names: hyperparameters that are tensors, each with "group index, space, name".
+        members: the parameters' indices in the order of the parameter groups.
+        handle: the optimizer's, from :func:`register`.
     """
     optimizer = OPTIMIZERS[handle]
     groups = optimizer.param_groups
@@ -63,7 +69,7 @@ def _optimizer_step(
 
 
 def _optimizer_step_fake(*_: object) -> None:
-    """Returns nothing, and the schema says what is written."""
+    """Does nothing: the operator returns nothing, and its schema lists the tensors that it writes."""
 
 
 _library = torch.library.Library("fused_adamp", "FRAGMENT")  # type: ignore[no-untyped-call]

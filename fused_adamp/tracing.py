@@ -24,9 +24,9 @@ eager_step = torch.compiler.disable(  # type: ignore[no-untyped-call]
 def needs_eager(handle: str) -> bool:
     """Whether a step inside the graph would be wrong.
 
-    Dynamo writes changes to dicts and lists back after the graph has run, too late for the operator to see. Inductor
-    copies written tensors that share memory, all of it for each (torch 2.11: wrongly). Nobody could say how an
-    operator's DTensors lie. And Dynamo takes no tensor whose gradient has another dtype.
+    Dynamo writes changes of dicts and lists back after the graph has run, too late for the operator. Inductor copies
+    written tensors that share memory, all of it for each (torch 2.11: wrongly). An operator cannot declare the
+    placements of its DTensors. And Dynamo rejects tensors whose gradient has another dtype.
     """
     optimizer = OPTIMIZERS[handle]
     groups, state = optimizer.param_groups, optimizer.state
@@ -42,7 +42,7 @@ def needs_eager(handle: str) -> bool:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def tensor_options(handle: str) -> list[tuple[int, str]]:
-    """Group and name of the hyperparameters that are tensors, which the graph may change."""
+    """Group index and name of each hyperparameter that is a tensor, which the graph may change."""
     groups = OPTIMIZERS[handle].param_groups
     return [(i, name) for i, group in enumerate(groups) for name, value in group.items() if isinstance(value, Tensor)]
 

@@ -1,6 +1,6 @@
-"""Parameters, gradients and state that are refused, and the words. Every message names the tensor and the remedy.
+"""Checks of parameters, gradients and state. Every error message names the tensor and the remedy.
 
-``label`` is what messages call a parameter: anything that can be formatted.
+``label`` is a parameter's name in messages: anything that can be formatted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def check_member(p: Tensor, key: BucketKey, state: dict[str, Any], label: object
 
 
 def check_state(p: Tensor, state: dict[str, Any] | None, key: BucketKey, label: object) -> None:
-    """Raises ValueError unless a parameter's state has the entries and shapes of its bucket; or there is none yet."""
+    """Raises ValueError unless a parameter's state is empty, or has the entries and shapes of its bucket."""
     if not state:
         return
     needed = (*key.moments, "step") if key.adaptive else key.moments
@@ -122,7 +122,7 @@ def check_channel_dim(p: Tensor, channel_dim: int | tuple[int, ...], label: obje
 
 
 def _check_storage(t: Tensor, role: str, label: object) -> None:
-    """Raises ValueError if elements lie outside the tensor's storage. ``role`` says whose it is."""
+    """Raises ValueError if elements lie outside the tensor's storage. ``role`` is e.g. "the gradient of "."""
     if not has_storage(t):
         raise ValueError(
             f"the storage of {role}{label} holds {t.untyped_storage().nbytes()} bytes, too few for shape "

@@ -32,7 +32,7 @@ _TILE = 32768
 
 
 def shapes(tile: int = _TILE) -> dict[str, tuple[int, ...]]:
-    """Edge shapes by what is special about them, of a backend whose tiles have that many elements."""
+    """Edge shapes, by name, for a backend whose tiles have ``tile`` elements."""
     return {
         "scalar": (),
         "empty vector": (0,),
@@ -155,7 +155,7 @@ class Outcome:
     """Per step, the backend's decision and the reference's."""
 
     def passed(self) -> bool:
-        """Whether all decisions agree and all errors are within the tolerance; NaN is not."""
+        """Whether all decisions agree and all errors are within the tolerance. A NaN fails."""
         agree = all(ours == theirs for ours, theirs in self.decisions)
         return agree and all(error <= self.allowed[name] for name, error in self.error.items())
 

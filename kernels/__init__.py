@@ -5,29 +5,33 @@ of docs/architecture.md, "The numbers". ``plans`` has the kernels that are launc
 in one launch (one pass). A stage works on a run of one parameter's tiles:
 
     prepare  step counts, seeds, and what depends on them, for a block of parameters
-    measure  per row p.g, g.g and p.p; whose run is a parameter's last concludes            reads p g
-    square   g.g, where only the norm of the gradients is asked for                         reads g
-    share    what measure, square and dot find, as far as the ranks ask it of each other    reads p g m v at most
-    dot      p.u and p.p, where the decided view is wider than a tile; most often nothing   reads p g m v
+    measure  per row p.g, g.g and p.p; the last run of a parameter concludes                reads p g
+    square   g.g, for the norm of the gradients alone                                       reads g
+    share    the sums of measure, square and dot that ranks ask of each other               reads p g m v at most
+    dot      p.u and p.p, if the decided view is wider than a tile; mostly nothing          reads p g m v
     update   momentum, projection, weight decay, weight                                     reads p g m v, writes p m v
-    redo     most often nothing: what the others have left, since its squares leave float32
+    redo     parameters and tiles that the others have marked; mostly nothing
 
 ``tables`` numbers the columns of all tables. ``tiles`` finds a tile's elements in memory. ``elements`` loads, rounds
-and stores a block of them. ``precision`` stores bfloat16 without loss. ``sums`` adds up what measure, square and share
-ask for. ``decision`` says what all tiles of a parameter have in common. ``order`` lets one program wait for another.
-``marks`` notes which sums have left float32.
+and stores a block of elements. ``precision`` rounds to bfloat16, with or without a remainder. ``sums`` has the sums of
+measure, square and share. ``decision`` looks up the decision and other properties of a parameter. ``order`` lets one
+program wait for another. ``marks`` marks sums that have left float32's range.
 
-``memory`` and ``work`` are tuples of tables, to be passed on whole: where a parameter's tensors lie, and what the
-stages tell each other. Sums run in the math's dtype within a tile and in float64 from tile to tile, always in the
-order of the tiles, so that results repeat bit for bit.
+Functions share these arguments. ``memory`` and ``work`` are tuples of tables (``plans.py``): the addresses of tensors,
+and the results that stages pass to each other. ``x`` is a parameter's index, ``tile`` a tile's. ``where`` is a tile's
+place, from :func:`~.tiles.locate`. ``e`` is a block of element numbers within a tile; ``mask`` says which exist. ``S``
+is the :class:`~.tiles.Spec` of the kernel; ``S.number`` is the dtype of the math. ``epoch`` numbers steps.
 
-Measure and square see gradients as they are, everything else times the step's scale: so a tensor that was measured for
-the norm of the gradients need not be measured again once the scale that clips them is known. What ranks share is of the
-gradients times the scale: there, SHARE is true.
+Sums are in ``S.number`` within a tile and in float64 over tiles, always in the order of the tiles, so that results
+repeat bit for bit.
 
-Sums of squares may leave float32: those of gradients or weights of 1e20. A stage that meets such sums writes the epoch
-into a mark, and what it cannot decide or step, it leaves as it is. A mark is read once all who may write it are done.
-Measure and dot mark a parameter, each with a mark of its own: nothing of it has moved by then, and nothing will. Update
-marks a tile that is a view, or whose rows are: it alone has not moved. At the end, redo does what is marked, with the
-same functions: there, S.number is float64.
+Measure and square read gradients as they are; the other stages multiply them by the step's scale. So a tensor that was
+measured for the norm of the gradients need not be measured again once the scale that clips them is known. With SHARE,
+gradients are scaled before they are summed.
+
+Sums of squares may leave float32's range, e.g. for gradients or weights of 1e20. A stage that finds such sums writes
+the epoch into a mark and leaves the parameter or the tile unchanged. A mark is read when all programs that may write it
+are done. Measure and dot mark a parameter, each with a mark of its own: then no later stage moves it. Update marks a
+tile if the tile or its rows are views: then only this tile has not moved. At the end, redo steps marked parameters and
+tiles with the same functions, where S.number is float64.
 """

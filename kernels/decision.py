@@ -1,4 +1,4 @@
-"""What all tiles of a parameter have in common: its hyperparameters, the decision on it, its views."""
+"""Lookups that are equal for all tiles of a parameter: its hyperparameters, the decision on it, its views."""
 
 import triton
 import triton.language as tl
@@ -55,13 +55,13 @@ def eps_of(memory, work, x):
 
 @triton.jit
 def part(work, x, WHICH: tl.constexpr, TYPE: tl.constexpr):
-    """A pointer to the parameter's part of what its ranks tell each other."""
+    """A pointer to parameter x's entry in a table of :class:`~fused_adamp.batch.Shared`; WHICH: a column of PARTS."""
     return tl.load(work[PARTS] + x * PLACES_OF_PARTS + WHICH).to(tl.pointer_type(TYPE))
 
 
 @triton.jit
 def is_tested(memory, work, x, S: tl.constexpr):
-    """Whether the cosine test decides on the parameter here. With delta = 0 no cosine is below the threshold."""
+    """Whether the cosine test on this rank decides on the parameter. It does not for delta = 0 or a forced view."""
     entry = memory[TABLE] + x * COLUMNS
     group = tl.load(entry + GROUP)
     automatic = (scalar(work, group, PROJECTION) == AUTO) & (scalar(work, group, DELTA) > 0)
@@ -73,9 +73,10 @@ def is_tested(memory, work, x, S: tl.constexpr):
 
 @triton.jit
 def decide(memory, work, epoch, x, S: tl.constexpr, WAIT: tl.constexpr):
-    """The decision: what the group fixes, what the limits say of this step's scale, or the verdict of all ranks.
+    """The decision on the parameter, int32: NONE, CHANNEL or LAYER.
 
-    With WAIT, the parameter's tiles may still be measured by others.
+    It is the group's forced view, the result of the cosine test at this step's scale, or the verdict of all ranks. With
+    WAIT, it first waits until the parameter's tiles have been measured.
     """
     entry = memory[TABLE] + x * COLUMNS
     group = tl.load(entry + GROUP)
@@ -98,7 +99,7 @@ def decide(memory, work, epoch, x, S: tl.constexpr, WAIT: tl.constexpr):
 
 @triton.jit
 def is_given(memory, x, decision, S: tl.constexpr):
-    """Whether the projection comes with the verdict: of a view that lies on several ranks."""
+    """Whether the verdict has the projection c, since the view lies on several ranks."""
     given = decision != decision
     if S.shared:
         sharing = tl.load(memory[TABLE] + x * COLUMNS + SHARING)
@@ -108,21 +109,21 @@ def is_given(memory, x, decision, S: tl.constexpr):
 
 @triton.jit
 def given_projection(work, x, row, mask):
-    """The projection c of rows, which may be a block, from the verdict."""
+    """The projection c from the verdict, float64, in the shape of ``row``: indices of rows, one or a block."""
     step = tl.load(work[PARTS] + x * PLACES_OF_PARTS + GIVEN_STEP)
     return tl.load(part(work, x, GIVEN, tl.float64) + row * step, mask, other=0.0)
 
 
 @triton.jit
 def tiles_of(memory, x):
-    """Tiles of the parameter, and tiles of one of its rows."""
+    """The number of tiles of the parameter, and of each of its rows."""
     entry = memory[TABLE] + x * COLUMNS
     return tl.load(entry + TILES), tl.load(entry + SEGMENTS)
 
 
 @triton.jit
 def views_of(memory, x, tiles, segments):
-    """Tiles of whole rows; or rows, if each is several tiles."""
+    """The number of views to conclude: tiles, or the parameter's rows if a row has several tiles (segments)."""
     return tl.where(segments > 1, tl.load(memory[TABLE] + x * COLUMNS + ROWS), tiles)
 
 

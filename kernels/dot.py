@@ -35,7 +35,7 @@ from .tiles import locate
 
 @triton.jit
 def dot_of_tile(memory, work, where, S: tl.constexpr):
-    """p.u and p.p."""
+    """p.u and p.p of a tile, as float64 scalars."""
     pu = tl.zeros((S.tile,), S.number)
     pp = pu
     for start in range(0, where[3] * where[4], S.tile):
@@ -48,7 +48,10 @@ def dot_of_tile(memory, work, where, S: tl.constexpr):
 
 @triton.jit
 def dot(memory, work, epoch, first, n, S: tl.constexpr, WAIT: tl.constexpr):
-    """p.u and p.p of n tiles, if the decided view is wider. Reads p g m v: 16 bytes per float32 element."""
+    """Writes p.u and p.p of n tiles, if the decided view is wider than a tile; else does nothing.
+
+    Reads p g m v: 16 bytes per float32 element.
+    """
     x = tl.load(work[OWNERS] + first).to(tl.int64)
     counters = work[COUNTS] + x * COUNTERS
     decision = decide(memory, work, epoch, x, S, WAIT)
@@ -82,7 +85,7 @@ def conclude_dot(memory, work, x, tiles, decision):
 
 @triton.jit
 def view_projection(memory, work, x, begin, n):
-    """The projection c of a view that n tiles share, of which the first is the parameter's tile `begin`."""
+    """The projection c, a float64 scalar, of a view of n tiles, from the parameter's tile `begin` on."""
     entry = memory[TABLE] + x * COLUMNS
     first = work[TILE_SUMS] + (tl.load(entry + FIRST_TILE) + begin) * SUMS
     pu = tl.zeros((CONCLUDE_BLOCK,), tl.float64)

@@ -75,7 +75,7 @@ def load_state(memory, where, e, mask, S: tl.constexpr):
 
 @triton.jit
 def momentum_update(memory, work, where, e, mask, S: tl.constexpr):
-    """p, and m, v and u after this step."""
+    """Loads a block. Returns p, and m, v and the update u after this step, in S.number and not yet stored."""
     group = tl.load(memory[TABLE] + where[0] * COLUMNS + GROUP)
     p = load_weight(memory, where, e, mask, S)
     factor = (scalar(work, group, SIGN) * tl.load(work[SCALE])).to(S.number)
@@ -86,7 +86,7 @@ def momentum_update(memory, work, where, e, mask, S: tl.constexpr):
 
 @triton.jit
 def momentum_of(memory, work, where, e, mask, g, S: tl.constexpr):
-    """m, v and u after a step with the gradient g."""
+    """Loads m and v of a block. Returns m, v and the update u after a step with g, the scaled gradient."""
     x = where[0]
     group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
     m, v = load_state(memory, where, e, mask, S)
@@ -105,7 +105,7 @@ def momentum_of(memory, work, where, e, mask, g, S: tl.constexpr):
 
 @triton.jit
 def first_number(memory, where):
-    """The number of a tile's first element in the whole parameter, of which this may be a part. The others follow."""
+    """The number of a tile's first element in the whole parameter, counted row by row, also if this is a shard."""
     x, row, col, _, _ = where
     entry = memory[TABLE] + x * COLUMNS
     return tl.load(entry + FIRST_NUMBER) + row * tl.load(entry + ROW_NUMBERS) + col
@@ -113,7 +113,7 @@ def first_number(memory, where):
 
 @triton.jit
 def rounded(x, random, TYPE: tl.constexpr, S: tl.constexpr):
-    """Rounds x to a value that a tensor of that dtype stores."""
+    """Rounds x, a block in S.number, to TYPE. ``random`` has 16 bits for each element, for stochastic rounding."""
     by_chance: tl.constexpr = (S.rounding == STOCHASTIC) & TYPE.is_bf16()
     if S.number == tl.float64 and TYPE.primitive_bitwidth < 32:
         x = x.to(tl.float32)
@@ -122,7 +122,7 @@ def rounded(x, random, TYPE: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def store(memory, work, where, e, mask, p, m, v, u, c, decision, S: tl.constexpr):
-    """Moves the weight and stores it with the state; c is the projection of each element's view."""
+    """Moves the weight of a block and stores p, m and v. c is the projection of each element's view, in S.number."""
     x = where[0]
     group = tl.load(memory[TABLE] + x * COLUMNS + GROUP)
     decay = scalar(work, group, LR) * scalar(work, group, DECAY)
@@ -158,7 +158,7 @@ def whole_vectors(n):
 
 @triton.jit
 def rows_of_block(where, WIDTH: tl.constexpr, S: tl.constexpr):
-    """A block of S.tile elements, WIDTH a row, that holds a tile: its element numbers and which of them exist."""
+    """Element numbers ``(S.tile / WIDTH, WIDTH)`` of a tile whose rows have at most WIDTH columns, and their mask."""
     rows_here = where[3]
     cols_here = where[4]
     if S.layout == ALIGNED:
@@ -170,16 +170,16 @@ def rows_of_block(where, WIDTH: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def fits(cols, LOG_COLS: tl.constexpr):
-    """Whether 2 ** LOG_COLS is the least of the widths that blocks of rows come in that holds `cols`.
+    """Whether 2 ** LOG_COLS is the smallest width of a block of rows that holds `cols` columns.
 
-    64, 256, 1024, ... and the tile: each width is code of its own, and the bytes moved do not depend on it.
+    Widths are 64, 256, 1024, ... and the tile. Each width has its own code; the bytes moved do not depend on it.
     """
     return (cols <= (ONE << LOG_COLS)) & ((cols > (ONE << (LOG_COLS - WIDTH_STEP))) | (LOG_COLS == NARROWEST))
 
 
 @triton.jit
 def elements(where, start, S: tl.constexpr):
-    """Element numbers of a block from `start`, and which of them exist and belong to whole vectors."""
+    """Element numbers ``(S.tile,)`` from `start` on, and the mask of those that exist, in whole vectors if ALIGNED."""
     n = where[3] * where[4]
     whole = n
     if S.layout == ALIGNED:

@@ -1,6 +1,6 @@
-"""Sums of squares that leave float32's range: which they are, and the marks that say so.
+"""Marks for sums of squares that leave float32's range.
 
-A stage that meets such sums writes the epoch into a mark, and what it cannot decide or step, it leaves as it is.
+A stage that finds such sums writes the epoch into a mark and leaves the parameter or the tile unchanged.
 """
 
 import triton
@@ -11,17 +11,19 @@ from .tables import COUNTERS, COUNTS, LEAST_SQUARE, TINY_EPS2
 
 @triton.jit
 def least_square(eps):
-    """The size below which p.p or g.g of a row may have lost squares that are too small for float32.
+    """The value below which p.p or g.g of a row may lack squares that are too small for float32; -1 if eps is large.
 
-    -1 where nobody would notice: the clamp at eps hides what is lost, and so does |p| + eps.
+    Then the clamp at eps, and |p| + eps, hide the loss.
     """
     return tl.where(eps * eps < TINY_EPS2, LEAST_SQUARE, -1.0)
 
 
 @triton.jit
 def left_float32(sizes, lowest, least, S: tl.constexpr):
-    """Whether sums are not right that were added up in float32, from their sizes added up; or what they are of is
-    infinite or not a number.
+    """Whether float32 sums have to be computed again in float64. If S.number is float64, whether ``sizes`` is NaN.
+
+    ``sizes`` is the sum of the sums' absolute values, ``lowest`` the smallest p.p or g.g. True unless ``sizes`` is
+    finite and ``lowest`` is above ``least``, from :func:`least_square`.
     """
     left = sizes != sizes
     if S.number == tl.float32:
@@ -37,7 +39,7 @@ def mark(work, epoch, x, left, WHICH: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def is_marked(work, epoch, x, WHICH: tl.constexpr, S: tl.constexpr):
-    """Whether the stage has left the parameter in this epoch: once all of the stage is known to be over."""
+    """Whether a stage has marked the parameter in this epoch. Call it only when all programs of the stage are done."""
     marked = x != x
     if S.number == tl.float32:
         marked = tl.load(work[COUNTS] + x * COUNTERS + WHICH, cache_modifier=".cg") == epoch

@@ -11,7 +11,10 @@ from .tables import CONCLUDED, COUNTERS, COUNTS, MEASURED, OWNERS
 
 @triton.jit
 def measure(memory, work, epoch, first, n, S: tl.constexpr):
-    """The sums of n tiles; after a parameter's last, its findings. Reads p g: 8 bytes per float32 element."""
+    """Sums n tiles. The run that completes the parameter writes its findings.
+
+    Reads p g: 8 bytes per float32 element.
+    """
     x = tl.load(work[OWNERS] + first).to(tl.int64)
     for tile in tl.range(first, first + n, disable_licm=True):
         sum_rows(memory, work, epoch, tile, 0, S, False)

@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def draw(counter, epoch):
-    """Numbers the callers of one epoch 0, 1, 2, ... Nobody sees by it what others wrote.
+    """Returns 0, 1, 2, ... to the callers of one epoch. It orders no other memory accesses.
 
-    The epoch fills the upper half, so that whatever a broken-off step left behind counts as nothing.
+    The counter holds the epoch in its upper 32 bits, so that counts of an aborted step are ignored.
     """
     tl.atomic_max(counter, epoch << 32, sem="relaxed")
     return tl.atomic_add(counter, 1, sem="relaxed") & 0xFFFFFFFF
@@ -16,7 +16,7 @@ def draw(counter, epoch):
 
 @triton.jit
 def count(counter, epoch, n):
-    """Adds n to the epoch's count and returns it. Sees what earlier callers wrote, and shows later ones its own."""
+    """Adds n to the epoch's count and returns the new count. Writes before earlier calls are visible after this one."""
     tl.debug_barrier()
     tl.atomic_max(counter, epoch << 32, sem="relaxed")
     return (tl.atomic_add(counter, n, sem="acq_rel") & 0xFFFFFFFF) + n
@@ -30,7 +30,7 @@ def announce(flag, epoch):
 
 @triton.jit
 def wait(flag, epoch):
-    """Waits for :func:`announce`: only ever for programs that are running and wait for nobody that comes later."""
+    """Waits until :func:`announce` has set the flag. Jobs wait only for jobs drawn earlier, so there is no deadlock."""
     seen = tl.atomic_add(flag, 0, sem="acquire")
     while seen != epoch:
         seen = tl.atomic_add(flag, 0, sem="acquire")

@@ -10,16 +10,16 @@ Arguments, of all of them, as pointers:
     scale        (1,) float64: what gradients are multiplied with
     found_inf    (1,) float64: where it is not 0, the launch does nothing
     coefficients (P, COEFFICIENTS) float64, sums (tiles, SUMS) float64, findings (P, FINDINGS) float64 and
-                 counters (P, COUNTERS) int64: what the stages tell each other
-    decisions    (P,) uint8 and results (P, RESULTS) float64: what they tell the user
-    parts        (P, PLACES_OF_PARTS) int64: where what they tell the parameter's ranks, and are told, lies; of
-                 buckets that several ranks share
-    tickets      (TICKETS,) int64: what the programs of a launch tell each other
+                 counters (P, COUNTERS) int64: results that stages pass to each other
+    decisions    (P,) uint8 and results (P, RESULTS) float64: results for the user
+    parts        (P, PLACES_OF_PARTS) int64: addresses of the parameter's shares and verdicts, if several ranks
+                 share the bucket
+    tickets      (TICKETS,) int64: counters of the programs of a launch
     replays      (1,) int64: added to epoch
     active       (n,) int32: parameters of this launch
     jobs         (n, 3) int32: stage, first tile and number of tiles, all of one parameter
-epoch + replays is another number, up from 1, in every step and every norm: the host counts its own up, or, where a CUDA
-graph may repeat a step without it, the one on the device.
+epoch + replays starts at 1 and grows by one in every step and every norm. The host counts epoch up, or, if a CUDA graph
+may repeat a step, replays on the device.
 """
 
 import triton
@@ -77,7 +77,7 @@ def share_kernel(
     table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
     decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
-    """One program a job. A launch prepares what the other one, of tiles, needs."""
+    """One program a job. One launch prepares parameters, the next one shares tiles."""
     memory = (table, addresses, strides)
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     job = jobs + tl.program_id(0) * 3
@@ -170,7 +170,7 @@ def redo_ahead_kernel(
     table, addresses, strides, owners, scalars, scale, found_inf, coefficients, sums, findings, counters,
     decisions, results, parts, tickets, replays, active, jobs, epoch, n_active, S: tl.constexpr,
 ):  # fmt: skip
-    """The same after share, or after the norm of the gradients."""
+    """As redo_kernel, but after share, or after the norm of the gradients."""
     memory = (table, addresses, strides)
     work = (owners, scalars, scale, coefficients, sums, findings, counters, decisions, results, parts)
     redo_ahead(memory, work, epoch + tl.load(replays), tl.load(active + tl.program_id(0)).to(tl.int64), S)

@@ -11,7 +11,7 @@ REMAINDER = tl.constexpr(2)
 
 @triton.jit
 def bits_of(x):
-    """A float32 block's bits as int32; of any NaN those of 0x7fc00000."""
+    """A float32 block's bits as int32; 0x7fc00000 for every NaN."""
     return tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)
 
 
@@ -26,7 +26,7 @@ def join(high, low):
 
 @triton.jit
 def split(x):
-    """float32 to bfloat16 and the int16 remainder, in [-32768, 32767], that makes up for it."""
+    """Float32 to the nearest bfloat16 and an int16 remainder in [-32768, 32767]: ``bits = 65536 high + low``."""
     bits = bits_of(x)
     return ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True), bits.to(tl.int16)
 

@@ -39,9 +39,9 @@ from .tables import (
 
 @triton.jit
 def prepare(memory, work, active, n, block, S: tl.constexpr, SHARE: tl.constexpr):
-    """Counts the step of a block of the n active parameters and writes what depends on it.
+    """Counts the step of a block of the n active parameters. Writes their coefficients and the keys of their noise.
 
-    With SHARE it writes what the next step will, and counts nothing.
+    With SHARE it writes the coefficients of the next step and counts nothing.
     """
     i = block * PREPARE_BLOCK + tl.arange(0, PREPARE_BLOCK)
     live = i < n

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def projection(pu, pp, eps):
-    """C of :func:`weight_update`: ``n (n.u) = c p`` with ``n = p/(|p|+eps)``."""
+    """The factor c of p in ``n (n.u) = c p`` with ``n = p/(|p|+eps)``, from p.u and p.p."""
     norm = tl.sqrt(pp) + eps
     return pu / norm / norm
 

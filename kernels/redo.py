@@ -1,4 +1,4 @@
-"""Most often nothing: in float64, what the other stages have left since its squares leave float32."""
+"""Steps parameters and tiles again in float64 if their sums have left float32's range; most often there are none."""
 
 import triton
 import triton.language as tl
@@ -27,9 +27,9 @@ from .update import update_tile
 
 @triton.jit
 def redo(memory, work, epoch, x, S: tl.constexpr):
-    """The step of a parameter, or of its tiles, that this epoch's stages have left. S.number is float64.
+    """Steps a parameter, or its tiles, if this epoch's stages have marked them. S.number is float64.
 
-    One program does it all, one stage after the other: this is slow, and rare.
+    One program runs all stages one after the other: this is slow, and rare.
     """
     counters = work[COUNTS] + x * COUNTERS
     measure_left = tl.load(counters + MEASURE_LEFT) == epoch
@@ -57,7 +57,7 @@ def redo(memory, work, epoch, x, S: tl.constexpr):
 
 @triton.jit
 def redo_ahead(memory, work, epoch, x, S: tl.constexpr):
-    """The shares of a parameter, or the squares for the norm, again if sums have left float32. See :func:`redo`."""
+    """Writes a parameter's shares, or its squares for the norm, again if it is marked. See :func:`redo`."""
     if tl.load(work[COUNTS] + x * COUNTERS + MEASURE_LEFT) == epoch:
         first = tl.load(memory[TABLE] + x * COLUMNS + FIRST_TILE).to(tl.int32)
         n = tl.load(memory[TABLE] + x * COLUMNS + TILES).to(tl.int32)

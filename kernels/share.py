@@ -1,4 +1,4 @@
-"""What a rank finds out of its part of a parameter, as far as the other ranks ask for it."""
+"""A rank's share of a parameter's sums, as far as the other ranks need it."""
 
 import triton
 import triton.language as tl
@@ -11,9 +11,9 @@ from .tables import COLUMNS, COUNTERS, COUNTS, DOT, MEASURED, NEED, OWNERS, ROWS
 
 @triton.jit
 def share(memory, work, epoch, first, n, S: tl.constexpr):
-    """The sums of n tiles that are asked for; after a parameter's last, what its ranks are told.
+    """Sums n tiles as the parameter's need asks. The run that completes the parameter writes its shares.
 
-    Reads g; p and g for the test; p g m v with p.u: 4, 8 or 16 bytes per float32 element.
+    Reads g for SQUARE, p and g for TEST, p, g, m and v for DOT: 4, 8 or 16 bytes per float32 element.
     """
     x = tl.load(work[OWNERS] + first).to(tl.int64)
     need = tl.load(part(work, x, NEED, tl.uint8)).to(tl.int32)
@@ -48,7 +48,7 @@ def conclude_shares(memory, work, x, need):
 
 @triton.jit
 def share_nothing(memory, work, x):
-    """The shares of a parameter that has no elements here: rows, if it has any, of no tiles."""
+    """Writes the shares of a parameter without elements on this rank: sums of 0, also for its empty rows."""
     need = tl.load(part(work, x, NEED, tl.uint8)).to(tl.int32)
     if need != 0:
         _, segments = tiles_of(memory, x)

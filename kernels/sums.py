@@ -1,4 +1,4 @@
-"""The sums of a tile and those of a parameter: p.g, g.g, p.p and p.u, and what the cosine test makes of them."""
+"""The sums p.g, g.g, p.p and p.u of a tile and of a parameter, and the limits and cosines of the cosine test."""
 
 import triton
 import triton.language as tl
@@ -53,7 +53,7 @@ from .tiles import locate
 
 @triton.jit
 def four_sums(a, b, c, d, AXIS: tl.constexpr):
-    """Each one's sums along an axis, by one reduction: its barriers are most of what a reduction costs."""
+    """The sums of each of four blocks along an axis, by one reduction: most of a reduction's cost is its barriers."""
     ab, cd = tl.split(tl.sum(tl.join(tl.join(a, b), tl.join(c, d)), axis=AXIS))
     a, b = tl.split(ab)
     c, d = tl.split(cd)
@@ -62,21 +62,24 @@ def four_sums(a, b, c, d, AXIS: tl.constexpr):
 
 @triton.jit
 def four_totals(a, b, c, d):
-    """Each one's sum of all elements."""
+    """The sum of each of four vectors, as float64 scalars."""
     a, b, c, d = four_sums(a, b, c, d, 0)
     return a.to(tl.float64), b.to(tl.float64), c.to(tl.float64), d.to(tl.float64)
 
 
 @triton.jit
 def least_and_largest(a, b):
-    """The least of a and the largest of b, by one reduction."""
+    """The least element of a and the largest of b, as float64 scalars, by one reduction."""
     a, b = tl.split(tl.max(tl.join(-a, b), axis=0))
     return -a.to(tl.float64), b.to(tl.float64)
 
 
 @triton.jit
 def sum_rows(memory, work, epoch, tile, need, S: tl.constexpr, SHARE: tl.constexpr):
-    """Per row p.g, g.g, p.p and what the test makes of them; the sums of the tile. With SHARE p.u too, if needed."""
+    """Writes a tile's row of the sums: the least limit and the largest cosine of its rows, and p.g, g.g and p.p.
+
+    With SHARE also p.u, if needed, and the sums of each row that other ranks have parts of.
+    """
     where = locate(memory[TABLE], work[OWNERS], tile)
     x = where[0]
     rows_here = where[3]
@@ -162,7 +165,7 @@ def products(memory, work, where, e, mask, p, g, need, S: tl.constexpr):
 
 @triton.jit
 def share_rows(memory, work, x, row, live, need, pg, gg, pp, pu):
-    """Tells the ranks the sums of a row or of a block of rows, if others have the rest. The norm is of no row."""
+    """Writes the shares of a row or of a block of rows, if other ranks have parts of them. SQUARE is not by row."""
     live &= tl.load(memory[TABLE] + x * COLUMNS + SHARING) == SPLIT
     sums = part(work, x, ROW_SHARES, tl.float64) + row * (SUMS - PG) - PG
     share_sums(sums, live, need & (TEST | DOT), pg, gg, pp, pu)
@@ -178,9 +181,9 @@ def share_sums(sums, live, need, pg, gg, pp, pu):
 
 @triton.jit
 def conclude(memory, work, x, views, segments, need, SHARE: tl.constexpr):
-    """The sums of all of a parameter's tiles, added in their order: its findings, or what its ranks are told.
+    """Adds up a parameter's tiles in their order. Writes its findings; with SHARE, its shares.
 
-    A view is a tile of whole rows, or a row of several tiles (segments).
+    There are ``views`` of ``segments`` tiles each: a tile of whole rows, or a row of several tiles.
     """
     entry = memory[TABLE] + x * COLUMNS
     rows = tl.load(entry + ROWS)
@@ -242,7 +245,7 @@ def conclude(memory, work, x, views, segments, need, SHARE: tl.constexpr):
 
 @triton.jit
 def square(memory, work, epoch, first, n, S: tl.constexpr, SHARE: tl.constexpr):
-    """g.g of each of n tiles. Reads g: 4 bytes per float32 element."""
+    """Writes g.g of each of n tiles. Reads g: 4 bytes per float32 element."""
     for tile in tl.range(first, first + n, disable_licm=True):
         square_of_tile(memory, work, epoch, tile, S, SHARE)
 

@@ -1,4 +1,4 @@
-"""The columns of every table that the kernels read or write, and the words in which they say a choice.
+"""The columns of every table that the kernels read or write, and the values of decisions, layouts and the like.
 
 They are numbered as in :mod:`fused_adamp.batch` and :mod:`fused_adamp.backends.tables`, which say what they mean.
 """
@@ -11,7 +11,7 @@ from fused_adamp.reference import Decision
 
 
 def numbered(names):
-    """Names to their places."""
+    """Maps each name to its index, as a constexpr."""
     return {name: tl.constexpr(place) for place, name in enumerate(names)}
 
 
@@ -24,12 +24,12 @@ LOCAL = tl.constexpr(int(batch.Sharing.LOCAL))
 SHARED = tl.constexpr(int(batch.Sharing.SHARED))
 SPLIT = tl.constexpr(int(batch.Sharing.SPLIT))
 
-# Bits of what is needed.
+# Bits of a parameter's need.
 TEST = tl.constexpr(int(batch.Need.TEST))
 DOT = tl.constexpr(int(batch.Need.DOT))
 SQUARE = tl.constexpr(int(batch.Need.SQUARE))
 
-# How a group decides: those between are decisions.
+# The values of ``projection``. Those between these two are decisions.
 AUTO = tl.constexpr(batch.PROJECTIONS.index("auto"))
 NEVER = tl.constexpr(batch.PROJECTIONS.index("none"))
 

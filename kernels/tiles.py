@@ -61,7 +61,7 @@ class Spec(NamedTuple):
 
 @triton.jit
 def locate(table, owners, tile):
-    """The parameter x that a tile belongs to, and where in it the tile lies: first row and column, rows and columns."""
+    """The place of a tile, ``where``: parameter x, first row, first column, number of rows, number of columns."""
     x = tl.load(owners + tile).to(tl.int64)
     entry = table + x * COLUMNS
     tile_rows = tl.load(entry + TILE_ROWS)
@@ -82,8 +82,8 @@ def first_element(memory, where, LAYOUT: tl.constexpr):
     x, row, col, _, _ = where
     first = row * tl.load(memory[0] + x * COLUMNS + COLS) + col
     if LAYOUT == ALIGNED:
-        # The row of a vector is 0, and a tile's first column is a multiple of the tile's width. Said here, where the
-        # number is computed: of what a function returns, the compiler forgets it.
+        # The row of a vector is 0, and a tile's first column is a multiple of the tile's width. This hint has to stand
+        # where the number is computed: the compiler drops hints on a function's result.
         first = tl.multiple_of(first, VECTOR)
     return first
 

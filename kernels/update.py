@@ -49,7 +49,7 @@ from .tiles import locate
 
 @triton.jit
 def update(memory, work, epoch, first, n, S: tl.constexpr, WAIT: tl.constexpr):
-    """The step of n tiles. Reads p g m v, writes p m v: 28 bytes per float32 element."""
+    """Steps n tiles of one parameter. Reads p g m v, writes p m v: 28 bytes per float32 element."""
     x = tl.load(work[OWNERS] + first).to(tl.int64)
     decision = decide(memory, work, epoch, x, S, WAIT)
     left = is_marked(work, epoch, x, MEASURE_LEFT, S)
@@ -66,7 +66,7 @@ def update(memory, work, epoch, first, n, S: tl.constexpr, WAIT: tl.constexpr):
 
 @triton.jit
 def update_tile(memory, work, epoch, tile, decision, S: tl.constexpr):
-    """Moves the tile; or marks it, if the squares of a view within it have left float32."""
+    """Steps a tile; or marks it, if the squares of a view within it have left float32's range."""
     where = locate(memory[TABLE], work[OWNERS], tile)
     x = where[0]
     given = is_given(memory, x, decision, S)
@@ -132,7 +132,7 @@ def update_tile(memory, work, epoch, tile, decision, S: tl.constexpr):
 
 @triton.jit
 def report(memory, work, x, decision, S: tl.constexpr):
-    """Shows the user what was decided on the parameter, and on what grounds."""
+    """Writes a parameter's decision and its results, the cosine and the norm, for the user."""
     cosine = tl.full((), float("nan"), tl.float64)
     norm = cosine
     here = True

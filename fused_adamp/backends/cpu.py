@@ -44,13 +44,13 @@ def load() -> str | None:
 
 
 class _Listed(NamedTuple):
-    """Where the members' state under one key lies. One tensor to hand over in place of P.
+    """The addresses of the members' state under one key: one tensor to pass to the operator in place of P.
 
-    It is good for a step if the members have the same tensors at the same addresses: :meth:`still_holds`.
+    A step may use it if the members have the same tensors at the same addresses: :meth:`still_holds`.
     """
 
     tensors: list[weakref.ref[Tensor]]
-    """All of the bucket's dtype, contiguous and in their storage."""
+    """The state tensors. All have the key's dtype and are contiguous."""
     addresses: list[int]
     table: Tensor
     """The addresses: ``(P,)`` int64."""
@@ -99,7 +99,7 @@ class CpuBackend:
         return empty_like(p, dtype).zero_()
 
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
-        """Tiles of 32768 elements: enough for the memory to stream, few enough to be measured and updated in cache."""
+        """Tiles of up to 32768 elements: large enough to stream from memory, small enough to stay in cache."""
         tile_cols = min(cols, 32768)
         return min(rows, 32768 // tile_cols) if cols <= 32768 else 1, tile_cols
 
@@ -132,9 +132,10 @@ class CpuBackend:
 
 
 def _kept(bucket: Members) -> list[Tensor]:
-    """For each member, whether `measure` has moved it and by which guess: ``(P,)`` uint8, csrc/bucket.h, Swept.
+    """Two empty tables that `measure` fills for the step after it.
 
-    And of rows that lie here whole, in the dtype that they are computed in, what their projection asks for.
+    Whether it has moved each member, and by which guess: ``(P,)`` uint8, csrc/bucket.h, Swept. And the shrink of each
+    whole row of shared members, in float32, or float64 for float64 weights.
     """
     sharing, rows, cols = (bucket.table[:, COLUMNS.index(name)] for name in ("sharing", "rows", "cols"))
     whole = int(rows[(sharing == Sharing.SHARED) & (cols >= _SHORTEST_ROW)].sum())
@@ -171,7 +172,7 @@ def _arguments(batch: Batch, state: dict[str, list[Tensor]]) -> tuple[Any, ...]:
 
 
 def _scalars(batch: Batch) -> Tensor:
-    """The hyperparameters as a table, made anew where one has changed."""
+    """The hyperparameters as a table, ``(groups, len(Scalars))`` float64; a new one if a value has changed."""
     scratch, rows = batch.bucket.scratch, [batch.rule.scalars(group) for group in batch.groups]
     if rows != scratch.rows:
         scratch.rows, scratch.scalars = rows, torch.tensor(rows, dtype=torch.float64, device="cpu")
@@ -180,7 +181,7 @@ def _scalars(batch: Batch) -> Tensor:
 
 
 def _state(batch: Batch) -> dict[str, list[Tensor]]:
-    """The members' state by key, but for seeds: their tensors, or in place of several the table of their addresses."""
+    """The members' state by key, without seeds: their tensors, or a list with only the table of their addresses."""
     listed = batch.bucket.scratch.listed
     moments = dict(zip(batch.bucket.key.moments, batch.moments, strict=False))
     state = moments | {n: of for n, of in (("remainder", batch.remainders), ("step", batch.steps)) if of}
@@ -188,7 +189,7 @@ def _state(batch: Batch) -> dict[str, list[Tensor]]:
 
 
 def _list_state(bucket: Members, state: dict[str, list[Tensor]]) -> None:
-    """Takes down where state lies that has just passed all checks and will lie there in the next step."""
+    """Keeps the addresses of state that has just passed all checks, for the next step."""
     if not bucket.has_own_tensors:
         return
     dtypes = bucket.key.storage | bucket.key.counters

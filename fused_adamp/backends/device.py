@@ -1,10 +1,11 @@
 """All of a GPU backend that is not code for a GPU: a step from start to end, the workspace, CUDA graphs.
 
-A backend has three launches for a step (split) or one (one pass), and two more where ranks share parameters. One more
-follows each of these, of float32 math: it does again, in float64, what has left float32's range.
+A step takes three launches (split) or one (one pass), and two more before it if ranks share parameters. With float32
+math, one more launch follows the step, and the shares: it redoes, in float64, parameters and tiles whose sums have left
+float32's range.
 
-What a kernel reads besides the tensors stays on the device between steps and is uploaded again only when it changed:
-the addresses when a tensor moved, the hyperparameters when one has another value. Nothing here waits for the device.
+Kernels also read tables of addresses and hyperparameters. These stay on the device between steps and are uploaded again
+only when a tensor has moved or a hyperparameter has changed. Nothing here waits for the device.
 
 **CUDA graphs.** With ``capturable=True`` a step, and a ``clip_grad_norm_`` before it, can be captured::
 
@@ -14,9 +15,9 @@ the addresses when a tensor moved, the hyperparameters when one has another valu
         train()
     lr_tensor.fill_(...); graph.replay()
 
-A replay repeats launches with the arguments they had. So hyperparameters are those of the capture, but for tensors on
-the GPU, which each replay reads; what a captured step uploads, each replay uploads again, into tables that no other
-step uses; and what tells one step from the next is counted on the device.
+A replay repeats launches with the same arguments. So hyperparameters are those of the capture, except tensors on the
+GPU, which each replay reads. Each replay repeats the uploads of the captured step, into tables that no other step uses.
+Steps are counted on the device.
 """
 
 from __future__ import annotations
@@ -73,14 +74,14 @@ class Workspace:
         self.captured: list[Tables] = []
 
     def tables(self, batch: Batch, *, capturing: bool) -> Tables:
-        """The tables of eager steps. A captured norm or step gets new ones."""
+        """The tables of eager steps; new tables for a captured norm or step."""
         if not capturing:
             return self.eager
         self.captured.append(Tables(batch.bucket, captured=True))
         return self.captured[-1]
 
     def advance(self, batch: Batch) -> None:
-        """Another epoch. Once a step may be captured the device counts: of a replay the host knows nothing."""
+        """Begins a new epoch. Once a step may be captured, the device counts, since the host does not see replays."""
         self.counts_on_device = self.counts_on_device or any(group["capturable"] for group in _stepped_groups(batch))
         if self.counts_on_device:
             self.replays.add_(1)
@@ -96,29 +97,32 @@ class Run(Protocol):
 
 
 class DeviceBackend:
-    """A backend on a GPU, but for the kernels."""
+    """A backend on a GPU, without the kernels, which a subclass supplies."""
 
     fused = True
     mixes_moments = False  # a kernel is compiled for one dtype of state
     block: ClassVar[int]
-    """Elements that a program holds in registers at once. However few a tile has, it takes as long as these."""
+    """Elements that a program holds in registers at once. A smaller tile takes as long."""
 
     # A subclass supplies these.
 
     def spec(self, batch: Batch, p: torch.dtype, g: torch.dtype, state: torch.dtype | None, layout: str) -> Any:
-        """What kernels are compiled for. Without ``state``, before the first step, for the norm of gradients alone."""
+        """The properties that a kernel is compiled for: dtypes of weight, gradient and state, and one of LAYOUTS.
+
+        ``state`` is None before the first step, where only the norm of the gradients is computed.
+        """
         raise NotImplementedError
 
     def square_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels that find the norm of the gradients."""
+        """The kernels that write g.g of each tile of the launch's parameters, for the norm of the gradients."""
         raise NotImplementedError
 
     def share_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels that find what the ranks ask of each other."""
+        """The kernels that write this rank's shares of the launch's parameters."""
         raise NotImplementedError
 
     def step_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels of a step."""
+        """The kernels of a step of the launch's parameters, in order."""
         raise NotImplementedError
 
     # The protocol of backends.
@@ -143,7 +147,7 @@ class DeviceBackend:
     def square_norm(self, batch: Batch) -> Tensor | None:
         work = batch.bucket.scratch
         with _on(batch.bucket.key.device):
-            if not batch.has_state:  # before the first step: what it needs cannot be lined up yet
+            if not batch.has_state:  # before the first step: the tables of a step cannot be made yet
                 if self.first_stale(batch) >= 0:
                     return None
                 norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in batch.grads if g is not ABSENT]
@@ -181,9 +185,9 @@ class DeviceBackend:
         return -1
 
     def _lined_up(self, batch: Batch, *, state: bool = True) -> Tables | None:
-        """The tables of an epoch that measures and does not step; None unless :meth:`first_stale` is -1.
+        """Refreshes the tables and begins an epoch that measures and does not step. None if a member is stale.
 
-        Without ``state`` it reads gradients alone.
+        Without ``state``, the epoch reads only gradients.
         """
         work: Workspace = batch.bucket.scratch
         tables = work.tables(batch, capturing=_captured(batch))
@@ -193,7 +197,7 @@ class DeviceBackend:
         return tables
 
     def _refresh(self, batch: Batch, tables: Tables, *, state: bool = True) -> int:
-        """Uploads what has changed, unless :meth:`first_stale` is not -1; returns that index."""
+        """Uploads tables that have changed, unless a member is stale; returns :meth:`first_stale`."""
         bucket, seen = batch.bucket, tables.seen
         if seen is None or not seen.fits(batch, state=state):
             stale = self.first_stale(batch)
@@ -222,7 +226,7 @@ class DeviceBackend:
         return Launch(self.spec(batch, *kind), plan, indices, active, tickets, uploaded, blocks_of(indices), [])
 
     def jobs_ahead(self, batch: Batch, tables: Tables, launch: Launch) -> Tensor:
-        """The jobs of the norm, or of a bucket that ranks share, of what they tell each other."""
+        """The jobs, ``(n, 3)`` int32 on the device, of the norm; for a bucket that ranks share, of its shares."""
         if not launch.ahead:
             order = Order.of(batch.bucket, self.block)
             jobs = order.square if batch.bucket.shared is None else order.share
@@ -234,12 +238,12 @@ class DeviceBackend:
 
 
 def _on(device: torch.device) -> Any:
-    """Makes a GPU the current one."""
+    """A context manager that makes a GPU the current device; for the CPU it does nothing."""
     return torch.cuda.device(device if device.type == "cuda" else -1)
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether what is launched on the device, which is the current one, is captured in a graph."""
+    """Whether the current stream of the device is capturing a CUDA graph. The device must be the current one."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -253,10 +257,10 @@ def _refuse_capture(device: torch.device) -> None:
 
 
 def _captured(batch: Batch) -> bool:
-    """Whether the batch is stepped inside of a capture.
+    """Whether the batch is stepped while a CUDA graph is captured.
 
     Raises:
-        RuntimeError: it is, and a group does not expect that. Nothing has moved then.
+        RuntimeError: it is, and a group has capturable=False. Nothing has changed then.
     """
     if not _capturing(batch.bucket.key.device):
         return False

@@ -23,7 +23,8 @@ PLAN = "FUSED_ADAMP_PLAN"
 """Environment variable that forces a plan: ``one_pass`` or ``split``."""
 
 STAGES = ("prepare", "measure", "dot", "update", "square", "share", "share_nothing")
-"""The first column of a job: ``(stage, first tile, number of tiles)``. A job of the last has a parameter for a tile."""
+"""The first column of a job: ``(stage, first tile, number of tiles)``. In place of the first tile, share_nothing has a
+parameter, and prepare a block of parameters."""
 
 TICKETS = ("ticket", "preparing", "prepared")
 """The counters of a launch."""
@@ -35,10 +36,10 @@ _WINDOW = 1 << 20
 """Elements, 8 MB of float32 weights and gradients, that the one-pass plan measures ahead of updating them."""
 
 _RUN = 1 << 13
-"""Elements of a job, in whole tiles: the loads that lead to the first, one after the other, are cached for the next."""
+"""Elements of a job, in whole tiles. Later tiles find the tables in cache that the first tile has loaded."""
 
 _DOT_RUN = 1 << 16
-"""Elements of a job in a stage that most often has nothing to do."""
+"""Elements of a job of dot, which most often has nothing to do."""
 
 
 class Launch(NamedTuple):
@@ -50,9 +51,9 @@ class Launch(NamedTuple):
     active: Tensor
     tickets: Tensor
     jobs: tuple[Tensor, ...]
-    """One pass: of the one kernel. Split: of measure, dot and update."""
+    """Job lists, ``(n, 3)`` int32. One pass: of the one kernel. Split: of measure, dot and update."""
     blocks: int
-    """Jobs that prepare, the first of them all."""
+    """The number of jobs that prepare. They come first."""
     ahead: list[Tensor]
     """The one job list of what comes ahead of a step, once it has been asked for: ``DeviceBackend.jobs_ahead``."""
 
@@ -91,7 +92,7 @@ class Order(NamedTuple):
         return self.jobs("dot", i, _DOT_RUN if self.projected[i] and self.counts[i] > 1 else None)
 
     def update(self, i: int) -> Tensor:
-        """Backwards: what was measured last is still in cache."""
+        """In reverse order: the tiles that were measured last are still in cache."""
         return self.jobs("update", i, _RUN).flip(0)
 
     def square(self, i: int) -> Tensor:

@@ -70,7 +70,7 @@ class ReferenceBackend:
 
 
 def _operands(batch: Batch, i: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Weight, gradient and moments of a member as the reference computes on them: itself, or wider copies."""
+    """Weight, scaled gradient and moments of member i for the reference: its tensors, or copies in float32 or wider."""
     p, g, moments = batch.params[i], batch.grads[i], [moment[i] for moment in batch.moments]
     if batch.remainders:
         p = join(p, batch.remainders[i])
@@ -107,14 +107,17 @@ def _measure(batch: Batch, i: int, need: Need, shared: Shared) -> None:
 
 
 def _compare(pg: Tensor, gg: Tensor, pp: Tensor, threshold: float, eps: float) -> tuple[Tensor, Tensor]:
-    """Per row its limit (docs/architecture.md, "The limit of a view"), and the cosine over its threshold."""
+    """For sums ``(R,)``, the limit of each row and its cosine over the threshold, ``(R,)`` each.
+
+    See docs/architecture.md, "The limit of a view".
+    """
     a, pg = threshold * pp.sqrt().clamp(min=eps), pg.abs()
     limit = torch.where(pg < a * gg.sqrt(), math.inf, a * eps / pg).nan_to_num(0.0, posinf=math.inf)
     return limit, (pg / (a * gg.sqrt().clamp(min=eps))).nan_to_num(math.inf, posinf=math.inf)
 
 
 def _update(batch: Batch, i: int, p: Tensor, g: Tensor, moments: list[Tensor]) -> Tensor:
-    """u, from copies of all that a step writes."""
+    """The update u of member i in this step, in the shape of p. Weight and moments are not written."""
     updates: list[Tensor] = []
 
     def note(grad: Tensor, w: Tensor, u: Tensor) -> tuple[Decision, Tensor]:
@@ -137,7 +140,7 @@ def _rows_of(bucket: Members, i: int, rows: Tensor) -> Tensor:
 
 
 def _by_verdict(bucket: Members, i: int, shared: Shared, eps: float) -> Projection:
-    """Decides and projects member i as its verdict says."""
+    """A function that decides on member i and projects its update by the verdict of all ranks."""
     decision = Decision(int(shared.verdicts[i, 0]))
     if _sharing(bucket, i) == Sharing.SPLIT:
         c = _rows_of(bucket, i, shared.row_projections)
@@ -177,7 +180,7 @@ def _step(batch: Batch, i: int) -> None:
 
 
 def _numbers(bucket: Members, i: int, p: Tensor) -> Tensor:
-    """The elements' numbers in the whole tensor: int64, in the shape of what is here."""
+    """The numbers of member i's elements in the whole tensor: int64, in the shape of p, the part on this rank."""
     first, step = (int(bucket.table[i, COLUMNS.index(name)]) for name in ("first_number", "row_numbers"))
     rows, cols = rows_cols(p)
     row, col = (torch.arange(n, device=p.device) for n in (rows, cols))

@@ -37,15 +37,15 @@ COEFFICIENTS = ("inverse_bias2", "step_size")
 """The numbers of a parameter that depend on its step count."""
 
 FINDINGS = ("channel_limit", "layer_limit", "found_cosine", "found_norm", "layer_projection")
-"""The findings on a parameter: the limits of both views and what the results say, from measure; c, from dot."""
+"""The findings on a parameter: limits of both views, cosine and norm, from measure; c of the layer, from dot."""
 
 COUNTERS = ("measured", "dotted", "concluded", "projection_known", "key", "measure_left", "dot_left", "tiles_left")
-"""The counters of a parameter: tiles that have been measured and dotted, the epoch in which all had been, the keys of
-this step's noise; and marks, the last epoch in which sums of measure, dot or update left float32."""
+"""The counters of a parameter: numbers of tiles that have been measured and dotted; the epochs in which all had been;
+the keys of this step's noise; and marks: the last epochs in which sums of measure, dot or update left float32."""
 
 PARTS = ("need", "shares", "row_shares", "verdict", "given", "given_step")
-"""A parameter's addresses in :class:`~fused_adamp.batch.Shared`. ``given`` are c of its rows if they are split, else
-the one c of its layer; c of the next row lies ``given_step`` numbers further, 1 or 0."""
+"""A parameter's addresses in :class:`~fused_adamp.batch.Shared`. At ``given`` are c of its rows if they are split, else
+the one c of its layer. ``given_step`` is the distance from row to row in numbers: 1 or 0."""
 
 WIDEST_LOAD = 16
 """Bytes of one load of a thread."""
@@ -61,9 +61,9 @@ Kind = tuple[torch.dtype, torch.dtype, torch.dtype | None, str]
 
 
 class Tables:
-    """The tables that kernels read besides the tensors, as they were uploaded last, and the launches.
+    """The tables that kernels read besides the tensors, as last uploaded, and the launches.
 
-    A captured step has its own, since its uploads do not happen before a replay and happen again in each.
+    A captured step has tables of its own, since only replays execute its uploads.
     """
 
     def __init__(self, bucket: Members, *, captured: bool) -> None:
@@ -85,7 +85,7 @@ class Tables:
         self._kept: list[Tensor] | None = [] if captured else None
 
     def upload(self, target: Tensor, source: Tensor) -> None:
-        """Copies in the order of the current stream, without waiting for it."""
+        """Copies ``source``, on the CPU, to ``target`` on the device, on the current stream without a sync."""
         if self.device.type == "cuda":
             source = source.pin_memory()  # returns to its pool only after the stream has read it
         if self._kept is not None:  # a graph reads it in every replay
@@ -93,13 +93,13 @@ class Tables:
         target.copy_(source, non_blocking=True)
 
     def uploaded(self, source: Tensor) -> Tensor:
-        """A copy on the device."""
+        """A copy of ``source``, on the CPU, on the device."""
         target = torch.empty_like(source, device=self.device)
         self.upload(target, source)
         return target
 
     def set_scalars(self, rows: list[Scalars]) -> None:
-        """Uploads hyperparameters if a number changed, and in any case copies those that are tensors, unread."""
+        """Uploads hyperparameters, a row per group, if a number has changed; always copies those that are tensors."""
         tensors = {
             (i, j): number for i, row in enumerate(rows) for j, number in enumerate(row) if isinstance(number, Tensor)
         }
@@ -115,7 +115,7 @@ class Tables:
 
 
 class _Layout(NamedTuple):
-    """How tensors lie in memory, wherever that is."""
+    """Strides, sizes and dtypes of tensors, without their addresses."""
 
     strides: list[tuple[int, ...]]
     sizes: list[torch.Size]
@@ -127,16 +127,16 @@ class _Layout(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The tensors that tables were made from. The tables are good for the same ones: :meth:`fits`."""
+    """The tensors that tables were made from. :meth:`fits` says whether the tables still hold."""
 
     layout: _Layout
-    """That of weights and gradients."""
+    """The layout of weights and gradients."""
     weights: list[int]
-    """Addresses."""
+    """Addresses, as in ``gradients`` and ``state``."""
     gradients: list[int]
     state: list[int]
     tensors: list[ref[Tensor]]
-    """The state."""
+    """All state tensors."""
     state_layout: _Layout
 
     @classmethod
@@ -146,7 +146,7 @@ class Seen(NamedTuple):
         return cls(_layout_of(batch), weights, gradients, places, list(map(ref, state)), _Layout.of(state))
 
     def fits(self, batch: Batch, *, state: bool) -> bool:
-        """Whether all is as it was, but that gradients may lie elsewhere. ``state``: whether that has to be, too.
+        """Whether the batch's tensors are as they were; gradients may have moved. State is compared if ``state``.
 
         State does not change its layout while it is the same tensor at the same address.
         """
@@ -159,7 +159,7 @@ class Seen(NamedTuple):
         )
 
     def _gradients_fit(self, addresses: list[int], gradients: list[Tensor]) -> bool:
-        """Whether gradients at other addresses are aligned as those before them, and inside their storage."""
+        """Whether each gradient that has moved has the old one's alignment, and lies inside its storage."""
         return all(
             (a - b) % WIDEST_LOAD == 0 and has_storage(g)
             for a, b, g in zip(self.gradients, addresses, gradients, strict=True)
@@ -176,7 +176,7 @@ def _state(batch: Batch) -> list[Tensor]:
 
 
 def _layout_of(batch: Batch) -> _Layout:
-    """The layout of a batch's weights and gradients, looked up once in a batch."""
+    """The layout of a batch's weights and gradients, computed once per batch."""
     if "layout" not in batch.notes:
         batch.notes["layout"] = _Layout.of([*batch.params, *batch.grads])
     layout: _Layout = batch.notes["layout"]
@@ -184,14 +184,14 @@ def _layout_of(batch: Batch) -> _Layout:
 
 
 def move_gradients(tables: Tables, batch: Batch, addresses: list[int]) -> None:
-    """Uploads new addresses of gradients that lie as those before them."""
+    """Uploads the gradients' new addresses, one per member; their layout has not changed."""
     present = [0 if g is ABSENT else address for g, address in zip(batch.grads, addresses, strict=True)]
     tables.places[:, ADDRESSES.index("g")] = torch.tensor(present, dtype=torch.int64, device="cpu")
     tables.upload(tables.addresses, tables.places)
 
 
 def table_of(bucket: Members) -> Tensor:
-    """A bucket's table with two columns more: a member's tiles, and those of one of its rows."""
+    """A bucket's table with two more columns: the number of tiles of a member, and of each of its rows."""
     return torch.cat([bucket.table, tiles_of(bucket.table)[:, None], _segments(bucket.table)[:, None]], dim=1)
 
 
@@ -208,7 +208,7 @@ def tiles_of(table: Tensor) -> Tensor:
 
 
 def parts_of(bucket: Members) -> Tensor:
-    """Where every member's parts of ``bucket.shared`` lie, for the kernels; nothing where nobody shares it."""
+    """Addresses of every member's entries in ``bucket.shared``: ``(P, len(PARTS))`` int64; no rows if it is None."""
     shared, table = bucket.shared, bucket.table
     parts = torch.empty(0 if shared is None else len(table), len(PARTS), dtype=torch.int64, device="cpu")
     if shared is not None:
@@ -230,10 +230,10 @@ def parts_of(bucket: Members) -> Tensor:
 
 
 def collapse(roles: Sequence[Tensor], *, any_order: bool = True) -> tuple[list[int], list[list[int]]]:
-    """The sizes of the dimensions beyond dim 0, and each tensor's strides in them, merged where all tensors allow it.
+    """The sizes of the dimensions after dim 0, and each tensor's strides in them, merged where all tensors allow it.
 
-    The order within a row means nothing to the algorithm as long as all tensors agree on it: where any will do, the
-    first tensor's strides sort the dimensions. A vector is one row.
+    A vector is one row. The algorithm allows any order of the elements of a row that is the same for all tensors. With
+    ``any_order``, the dimensions are sorted by the first tensor's strides, largest first.
     """
     p = roles[0]
     dims = [d for d in range(min(p.ndim, 2) // 2, p.ndim) if p.size(d) != 1]
@@ -283,7 +283,7 @@ def place(batch: Batch, tables: Tables) -> dict[Kind, list[int]]:
         counters = (("step", batch.steps), ("seed", batch.seeds))
         for role, tensor in (*roles.items(), *((role, counts[i]) for role, counts in counters if counts)):
             addresses[i][ADDRESSES.index(role)] = tensor.data_ptr()
-        # Noise goes by the element's number in the tensor, wherever it lies.
+        # Noise depends on the element's number in the tensor, not on its address.
         sizes, inner = collapse([*roles.values()], any_order=not batch.seeds)
         layout = _layout([*roles.values()], inner)
         if layout == "strided":

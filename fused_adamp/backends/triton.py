@@ -36,7 +36,7 @@ _PROGRAMS_PER_MULTIPROCESSOR = 2
 
 @lru_cache(maxsize=1)
 def load() -> str | None:
-    """Imports Triton; returns None, or why that is of no use and what would help."""
+    """Imports Triton. Returns None, or why it cannot be used, with the remedy."""
     try:
         import triton
     except ImportError as error:
@@ -101,7 +101,7 @@ class TritonBackend(DeviceBackend):
         return reason
 
     def geometry(self, rows: int, cols: int) -> tuple[int, int]:
-        """Rows and columns of a tile: what a block of registers holds, or a wide row, or a piece of a very wide one."""
+        """Rows and columns of a tile: a block of registers of whole rows, a wide row, or a piece of a very wide row."""
         from fused_adamp.kernels.tables import NARROWEST, WIDTH_STEP
 
         tile = 1 << _LOG_TILE
@@ -182,16 +182,16 @@ def make_spec(
 
 
 def in_float64(spec: Any) -> Any:
-    """The same tensors, with the math in float64."""
+    """The spec with the math in float64."""
     import triton.language as tl
 
     return spec._replace(number=tl.float64)
 
 
 def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
-    """How a kernel of plans.py is compiled, besides what the spec says; for ``"cuda"`` or ``"hip"``.
+    """Triton's compile options for a kernel of plans.py; ``target`` is ``"cuda"`` or ``"hip"``.
 
-    A launch refuses options that the target does not know.
+    A launch fails with options that the target does not know.
     """
     from fused_adamp.kernels.precision import REMAINDER, STOCHASTIC
     from fused_adamp.kernels.tables import FLAT, STRIDED
@@ -212,10 +212,10 @@ def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
 
 
 class _AnyAddress:
-    """Stands in for a tensor where a kernel is compiled, and says nothing about where it lies or how large it is.
+    """Replaces a tensor when a kernel is compiled, so that Triton knows its dtype but not its address.
 
-    Triton would take it for granted, in every later launch, that an address is a multiple of 16 if this tensor's is.
-    The kernels gain nothing from that: the tiles' addresses come from a table, and the layout says how they lie.
+    Otherwise, if the tensor's address is a multiple of 16, Triton would rely on that in every later launch. The kernels
+    gain nothing from that: the tiles' addresses come from a table, and the layout says how they are aligned.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -226,7 +226,7 @@ class _AnyAddress:
 
 
 def compile_kernel(kernel: Any, arguments: Sequence[Any], spec: Any) -> Any:
-    """A kernel for the GPU that Triton's driver names, not loaded; for all arguments of the types of these."""
+    """Compiles a kernel for the driver's current GPU and for all arguments of these types. Does not load it."""
     from triton.runtime import driver
 
     stand_ins = [_AnyAddress(a.dtype) if isinstance(a, Tensor) else a for a in arguments]
@@ -250,7 +250,7 @@ _compiled: dict[Any, Any] = {}
 
 
 def _redo_runs(kernel: Any, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
-    """The launch that repeats in float64 what has left float32's range; none if the math is in float64 already."""
+    """The launch that redoes in float64 sums that left float32's range; none if the math is in float64 already."""
     spec = in_float64(launch.spec)
     if spec == launch.spec:
         return []

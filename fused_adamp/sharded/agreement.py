@@ -1,4 +1,4 @@
-"""The ranks make sure that they do the same, and add up what they have measured."""
+"""The ranks compare their parameters and hyperparameters, and add up their sums."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["agree", "cosine_options", "gather_or_withdraw", "in_words", "measure
 
 
 def gather_or_withdraw(owner: Owner, *, make_state: bool = True, check: bool = False) -> list[Batch]:
-    """As :func:`fused_adamp.gather.gather`. An error that this rank has is told to the ranks that wait for it.
+    """As :func:`fused_adamp.gather.gather`. If it raises, the ranks that wait for this one get an error too.
 
-    With ``check``, and wherever parameters lie on several ranks, the tensors are checked too.
+    With ``check``, or if parameters lie on several ranks, :func:`fused_adamp.gather.refit` checks the tensors.
     """
     try:
         batches = gather(owner, make_state=make_state)
@@ -49,10 +49,10 @@ def _withdraw(owner: Owner) -> None:
 
 
 def agree(owner: Owner, exchange: Exchange) -> None:
-    """Makes sure that all ranks share the same parameters, in the first step and whenever they changed.
+    """Checks that all ranks share the same parameters, in the first step and whenever the parameters have changed.
 
     Raises:
-        ValueError: they do not; on every rank.
+        ValueError: the ranks have different parameters or hyperparameters; on every rank.
         RuntimeError: another rank has failed; or the step is captured in a CUDA graph.
     """
     if exchange.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -80,7 +80,7 @@ def agree(owner: Owner, exchange: Exchange) -> None:
 
 
 def measure(owner: Owner, exchange: Exchange, batches: list[Batch]) -> Outcome:
-    """Sums over the ranks for clipping: squares, and sums of the cosine test, of gradients as they are."""
+    """Adds up, over the ranks, the sums for clipping: squares and the cosine test's sums, of unscaled gradients."""
     agree(owner, exchange)
     exchange.ask_afresh(Need.TEST | Need.SQUARE)
     lines = [*options_in_words(owner, exchange), "clip_grad_norm_"]
@@ -98,10 +98,10 @@ def reduce_shares(
     found_inf: Tensor | None = None,
     stale: bool = False,
 ) -> Outcome:
-    """Measures what the backends are asked and adds it up over the ranks.
+    """Lets the backends measure the sums that the exchange has asked for, and adds them up over the ranks.
 
     Raises:
-        ValueError: the ranks have not all of ``lines`` in common; on every rank, and names the first.
+        ValueError: ``lines`` differ between ranks. Raised on every rank, with the first line that differs.
         RuntimeError: another rank has failed.
     """
     for batch in batches:
@@ -115,7 +115,7 @@ def reduce_shares(
         outcome = exchange.reduce(exchange.header(lines, stale=stale), found_inf, present, scale)
         exchange.check(outcome, lines)
     except Exception:
-        for batch in batches:  # what was measured, and perhaps moved by a guess, is part of no step
+        for batch in batches:  # sums, and weights moved by a guess, are not part of any later step
             batch.bucket.scratch = batch.bucket.key.backend.scratch(batch.bucket)
         raise
     return outcome
@@ -130,7 +130,7 @@ def cosine_options(owner: Owner) -> list[tuple[float, float, float]]:
 
 
 def options_in_words(owner: Owner, exchange: Exchange) -> list[str]:
-    """The hyperparameters that are to be the same on all ranks."""
+    """The hyperparameters that must be the same on all ranks, as text."""
     return [
         f"group {number}: {name}={in_words(value)}"
         for number in exchange.groups

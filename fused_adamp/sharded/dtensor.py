@@ -36,7 +36,7 @@ def local(t: Tensor) -> Tensor:
 
 
 def like(t: Tensor, p: Tensor) -> Tensor:
-    """A tensor on this rank as a DTensor that lies as ``p`` does, whose local shape it has; as it is if p is none."""
+    """A DTensor with the mesh and placements of ``p`` and ``t`` as its local tensor; ``t`` if p is no DTensor."""
     if not is_distributed(p):
         return t
     place = _as_dtensor(p)
@@ -57,7 +57,7 @@ def local_gradient(p: Tensor) -> Tensor | None:
 
 
 def copy(source: Tensor, target: Tensor) -> None:
-    """Copies between tensors of one shape, whether they are DTensors or whole."""
+    """Copies ``source`` to ``target``, of the same shape. Either may be a DTensor."""
     if is_distributed(target) and not is_distributed(source):
         from torch.distributed.tensor import distribute_tensor
 
@@ -133,7 +133,13 @@ class Distributed:
 def _numbers(
     whole: Sequence[int], part: Sequence[int], offset: Sequence[int], order: Sequence[int], n_row_dims: int
 ) -> tuple[int, int] | None:
-    """:attr:`Layout.numbers` of a part of a tensor, whose dimensions are numbered in this order, rows' first."""
+    """:attr:`Layout.numbers` of a part of a tensor.
+
+    Args:
+        whole, part, offset: sizes of the tensor and of the part, and the index of the part's first element.
+        order: the dimensions, those of rows first. Elements are numbered in this order.
+        n_row_dims: how many of them are rows' dimensions.
+    """
     if math.prod(part) == 0:
         return 0, 0
     weights = [math.prod(whole[d] for d in order[i + 1 :]) for i in range(len(order))]

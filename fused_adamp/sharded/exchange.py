@@ -6,9 +6,9 @@ A step of sharded parameters goes
     exchange  shares become sums, group by group; sums become verdicts: decision and projection of every parameter
     step      every backend steps by the verdicts
 
-The shares of a parameter are a record; each row that is split has one of its own, until the rows are complete and
-folded into the parameter's. All that is sent is summed. A header goes with it, which tells what no rank can find out
-alone: sharded/header.py.
+The shares of a parameter are a record. Each row that is split has a record of its own. When the sums of rows are
+complete, they are folded into the parameter's record. Everything that is sent is summed, including a header with
+errors and a hash of the options: sharded/header.py.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class _Fold(NamedTuple):
 
 
 class _Collective(NamedTuple):
-    """One all_reduce: what of the records and rows is sent, by index, and what can be folded after it."""
+    """One all_reduce: the indices of the records and rows that are sent, and the folds that follow it."""
 
     group: ProcessGroup
     records: Tensor
@@ -95,7 +95,7 @@ class _Piece(NamedTuple):
 
 
 def _pieces(buckets: Sequence[Bucket]) -> dict[Tensor, list[_Piece]]:
-    """Those of every parameter that lies on several ranks."""
+    """The pieces of every parameter that lies on several ranks."""
     pieces: dict[Tensor, list[_Piece]] = {}
     start = row_start = 0
     for bucket in buckets:
@@ -120,12 +120,12 @@ class Exchange:
     Attributes:
         members: the parameters that lie on several ranks, in the order of the parameter groups.
         pieces: their members of buckets on this rank: parameter, and index in its bucket.
-        lines: what is to be the same on all ranks, in words, but for hyperparameters.
-        layouts: of each parameter the layout of its first piece.
-        groups: the parameter groups they are in, by index.
-        device: where everything is added up.
-        measured: what clipping found out last, as long as the shares that it was added up from are still here. A step
-            that goes by it adds them up again.
+        lines: properties of the parameters that must be the same on all ranks, as text. Hyperparameters are not in it.
+        layouts: for each parameter, the layout of its first piece.
+        groups: the indices of the parameter groups that they are in.
+        device: the device on which sums are computed.
+        measured: the last outcome of clipping, as long as its shares are still in the tables. A step that uses it adds
+            up these shares again.
     """
 
     def __init__(self, buckets: Sequence[Bucket], labels: dict[Tensor, str]) -> None:
@@ -223,14 +223,14 @@ class Exchange:
         return collectives
 
     def header(self, lines: Sequence[str], **flags: bool) -> Header:
-        """This rank's parameters, hyperparameters and the like, in words."""
+        """This rank's header, with a hash of its parameters and ``lines``. ``flags`` are failed, moved and stale."""
         return Header.of([self._hashed, *lines], **flags)
 
     def disagreement(self, lines: Sequence[str], *, replicas: bool = False) -> str:
-        """The first line that is not the same on all ranks, and on which. All ranks call this, or none."""
+        """An error message with the first line that differs between ranks, and the ranks. All ranks must call this."""
         everybody = {dist.get_rank(): list(lines)}
         groups = in_order(self.layouts, replicas=replicas)
-        for group in groups * len(groups):  # so that word gets around
+        for group in groups * len(groups):  # so that news reaches ranks that share no group
             parts: list[Any] = [None] * group.size()
             dist.all_gather_object(parts, everybody, group=group)
             everybody = {rank: theirs for part in parts for rank, theirs in part.items()}
@@ -268,9 +268,10 @@ class Exchange:
         self.ask(what)
 
     def ask(self, what: Need, only: Tensor | None = None) -> None:
-        """Writes what the backends' next measurement is asked: of every member what it needs, of ``only`` those.
+        """Writes the needs of the backends' next measurement: those of ``what`` that each member needs.
 
-        SQUARE is asked of all parameters, also of those that are whole here.
+        TEST and DOT are asked only of members in the mask ``only``, if it is given. SQUARE is asked of all parameters,
+        also of those that are whole on this rank.
         """
         needs = self._tested * (what & Need.TEST) + self._dotted * (what & Need.DOT)
         if only is not None:
@@ -281,14 +282,14 @@ class Exchange:
             shared.needs.copy_(part)
 
     def mask(self, params: Sequence[Tensor]) -> Tensor:
-        """Which members are among ``params``: ``(n,)`` bool."""
+        """For each member, whether it is among ``params``: ``(n,)`` bool."""
         wanted = {id(p) for p in params}
         return self._upload([id(p) in wanted for p in self.members]).bool()
 
     def undecided(self, known: Outcome, scale: Tensor) -> Tensor:
-        """The members whose p.u is needed, when the test is known but for the scale: ``(n,)`` bool.
+        """A mask of the members whose p.u is needed, from the test's sums and the scale: ``(n,)`` bool.
 
-        Whole rows go without if they all pass at any scale, or if the layer does not pass.
+        A member with whole rows does not need it if all rows pass at any scale, or if the layer does not pass.
         """
         self._scale = scale
         layer = self.layer_passes(known)
@@ -299,26 +300,27 @@ class Exchange:
         return by_test | ~self._tested | self._missing(known)
 
     def _parts(self, table: Tensor) -> Sequence[Tensor]:
-        """A table with a row for each of the buckets' parameters, bucket by bucket."""
+        """Splits a table with one row for each member of all buckets into one table per bucket."""
         return torch.split(table, self._sizes)
 
     def _all_shares(self) -> Tensor:
-        """Those of the buckets' parameters, one bucket after the other."""
+        """The shares of all members, bucket by bucket: ``(P of all buckets, len(SHARES))``."""
         return torch.cat([shared.shares.to(self.device) for shared in self._shared])
 
     def _upload(self, numbers: Sequence[float]) -> Tensor:
-        """Numbers as float64 on the device, which is not waited for."""
+        """Copies numbers to the device as float64, without a sync."""
         here = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         return here.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else here
 
     def reduce(self, header: Header, found_inf: Tensor | None, present: Sequence[bool], scale: Any) -> Outcome:
-        """The outcome of all ranks' shares.
+        """Adds up all ranks' shares, headers and found_inf.
 
         Args:
-            found_inf: GradScaler's, of one element on any device.
-            present: which members have a gradient here.
-            scale: what the gradients are going to be multiplied with beyond what the shares have seen; None: that is
-                not known, and rows fail that fail at some scale.
+            header: this rank's.
+            found_inf: GradScaler's, of one element on any device; None is 0.
+            present: for each member, whether it has a gradient on this rank.
+            scale: a further factor of the gradients, which the shares do not include yet; None if it is not known. Then
+                a row counts as failed if it fails at any scale.
         """
         self._scale = 1.0 if scale is None else scale
         shares, owners = self._all_shares()[self._places], self._owners
@@ -339,11 +341,11 @@ class Exchange:
         return self._reduce(Outcome(first, records, rows), self._fold)
 
     def _by_member(self, pieces: Tensor) -> Tensor:
-        """The sums of the members' pieces."""
+        """For each member, the sum of its pieces' rows: ``(pieces, ...)`` to ``(n, ...)``."""
         return torch.cat([pieces, torch.zeros_like(pieces[:1])])[self._pieces_of].sum(dim=1)
 
     def _in_slots(self, rows: Tensor) -> Tensor:
-        """The split rows of all ranks, from those here: 0 for a row without a part here."""
+        """This rank's split rows at their places among all ranks' split rows; 0 for rows of other ranks."""
         return rows.new_zeros(len(self._row_owners), rows.size(1)).index_copy(0, self._slots, rows)
 
     def _reduce(self, outcome: Outcome, fold: Callable[[Tensor, Tensor], Tensor]) -> Outcome:
@@ -360,7 +362,7 @@ class Exchange:
         return Outcome(header, records, rows)
 
     def _fold(self, members: Tensor, rows: Tensor) -> Tensor:
-        """From the sums of complete rows ``(m, R, len(ROW_SHARES))`` to what their members' records gain."""
+        """The summands for the members' records, from the sums of complete rows ``(m, R, len(ROW_SHARES))``."""
         passes = self._cosine(rows, self._dims[members, 0], members) < 1  # which no NaN is
         fails = (~passes.all(dim=1) & self._tested[members]).double()
         pg, _, pp, pu = rows.sum(dim=1).unbind(dim=1)
@@ -381,7 +383,7 @@ class Exchange:
         return self._cosine(outcome.records[:, 2:], self._dims[:, 1], everyone) < 1
 
     def judge(self, outcome: Outcome) -> None:
-        """Writes the verdicts, and what the user may ask of the test. The step then outdates what was measured."""
+        """Writes verdicts, results and decisions of all members. Forgets :attr:`measured`, which the step outdates."""
         self.measured = None
         records, rows = outcome.records, outcome.rows
         passed = torch.where(records[:, 0] == 0, Decision.CHANNEL, self.layer_passes(outcome) * int(Decision.LAYER))
@@ -407,7 +409,10 @@ class Exchange:
         return whole_here.sum() + outcome.records[:, _RECORD.index("gg")].sum()
 
     def norms(self, grads: dict[Tensor, Tensor], norm_type: float) -> list[Tensor]:
-        """The norms of whole gradients, 0-dim float64, from what is here of them, by parameter."""
+        """The norms of whole gradients, 0-dim float64 each, from their local parts in ``grads``.
+
+        First those of the members, then those of the other parameters in ``grads``.
+        """
         op, nothing = dist.ReduceOp.SUM, torch.zeros((), dtype=torch.float64, device=self.device)
         if math.isinf(norm_type):
             op = dist.ReduceOp.MAX if norm_type > 0 else dist.ReduceOp.MIN
@@ -453,19 +458,22 @@ class Exchange:
         return [(of[:, 0] / of[:, 1], layer[0] / layer[1]) for of, layer in zip(by_row, layers, strict=True)]
 
     def tell(self, header: Header) -> Header:
-        """Takes part in a step with nothing but a header."""
+        """Takes part in a step's collectives with only a header. Returns the sum of all headers."""
         self.ask_afresh(Need(0))
         return Header.read(self.reduce(header, None, [False] * len(self.members), None).header.tolist())
 
-    # Results of the collectives. On a GPU nobody waits to read it: a step that should not be taken moves nothing, on no
-    # rank, and the next one raises the error.
+    # Results of the collectives. On a GPU no rank waits to read them: a step that must not be taken changes nothing on
+    # any rank, and the next one raises the error.
 
     @property
     def asynchronous(self) -> bool:
         return self.device.type == "cuda"
 
     def check(self, outcome: Outcome, lines: Sequence[str]) -> None:
-        """Raises the error that is the same on all ranks, of an earlier step where this one's is not waited for."""
+        """Raises an error, the same on all ranks, if a rank has failed or the ranks differ.
+
+        On a GPU it does not wait for this step's outcome and raises the errors of earlier steps.
+        """
         if not self.asynchronous:
             header = Header.read(outcome.header.tolist())
             header.check_failure()
@@ -502,7 +510,10 @@ class Exchange:
         return (present > 0) & (present < self._holders)
 
     def found_inf(self, outcome: Outcome) -> Tensor:
-        """Where not 0, no rank is to move anything: ``(1,)`` float64."""
+        """GradScaler's found_inf over all ranks, ``(1,)`` float64: if it is not 0, no rank changes anything.
+
+        On a GPU it also counts ranks that have failed or differ.
+        """
         header = outcome.header
         found = header[Header._fields.index("found_inf")]
         if self.asynchronous:
@@ -513,9 +524,9 @@ class Exchange:
         return found.reshape(1)
 
     def _report(self, outcome: Outcome, decisions: Tensor) -> None:
-        """Writes :attr:`Bucket.results` of members that were tested; the cosine is that of the rows here.
+        """Writes :attr:`Bucket.results` of members that were tested; the cosine is the largest of this rank's rows.
 
-        And the decisions on members of which nothing is here, that nobody steps here.
+        Also writes the decisions on members that have no elements on this rank, which no backend steps.
         """
         records, owners = outcome.records, self._row_owners
         by_piece = self._all_shares()[self._places, SHARES.index("cosine")].masked_fill(self._piece_is_split, 0.0)
@@ -538,7 +549,7 @@ class Exchange:
 
 
 def _event() -> Any:
-    """Tells when what the current stream has been given so far is done."""
+    """An event that is complete when all work on the current stream so far is done."""
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event

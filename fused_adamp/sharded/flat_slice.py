@@ -1,7 +1,7 @@
-"""Slices of flat buffers, as ZeRO and Megatron make them: all that the package knows of them.
+"""Slices of flat buffers, as ZeRO and Megatron make them. No other module knows of them.
 
-A slice is a vector, elements ``begin`` to ``end`` of a tensor that lies row by row. Nothing in the vector says so:
-:func:`mark_slice` does. The members of a slice are its whole rows, and the parts of the two rows that it cuts.
+A slice is a vector: elements ``begin`` to ``end`` of a contiguous tensor. :func:`mark_slice` tells the package. A slice
+is up to three members of a bucket: its whole rows, and the parts of the two rows that it cuts.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ class FlatSlice(NamedTuple):
         return f"shape {self.whole}, in slices on {self.group.size()} ranks"  # ranks need not agree on which
 
     def layouts(self, p: Tensor, channel_dim: int | tuple[int, ...]) -> list[Layout]:
-        """Those of the end of a row, of whole rows and of the beginning of a row, if there are; of a vector its own."""
+        """The layouts of the slice's pieces that are not empty: the end of a row, whole rows, the beginning of a row.
+
+        A slice of a vector, or without elements, has one layout.
+        """
         size = self.end - self.begin
         if len(self.whole) < 2 or 0 in self.whole:
             return [
@@ -122,23 +125,24 @@ class FlatSlice(NamedTuple):
 
 
 def mark_slice(p: Tensor, shape: Sequence[int], begin: int, group: ProcessGroup | None = None) -> Tensor:
-    """Says that a vector is a slice of a tensor that lies flat in a buffer, row by row, cut up among ranks.
+    """Marks a vector as a slice of a flattened tensor whose slices lie on several ranks.
 
-    Optimizers that shard flat buffers (ZeRO, Megatron's) make such slices. The step then tests and projects the rows
-    of the tensor, also those that are cut. All ranks of the group call this for each such tensor in the same order,
-    those that have nothing of it too, with a slice of no elements; and all give the slice to their optimizer.
+    Optimizers that shard flat buffers (ZeRO, Megatron's) make such slices. With the mark, a step tests and projects the
+    rows of the tensor, also those that are cut. All ranks of the group must call this for each such tensor in the same
+    order, and pass the slice to their optimizer. A rank without elements of the tensor passes an empty slice.
 
     Args:
         p: ``(n,)``, the parameter: elements ``begin`` to ``begin + n`` of the tensor.
-        shape: of the tensor.
-        begin: 0 or more.
+        shape: the shape of the whole tensor.
+        begin: the index of the slice's first element in the flattened tensor, 0 or more.
         group: the ranks that have slices of the tensor; all ranks by default.
 
     Returns:
         p. The mark is on this object, not on copies of it.
 
     Raises:
-        TypeError, ValueError: p is no vector; the ranks' slices are not the tensor. On every rank.
+        TypeError, ValueError: p is not a vector, or the ranks' slices do not cover the tensor exactly once. On every
+            rank.
     """
     group = dist.group.WORLD if group is None else group
     if group is None or isinstance(group, int):  # as torch says that a rank is no member
@@ -199,7 +203,7 @@ def check_slice(p: Tensor, label: object) -> None:
 
 
 def check_rows(p: Tensor, channel_dim: int | tuple[int, ...], label: object) -> None:
-    """Raises ValueError for the slice of a matrix whose rows are not those of dim 0."""
+    """Raises ValueError if ``channel_dim`` is not 0 for a marked slice of a matrix."""
     flat = placement_of(p)
     if isinstance(flat, FlatSlice) and len(flat.whole) >= 2 and channel_dim not in (0, (0,)):
         raise ValueError(
@@ -211,7 +215,7 @@ def check_rows(p: Tensor, channel_dim: int | tuple[int, ...], label: object) -> 
 def refuse_flat_buffers(
     params: Collection[Tensor], buckets: Sequence[Members], label: Callable[[Tensor], object]
 ) -> None:
-    """Raises TypeError if a new vector holds the memory of matrices that were stepped before and are gone now."""
+    """Raises TypeError if a new vector spans the memory of matrices that were stepped before and are gone now."""
     before = {p for bucket in buckets for p in bucket.index}
     gone = [span_of(local(p)) for p in before if p.ndim >= 2 and p not in params]
     for p in params if gone else ():

@@ -1,4 +1,4 @@
-"""What the ranks tell each other beside the sums, in numbers that are summed too."""
+"""Numbers that the ranks sum together with the sums of the cosine test: failures, and a hash of their options."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ DIGEST = 8
 
 
 class Header(NamedTuple):
-    """Numbers that travel with the sums, and are summed like them.
+    """Numbers that are summed over the ranks along with the other sums.
 
     Attributes:
-        ranks: 1 of each.
-        failed: 1 of a rank that cannot take this step.
-        moved: 1 of a rank whose parameters are other ones, or lie otherwise, than in the last step.
-        stale: 1 of a rank whose gradients have changed since they were measured for clipping.
+        ranks: 1 from each rank.
+        failed: 1 from a rank that cannot take this step.
+        moved: 1 from a rank whose parameters, or their layouts, have changed since the last step.
+        stale: 1 from a rank whose gradients have changed since they were measured for clipping.
         found_inf: GradScaler's.
-        digest: a hash of all that the ranks must have in common; each byte, then the square of each.
+        digest: a hash of everything that must be the same on all ranks: its bytes, then their squares.
     """
 
     ranks: float
@@ -63,13 +63,13 @@ class Header(NamedTuple):
 
     @property
     def agreed(self) -> bool:
-        """Whether all ranks sent one digest: only then the mean of its squares is the square of its mean."""
+        """Whether all ranks sent the same digest: only then the mean of the squares is the square of the mean."""
         sums, squares = self.digest[:DIGEST], self.digest[DIGEST:]
         return all(self.ranks * square == total * total for total, square in zip(sums, squares, strict=True))
 
 
 def compare_headers(layouts: Iterable[Layout], header: Header) -> Header:
-    """Sums headers alone, whatever the ranks may have in common besides. Each may be counted more than once.
+    """Sums headers over all groups, without other sums. A rank's header may be counted more than once.
 
     One round per group, so that news reaches ranks that share no group. Groups of replicas are included.
     """
@@ -83,7 +83,7 @@ def compare_headers(layouts: Iterable[Layout], header: Header) -> Header:
 
 
 def in_order(layouts: Iterable[Layout], *, replicas: bool = False) -> list[ProcessGroup]:
-    """The groups, in one order that all ranks know, so that ranks that differ never wait for each other in a circle."""
+    """The layouts' process groups, in the same order on all ranks, so that no ranks wait for each other in a circle."""
     layouts = list(layouts)
     groups = {group for layout in layouts for group in (*layout.row_groups, *layout.col_groups)}
     if replicas:

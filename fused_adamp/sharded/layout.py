@@ -18,17 +18,17 @@ __all__ = ["Layout", "Part", "Placement", "Rows", "Whole", "schedule"]
 
 
 class Part(Protocol):
-    """The part of a parameter that one member of a bucket is."""
+    """A part of a parameter: one member of a bucket."""
 
     def of(self, t: Tensor, *, copy: bool = False) -> Tensor:
-        """The part of a tensor that lies on this rank as the parameter does, with rows first.
+        """The member's part of ``t``, a tensor of the parameter's local shape, with rows first.
 
-        It is a view. With ``copy``, it is a copy where no view has its rows first.
+        It is a view. If no view has rows first, it is a copy with ``copy``, else an error.
         """
 
 
 class Rows(NamedTuple):
-    """All that lies on this rank. The indices of ``channel_dim`` are the rows."""
+    """The whole local part of a parameter. The indices of ``channel_dim`` are the rows."""
 
     channel_dim: int | tuple[int, ...] = 0
 
@@ -42,15 +42,15 @@ class Layout(NamedTuple):
     Attributes:
         sharing: how its rows lie on the ranks.
         rows, cols: R and K of the whole parameter.
-        row_groups, col_groups: the process groups that share out its rows, and those that share out its columns.
-        numbers: the number of the first element here in the whole, counted row by row, and how many lie from row to
-            row; None where the elements here do not follow each other like that.
-        replica_groups: the process groups of which every rank has the same part.
-        holders: how many ranks of the row and column groups must have a gradient, if any of them has one.
+        row_groups, col_groups: the process groups over which its rows are sharded, and those of its columns.
+        numbers: the number of the first element here in the whole, counted row by row, and the step of these numbers
+            from row to row; None if the elements here are not numbered like that.
+        replica_groups: the process groups in which every rank has the same part.
+        holders: the number of ranks of the row and column groups that must have a gradient, if any of them has one.
         holds: whether this rank is one of them.
-        part: which part of the parameter the member is.
-        split_rows: how many rows of the parameter are split, on all ranks together.
-        first_split_row: the place of the member's first split row among these.
+        part: the member's part of the parameter.
+        split_rows: the number of rows of the parameter that are split, on all ranks together.
+        first_split_row: the index of the member's first split row among these.
     """
 
     sharing: Sharing
@@ -68,7 +68,7 @@ class Layout(NamedTuple):
 
 
 class Placement(Protocol):
-    """A kind of parameter: what follows from how it lies on the ranks."""
+    """How a kind of parameter is placed on the ranks."""
 
     @property
     def is_shared(self) -> bool:
@@ -78,10 +78,10 @@ class Placement(Protocol):
         """The shape of the whole parameter."""
 
     def layouts(self, p: Tensor, channel_dim: int | tuple[int, ...]) -> list[Layout]:
-        """The layout of each member that the parameter is."""
+        """The layouts of the parameter's members on this rank, in their order."""
 
     def in_words(self, p: Tensor) -> str:
-        """Shape and place, in the same words on all ranks that share the parameter."""
+        """Shape and placement as text, the same on all ranks that share the parameter."""
 
 
 class Whole:
@@ -101,11 +101,11 @@ class Whole:
 
 
 def schedule(layouts: Sequence[Layout]) -> list[ProcessGroup]:
-    """The order of collectives that completes everybody's sums: columns before rows.
+    """The process groups in the order of the collectives that complete all sums: columns before rows.
 
-    A parameter's row sums are complete after the last group that shares out its columns; only then can its rows be
-    counted and added up over the groups that share them out. As a rule each group comes once. One that shares out one
-    parameter's rows and another's columns may have to come twice.
+    A parameter's row sums are complete after the last group that shards its columns. Only then can its rows be counted
+    and added up over the groups that shard its rows. Usually each group comes once. A group that shards the rows of one
+    parameter and the columns of another may have to come twice.
     """
     pending = [(list(layout.col_groups), list(layout.row_groups)) for layout in layouts]
     order = []

@@ -1,4 +1,4 @@
-"""Which placement a parameter has: its own, if :func:`place` was told one, or what its class says."""
+"""The placement of a parameter: from :func:`place`, else from its class."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _generation = 0
 
 
 def place(p: Tensor, placement: Placement) -> None:
-    """Gives a parameter a placement. It is forgotten if the parameter gets another number of dimensions."""
+    """Sets the placement of a parameter. It is ignored once the parameter has another number of dimensions."""
     global _generation
     _placed[p] = p.ndim, placement
     _generation += 1
 
 
 def generation() -> int:
-    """How often :func:`place` has been called. As long as this stays the same, every parameter keeps its placement."""
+    """The number of calls of :func:`place`. While it stays the same, no placement changes."""
     return _generation
 
 

@@ -1,4 +1,4 @@
-"""The ranks decide together: the decision and projection of every parameter of which several ranks have a part."""
+"""The decision and projection of every parameter that lies on several ranks, made by all of them together."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["decide_across_ranks"]
 
 
 def decide_across_ranks(owner: Owner, exchange: Exchange, batches: list[Batch]) -> list[Batch]:
-    """The batches of a step, with everything decided that the ranks have to decide together.
+    """Writes the verdicts on parameters that lie on several ranks. Returns the batches, with scale and found_inf.
 
     Raises:
         ValueError: the ranks have different parameters or hyperparameters, or call other methods; on every rank.
@@ -35,13 +35,13 @@ def decide_across_ranks(owner: Owner, exchange: Exchange, batches: list[Batch]) 
     """
     agree(owner, exchange)
     memory, found_inf = owner._memory, getattr(owner, "found_inf", None)
-    renewed = False  # what was measured in this step is not asked whether it holds: gradients may keep no version
+    renewed = False  # a norm measured in this step is not checked again: gradients may have no version
     while True:
         clipping, factor = memory.clipping, factor_of(owner)
         clipped_to = None if clipping is None else in_words(clipping.max_norm)
         known = None if clipping is None else clipping.test_of(cosine_options(owner), exchange.measured)
         lines = [*options_in_words(owner, exchange), f"a step clipped to {clipped_to}"]
-        lines += ["gradients are tested in this step"] if known is None else []  # what is sent depends on it
+        lines += ["gradients are tested in this step"] if known is None else []  # the size of the pack depends on it
         if known is None:
             exchange.ask_afresh(Need.TEST | Need.DOT)
             scale: Any = 1.0

@@ -503,7 +503,7 @@ def load(optimizer: Any, saved: dict[str, Any]) -> Any:
 @EVERY_RULE
 @pytest.mark.parametrize("other", [True, False])
 def test_copies_keep_the_switch(rule: str, native: bool, other: bool, backend: str) -> None:
-    """A loaded state leaves it alone, as it does the backend. What is printed is what is so."""
+    """Loading a state_dict keeps ``amp_scaling``, as it keeps the backend. ``repr`` shows the value in use."""
     loop = Loop(rule, backend, amp_scaling=native)
     loop.plain(0)
     donor = Loop(rule, backend, amp_scaling=other)
@@ -547,7 +547,7 @@ def test_the_flag_is_set_where_torch_sets_it_or_on_request(
     assert supports is (amp_scaling if amp_scaling is not None else fused is True)
 
 
-# What else a scaler meets.
+# Other situations of a scaler.
 
 
 @EVERY_RULE
@@ -602,7 +602,7 @@ def test_a_closure_is_refused_by_the_scaler(rule: str, backend: str) -> None:
 
 @EVERY_RULE
 def test_a_bad_gradient_moves_nothing(rule: str, native: bool, backend: str) -> None:
-    """Of another shape, in a second bucket: the error is that of a step without scaler."""
+    """A gradient of another shape, in a second bucket, raises the same error as a step without a scaler."""
     loop, scaler = Loop(rule, backend, (F32, F64), amp_scaling=native), GradScaler("cpu")
     loop.scaled(0, scaler)
     for max_norm in (None, 0.5):

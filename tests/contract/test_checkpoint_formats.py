@@ -37,9 +37,9 @@ PLAIN = {"delta": 0.0}  # never projects: torch's rule
 
 
 def timm_like(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """What timm 1.0.31 saves, by its source: clovaai's state and groups, and caution=False in these.
+    """An optimizer that saves what timm 1.0.31 does by its source: clovaai's state and groups, plus caution=False.
 
-    Its rule is clovaai's too, but for SGDP without nesterov, which it steps from a copy of the buffer.
+    Its rule is clovaai's too, except that SGDP without nesterov steps from a copy of the buffer.
     """
 
     class Timm(cls):  # type: ignore[misc,valid-type]
@@ -72,7 +72,7 @@ def case(target: str, theirs: Any, ours: Any, options: StateDict, name: str, **e
 
 
 NESTEROV = {"nesterov": True}
-# Of pytorch_optimizer's AdamP the bias correction divides eps too: equal to the last bits with eps=0 only.
+# In pytorch_optimizer's AdamP the bias correction also divides eps: equal to the last bits only with eps=0.
 KOZISTR = ADAM | {"eps": 0.0}
 CASES = [
     case("clovaai", adamp.AdamP, AdamP, ADAM, "AdamP"),
@@ -255,7 +255,7 @@ def test_through_a_file() -> None:
         assert_same(torch.load(file, weights_only=True), made)
 
 
-# What ends up where.
+# Where each value ends up.
 
 
 def one(cls: Any, **options: Any) -> tuple[Any, StateDict]:
@@ -404,7 +404,7 @@ def test_state_of_nobody_passes_through() -> None:
     assert convert(saved)["state"]["global"] == 0
 
 
-# What schedulers and wrappers add.
+# Group keys and state that schedulers and wrappers add.
 
 WRAPPED: StateDict = {
     "lookahead_slow_buff": torch.ones(3, 4),

@@ -39,7 +39,7 @@ class Operators(TorchDispatchMode):
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
-    """What torch.empty makes is filled with NaN then."""
+    """Makes torch fill new tensors of torch.empty with NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         yield
@@ -167,7 +167,7 @@ def description(t: Any) -> Any:
 
 
 def shapes_of(name: str, backend: str) -> list[Any]:
-    """What a test of FakeTensorMode can compare: all of a training loop but the numbers."""
+    """Shapes, dtypes and versions in a training loop, without the numbers: a FakeTensor has none."""
     kind, dtype, options, _ = OPTIMIZERS[name]
     model = nn.Sequential(nn.Linear(4, 6, dtype=dtype), nn.Linear(6, 3, dtype=dtype))
     optimizer = kind(model.parameters(), backend=backend, **options)
@@ -283,7 +283,7 @@ def test_no_call_takes_the_default_device() -> None:
 
 
 def test_a_call_that_takes_the_default_device_is_found() -> None:
-    """What the test above relies on."""
+    """The test above relies on this."""
     code = """
 import no_default_device
 no_default_device.install()

@@ -53,9 +53,9 @@ class Refusal(NamedTuple):
     subject: str
     """The option, or the kind of tensor."""
     kind: str
-    """Of badness."""
+    """How the value is bad, in words for the test's id."""
     bad: Any
-    """What the doors make of it depends on them."""
+    """The bad value. Each door turns it into a call in its own way."""
     error: type[Exception]
     pieces: tuple[str, ...]
     doors: tuple[str, ...]
@@ -536,7 +536,7 @@ def test_refused(refusal: Refusal, door: str, rule: str, backend: str, place: st
 
 @pytest.mark.parametrize(("name", "allowed", "rules"), RANGES)
 def test_the_ends_of_the_range(name: str, allowed: str, rules: tuple[str, ...]) -> None:
-    """What the messages allow is allowed."""
+    """Values at the ends of the range that the messages name are accepted."""
     ends = {OPEN: (0, 0.0, 1e30), UNIT: (0, 1, 0.0, 1.0), BELOW_ONE: (0, 0.0, math.nextafter(1, 0))}[allowed]
     for rule in rules:
         cls, options = RULES[rule]
@@ -559,7 +559,7 @@ def test_part_of_a_flat_parameter_of_fsdp1(rule: str) -> None:
 
 @pytest.fixture
 def mesh() -> Iterator[Any]:
-    """Of this process alone."""
+    """A mesh of this process alone."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()

@@ -1,7 +1,7 @@
 """PyTorch's own expectations of an optimizer (its test/test_optim.py, class TestOptimRenewed), held against ours.
 
-The configurations are OptimizerInfos, with which torch describes an optimizer under test. What test_contract.py
-compares with the reference step by step is not repeated here.
+The configurations are OptimizerInfos, with which torch describes an optimizer under test. Step-by-step comparisons with
+the reference are in test_contract.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the GPU tests need on a machine where nothing was installed."""
+"""Set-up of the GPU tests for a machine where the package is not installed."""
 
 from __future__ import annotations
 

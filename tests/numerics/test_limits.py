@@ -31,7 +31,7 @@ def step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], grads: li
     optimizer.step()
 
 
-# What is left when the projection is switched off.
+# Without projection: torch's optimizers.
 
 UNPROJECTED = [
     pytest.param(AdamP, torch.optim.AdamW, {"betas": (0.9, 0.98), "weight_decay": 0.1, **options}, id=f"AdamW-{name}")

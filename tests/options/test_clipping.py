@@ -51,7 +51,7 @@ LARGE = ((300, 128), (5000, 9), (2, 40000))
 
 
 def clip(grads: Sequence[Tensor | None], max_norm: Any, norm_type: float = 2.0) -> tuple[Tensor, list[Tensor | None]]:
-    """What torch.nn.utils.clip_grad_norm_ returns, and what it makes of clones of these gradients."""
+    """The norm that torch.nn.utils.clip_grad_norm_ returns, and clones of the gradients, clipped by it."""
     holders = [torch.zeros(0) if g is None else torch.zeros(g.shape, dtype=g.dtype, device=g.device) for g in grads]
     for holder, g in zip(holders, grads, strict=True):
         holder.grad = None if g is None else g.detach().clone(memory_format=torch.contiguous_format)
@@ -296,7 +296,7 @@ LIMITS: tuple[tuple[Any, float] | None, ...] = (
     (math.inf, 2.0), (torch.tensor([2], dtype=torch.int32), math.inf), None, (np.float64(1.5), 2.0), (0, 1.0),
     (torch.tensor([[0.75]], dtype=F64, requires_grad=True), 2.0), (1e-6, 2.0), (0.5, 0.5),
 )  # fmt: skip
-"""Of one step each: far below the gradients' norm, far above it, nothing, everything."""
+"""max_norm and norm_type of one step each, None for a step without clipping. Gradients are far below or above it."""
 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     rule: {
@@ -822,7 +822,7 @@ def test_hook_before_the_step(rule: str, backend: str) -> None:
     run.step()
 
 
-# What else the optimizer does with it pending.
+# Other calls while a clip is pending.
 
 
 @EVERY_RULE
@@ -878,7 +878,7 @@ def test_a_copy_has_no_gradients_and_nothing_to_clip(rule: str, how: str, backen
 
 @EVERY_RULE
 def test_loading_a_state_leaves_clipped_gradients_clipped(rule: str, backend: str) -> None:
-    """What torch's function has clipped are the gradients themselves, which loading does not touch."""
+    """Clipping by torch changes the gradients themselves; loading leaves them so."""
     run = ClippedRun(rule, parameters(*SHAPES), backend)
     run.step()
     saved = run.optimizer.state_dict()
@@ -1002,7 +1002,7 @@ def test_error_if_nonfinite_before_the_first_step(rule: str, backend: str) -> No
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
 def test_broken_gradients(rule: str, bad: float, limit: tuple[float, float] | None, backend: str) -> None:
     """As in torch. Not clipped, one spreads to its parameter only; clipped, an infinity has the others clipped to zero
-    and a NaN spreads to all. What it spreads to is not projected.
+    and a NaN spreads to all. Weights that it spreads to are not projected.
     """
     run = ClippedRun(rule, parameters((6, 10), (300, 128), (2, 40000), (9,), (4, 3, 3, 3)), backend)
     run.step()

@@ -73,7 +73,7 @@ def give(p: Any, g: Tensor) -> None:
     p.grad = g
 
 
-# What is stored, and as what.
+# Storage: state keys and dtypes.
 
 DTYPES = (F32, F64, BF16, F16)
 MOMENTS = {"AdamP": ("exp_avg", "exp_avg_sq"), "SGDP": ("momentum_buffer",)}
@@ -912,9 +912,10 @@ DEFAULTS = {"state_dtype": None, "rounding": "nearest"}
 @pytest.mark.parametrize("new", BF16_MODES)
 @pytest.mark.parametrize("old", BF16_MODES)
 def test_change_of_mode(rule: str, old: str, new: str, backend: str) -> None:
-    """What the next step starts from: the weight as it is (with its remainder if there was one and still is), the
-    moments in the dtype that the group names, or as they are if it names none, and a seed. The same as a fresh
-    optimizer that is given just that.
+    """After a change of mode, the next step equals that of a new optimizer that is given weight and state.
+
+    That is the weight (with its remainder if both modes have one), the moments in the dtype that the group names, or
+    unchanged if it names none, and a seed.
     """
     params = [nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((6, 10), (9,))]
     optimizer = build(rule, params, backend, **MODES[old][1])

@@ -49,11 +49,11 @@ def test_docstrings(module: object) -> None:
     assert results.failed == 0
 
 
-# What runs.
+# Code that runs.
 
 
 def blocks(page: str) -> Iterator[tuple[str, str]]:
-    """What each python block needs and its source, with the lines before it left empty, for tracebacks."""
+    """Each python block's need and its source, preceded by as many empty lines as the page has lines before it."""
     text = read(page)
     matches = list(re.finditer(r"^```python *(.*)\n((?s:.*?))^```$", text, re.MULTILINE))
     assert len(matches) == text.count("```python")
@@ -104,7 +104,7 @@ def test_make_targets_that_the_documents_name_exist() -> None:
         assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", read(page), re.MULTILINE)) <= targets, page
 
 
-# What points somewhere.
+# Links and anchors.
 
 
 def anchors(page: Path) -> set[str]:
@@ -127,7 +127,7 @@ def test_the_readme_leads_to_every_page() -> None:
     assert set(GUIDES) <= set(re.findall(r"\]\(([^)#\s]+)", read("README.md")))
 
 
-# What the code says too.
+# Names and numbers that the code has too.
 
 
 def named(text: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""What is installed, with and without a compiler, and what importing it costs."""
+"""The installed package, with and without a compiler, and the cost of importing it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ print(fused_adamp.__file__, p.detach().sum().item() < 6, [str(w.message) for w i
 COMPILERS = {
     # Which symbols there are does not depend on optimization; minutes of compiling do.
     "compiled": 'exec c++ "${@/#-O3/-O0}"',
-    # What `make build` has compiled of the same sources, in the place of what the compiler would write.
+    # Copies the extension that `make build` has compiled from the same sources to the compiler's output path.
     "built before": f"""
 while [ "$1" != -o ]; do shift; done
 case "$2" in *.so) cp {ROOT}/fused_adamp/_C.abi3.so "$2";; *) touch "$2";; esac
@@ -94,7 +94,7 @@ def test_one_wheel_serves_every_later_torch_and_python(how: str, tmp_path: Path)
 
 
 def test_import_brings_nothing_but_this_package() -> None:
-    """What makes an import slow is what else it imports."""
+    """Importing the package imports no other package but torch, which keeps the import fast."""
     script = "import sys, torch; before = set(sys.modules); import fused_adamp; print(*(set(sys.modules) - before))"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert {name.split(".")[0] for name in run.stdout.split()} == {"fused_adamp"}

@@ -1,4 +1,4 @@
-"""Tests of compiled kernels that need no GPU. What cannot run here is skipped, with the reason in pytest's summary."""
+"""Tests of compiled kernels without a GPU. Those that cannot run are skipped, with the reason in pytest's summary."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MORE_SEEDS = "PTX_SEEDS"
 USUAL_SEEDS = range(int(os.environ.get(MORE_SEEDS, "1")))
 SEEDS = [*USUAL_SEEDS, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2) if n not in USUAL_SEEDS)]
 counts: Counter[str] = Counter()
-"""What all tests have run together."""
+"""Totals over all tests."""
 
 
 @pytest.fixture

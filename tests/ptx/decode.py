@@ -691,7 +691,7 @@ class Module:
         self._set_address(i, operands[1])
 
     def _access(self, i: Instruction, modifiers: Modifiers) -> None:
-        """What all instructions have in common that access memory."""
+        """Decodes space, order, scope and size, which all instructions have that access memory."""
         i.space = modifiers.one_of({**SPACES, "shared::cta": SPACES["shared"], "const": SPACES["global"]}, 0)
         i.order = modifiers.one_of(ORDERS, i.order)
         i.scope = modifiers.one_of(SCOPES, i.scope)

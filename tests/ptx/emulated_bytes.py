@@ -56,7 +56,7 @@ class Count(NamedTuple):
     store_use: float = 1.0
 
 
-# 32 lanes load 128 bytes, from the middle of a sector on. What is left of one is in the first-level cache for the next.
+# 32 lanes load 128 bytes that start within a sector. The next load finds the last sector in the first-level cache.
 FLAT: dict[str, Any] = {"load_use": 0.8, "store_use": 0.8}
 END: dict[str, Any] = {"load_use": 0.99, "store_use": 0.99}
 # Eight elements a thread, for the sake of the weights: state in float32 is loaded in two pieces, each of half sectors.
@@ -102,7 +102,7 @@ COUNTS = {
 
 
 def measured(harness: Harness, count: Count) -> tuple[Traffic, Decision, int]:
-    """What the step moves of weight, gradient and state; the decision, and the elements."""
+    """The step's traffic of weight, gradient and state in bytes; the decision; and the number of elements."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, count.dtype)
     options = {

@@ -88,8 +88,9 @@ def test_hyperparameters_on_the_device_are_copied_there_in_every_step(
 
 
 class Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What a CUDA graph is to the backend: a capture records operators and launches and carries out none that write to
-    tensors that are there; a replay repeats all of them on the capture's tensors.
+    """Stands for a CUDA graph. A capture records operators and launches, and runs none that writes to existing tensors.
+
+    A replay repeats all of them on the capture's tensors.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,8 +40,9 @@ def is_usual(case: Case) -> bool:
 
 
 def shared_cases() -> list[Any]:
-    """Of the table of cases every shape, and on small matrices every dtype, layout, scale and set of options; each with
-    a verdict and a way of asking.
+    """Every shape of the table of cases, and on small matrices every dtype, layout, scale and set of options.
+
+    Each case comes with a verdict and a way of asking.
     """
     sizes = {name: math.prod(shape) for name, shape in shapes(TILE).items()}
     settled = {"channel_dim", "projection"}  # before the tensors are seen, or by the verdict
@@ -106,7 +107,7 @@ def shared_model(
 
 
 def shares(batch: Batch) -> list[Tensor]:
-    """What a measurement says, from a clean slate."""
+    """The shares of the parameters and of the rows that ``measure`` writes into zeroed tables."""
     shared = batch.bucket.shared
     assert shared is not None
     for tensor in (shared.shares, shared.rows):

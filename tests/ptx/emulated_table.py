@@ -22,7 +22,7 @@ USUAL = {
 
 
 def kind(case: Case) -> str:
-    """What of the case decides which kernels it needs."""
+    """The properties of the case that decide which kernels it needs, as words."""
     shape = shapes(TILE)[case.shape]
     empty = math.prod(shape) == 0
     whole = len(shape) < 2 or empty or math.prod(shape[1:]) % 8 == 0
@@ -37,7 +37,7 @@ def kind(case: Case) -> str:
 
 
 def usual_cases() -> list[Case]:
-    """Of the kinds that are compiled anyway, as many as bring every two aspects of a case together."""
+    """A covering array of the cases of usual kinds: every pair of properties occurs in one of them."""
     found = [case for case in cases(TILE) if kind(case) in USUAL[PLAN]]
     return [found[i] for i in covering([(kind(case), *factors(case)) for case in found])]
 

@@ -75,7 +75,7 @@ def cache_folder() -> Path:
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Architecture and CPU flags, on which the result of -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -136,7 +136,7 @@ class Memory:
     def add(self, name: str, tensor: torch.Tensor, *, writable: bool = True) -> Memory:
         """Adds a CPU tensor's elements, of any shape and strides, and no byte between them. Returns itself.
 
-        Of a tensor that is added twice the last ``writable`` counts.
+        If a tensor is added twice, the last ``writable`` counts.
         """
         if tensor.numel() == 0:
             return self
@@ -154,7 +154,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a launch did that a GPU would not forgive, and how often at these instructions."""
+    """A fault of a launch that would be an error on a GPU, and how often it occurred at these instructions."""
 
     kind: str
     """One of ``KINDS``."""
@@ -196,7 +196,7 @@ class Traffic(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What came of a launch. Instructions are counted per warp."""
+    """The result of a launch. Instructions are counted per warp."""
 
     findings: list[Finding]
     harmless: list[Finding]

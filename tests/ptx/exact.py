@@ -33,7 +33,7 @@ class Format(NamedTuple):
 
     @property
     def nan(self) -> int:
-        """The NaN that instructions return. Of float64 any will do: :meth:`same`."""
+        """The bits of the NaN that instructions return. In float64 any NaN counts as equal: :meth:`same`."""
         return (1 << (self.width - 1)) - 1
 
     @property
@@ -51,7 +51,7 @@ class Format(NamedTuple):
         return a == b or (self.width == 64 and self.is_nan(a) and self.is_nan(b))
 
     def value(self, bits: int) -> Fraction:
-        """Of a finite number."""
+        """The exact value of a finite number, given as bits."""
         field, fraction = divmod(bits & ~self.sign, self.normal)
         digits = fraction + self.normal if field else fraction
         return (-1 if bits & self.sign else 1) * digits * Fraction(2) ** (self.lowest + max(field, 1) - 1)

@@ -42,7 +42,7 @@ def unavailable() -> str | None:
 
 
 class Schedule(NamedTuple):
-    """How launches run. What is None is drawn for each launch."""
+    """How launches run. Values of None are drawn anew for each launch."""
 
     seed: int = 0
     programs: int | None = None
@@ -112,7 +112,7 @@ class Harness:
                 patch.__exit__(None, None, None)
 
     def take(self) -> list[str]:
-        """What was found since the last call."""
+        """Returns the findings since the last call."""
         found, self._findings = self._findings, []
         return found
 
@@ -237,7 +237,7 @@ class Launcher:
 
 
 class _Driver:
-    """What Triton asks of a GPU before it compiles."""
+    """Answers Triton's questions about the GPU before it compiles."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

@@ -1,4 +1,4 @@
-// What emulator.py hands to the machine: names with numbers, and decoded instructions.
+// The input of the machine from emulator.py: numbered names, and decoded instructions.
 #pragma once
 
 #include <cstdint>

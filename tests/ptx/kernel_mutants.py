@@ -619,7 +619,7 @@ MUTANTS = (*ORDER, *EPOCHS, *REDO, *BOUNDS, *NUMBERS)
 
 
 def cause(output: str) -> str:
-    """What gave a fault away: a finding of the emulator, or what a test found wrong."""
+    """How a fault was found: the kind of the emulator's finding, or that a test failed. ``output`` is pytest's."""
     from emulator import HARMLESS, KINDS
 
     for kind in KINDS:

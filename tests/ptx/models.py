@@ -26,7 +26,7 @@ ADAMP: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1}
 SGDP_: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
 
 Shapes = tuple[tuple[tuple[int, ...], Decision], ...]
-"""Of parameters, with the decision that their gradients lead to."""
+"""Shapes of parameters, each with the decision that its gradient leads to."""
 
 MODEL: Shapes = (
     ((), Decision.NONE),

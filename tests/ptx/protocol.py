@@ -39,10 +39,10 @@ NO_JOB = -1
 
 
 class Parameter(NamedTuple):
-    """What the protocol depends on.
+    """The properties of a parameter that the protocol depends on.
 
     Attributes:
-        tiles: how many.
+        tiles: the number of its tiles.
         matrix: whether it has two or more dimensions, so that it may be projected.
         tested: whether the decision comes from the cosine test, so that tiles are measured.
         projected: whether the decision is other than NONE.
@@ -94,11 +94,11 @@ FAULTS = [Protocol(**{name: False}) for name in Protocol._fields]
 
 
 class Outcome(NamedTuple):
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-        states: how many were visited.
-        faults: in words, each once.
+        states: the number of states that were visited.
+        faults: a description of each kind of fault that was found.
     """
 
     states: int

@@ -1,8 +1,8 @@
 // Who knows of whose accesses: happens-before, by which data races are found.
 //
 // An event is (CTA, thread, phase, tick). The phase counts the CTA's full barriers, the tick the thread's releases.
-// What a thread knows of another CTA is: all events of phases below a number, and of single threads all events up to a
-// (phase, tick). That is exact, and small where CTAs talk by flags.
+// A thread knows of another CTA all events of phases below a number, and for single threads all events up to a (phase,
+// tick). That is exact, and small if CTAs communicate by flags.
 #pragma once
 
 #include <algorithm>

@@ -116,18 +116,18 @@ class Machine : Arithmetic {
   u64 random = 1;
   u32 ctas = 0, warps = 0;  // of the grid, of a CTA
   std::vector<std::unique_ptr<Cta>> resident;
-  // What a thread learns that acquires from an address.
+  // The accesses that a thread knows to be over once it acquires from an address.
   std::unordered_map<u64, Knowledge> messages;
   std::vector<std::vector<Readers>> more_readers;
   Region* last_region = nullptr;
-  // What runs now.
+  // The CTA, warp and instruction that run now.
   Cta* c = nullptr;
   Warp* w = nullptr;
   int warp = 0;
   u32 pc = 0;
   i64 budget = 0;  // memory operations that are left of the warp's turn
   bool stop = false;
-  // Of the scheduler.
+  // The scheduler's state.
   u64 turns = 0, stall_at = 0, stalled_until = 0, patience = 64;
   u32 stalled = ~0u;
 
@@ -488,7 +488,7 @@ class Machine : Arithmetic {
     std::string text = nearest->name + "+" + std::to_string(address - nearest->begin);
     return address >= nearest->end ? text + " (past its end)" : text;
   }
-  // Of an access: the address within its region's bounds.
+  // The address of an access, in terms of its region's bounds.
   u64 within(const Region* region, const u8* at) const {
     return region == &c->shadow ? u64(at - c->shared.data()) : reinterpret_cast<u64>(at);
   }
@@ -557,7 +557,7 @@ class Machine : Arithmetic {
     }
   }
 
-  // Of lanes that read the same address. Returns those that get garbage for it.
+  // Checks lanes that read the same address. Returns those that get garbage.
   u32 check_read(Region* region, u64 address, u32 size, u32 mask) {
     u32 spoiled = 0, tick = 0;
     if (!region->writable) return 0;
@@ -924,7 +924,7 @@ class Machine : Arithmetic {
 
 }  // namespace ptx
 
-// For ctypes. What is returned by address has to be given back to its own ptx_free_.
+// For ctypes. Pass each pointer that is returned to its own ptx_free_ function.
 using namespace ptx;
 extern "C" {
 const char* ptx_names(int which) {  // ops, types or special registers

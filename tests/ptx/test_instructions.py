@@ -582,7 +582,7 @@ def test_spaces_of_generic_addresses() -> None:
         check(back, "pred", ("b32",), [(0,)], lambda x: True)
 
 
-# What is not known.
+# Unknown instructions.
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_lanes_of_a_warp() -> None:
 
 
 def updated(threads: int) -> list[int]:
-    """What a block of cells holds after atomics.cu, update(); then the two that wrap, and four times the sum."""
+    """The contents of a block of cells after update() in atomics.cu; then the two that wrap, and four times the sum."""
     values = range(threads)
     xor = 0
     for t in values:
@@ -243,7 +243,7 @@ def test_planted_faults(macro: str, kind: str, where: str) -> None:
 
 
 def test_bytes_between_elements_are_out_of_bounds() -> None:
-    """Of a tensor with gaps only the elements may be touched."""
+    """A kernel may touch only the elements of a tensor with gaps, not the bytes between them."""
     tensors = {"x": torch.zeros(128)[::2], "fixed": torch.zeros(64)}
     outcome = launch(Kernel(compiler.ptx("faults.cu")), 1, 64, tensors, 64, fixed=("fixed",))
     assert outcome.kinds == {"out of bounds"}

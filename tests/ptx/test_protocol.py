@@ -62,7 +62,7 @@ def test_larger_launches(parameters: list[Parameter], blocks: int, prepare: int,
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: next(n for n in fault._fields if not getattr(fault, n)))
 def test_each_order_wait_and_barrier_is_needed(fault: Protocol) -> None:
-    """What the kernels could do without would be found too: with any of it left out, something goes wrong."""
+    """Without any one of the orders, waits and barriers, the search finds a fault: so none is superfluous."""
     assert search([WIDE], blocks=2, protocol=fault).faults
 
 

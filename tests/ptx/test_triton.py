@@ -52,7 +52,7 @@ def sessions() -> dict[str, tuple[int, str]]:
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_interpreter_steps_small_models(plan: str, sessions: dict[str, tuple[int, str]]) -> None:
-    """For users who look for a fault in a kernel. What the kernels do is proven in tests/ptx."""
+    """Users debug kernels in the interpreter. Other tests of tests/ptx check the kernels' results."""
     status, output = sessions[plan]
     assert status == 0, output
     assert output == "stepped True\n"

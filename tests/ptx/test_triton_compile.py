@@ -1,4 +1,4 @@
-"""What the compilers make of the kernels, as far as speed and alignment depend on it. No GPU takes part."""
+"""Compiled kernels: registers, spills, widths of accesses and alignment. No GPU is needed."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ VARIANTS = variants()
 Rows = dict[Variant, Row]
 
 NVIDIA_REGISTERS = 65536
-"""Of a multiprocessor."""
+"""Registers of a multiprocessor."""
 AMD_REGISTERS = 4 * 512 * 64
-"""Of a compute unit: four vector units, each with 512 registers of 64 lanes."""
+"""Registers of a compute unit: four vector units, each with 512 registers of 64 lanes."""
 MOST_REGISTERS = 255
-"""That a thread of 256 can have: one program on a multiprocessor."""
+"""The most registers that each of 256 threads can have: then one program fits on a multiprocessor."""
 
 
 def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: this one may run the kernels in Triton's interpreter, which compiles nothing."""
+    """Runs Python in a new process: this one may use Triton's interpreter, which compiles nothing."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, *arguments], env=inherited | environment, capture_output=True, text=True, check=False
@@ -48,7 +48,7 @@ def _python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 @pytest.fixture(scope="module")
 def rows(request: pytest.FixtureRequest) -> Rows:
-    """Of all variants that this run tests, and of those that they are compared with. Compiled together."""
+    """The rows of all variants that this run tests, and of those that they are compared with. Compiled together."""
     tested = {item.callspec.params.get("variant") for item in request.session.items if hasattr(item, "callspec")}
     wanted = [v for v in VARIANTS if v in tested or any(_with_float32_weights(w) == v for w in tested if w)]
     found = {variant: cached(variant) for variant in wanted}

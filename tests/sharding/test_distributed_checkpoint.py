@@ -59,7 +59,7 @@ Values = dict[str, torch.Tensor]
 
 
 def save(folder: Path, layout: str, rule: str, way: str, told: Record) -> tuple[Values, Values]:
-    """What a run has come to when it is saved, and at its end."""
+    """The values of a run when it is saved, and at its end."""
     run = Run(layout, told.weights, rule, **BACKEND)
     for grads in told.grads[:SAVED]:
         run.give(grads)

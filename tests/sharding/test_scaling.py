@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Call = tuple[str, int, int]
-"""Of an all_reduce: the mesh's dimension, its ranks, and bytes."""
+"""An all_reduce: the name of the mesh dimension, its number of ranks, and bytes."""
 
 TINY = {"hidden": 12, "layers": 2, "kv": 3, "ffn": 20, "vocabulary": 11}
-"""Of four ranks each: some have a row less of the vocabulary than others, and one no row of kv."""
+"""Sizes for four ranks: some have one row of the vocabulary less than others, and one has no row of kv."""
 
 EVEN = TINY | {"kv": 4, "vocabulary": 16}
 """FSDP2 takes no uneven parts of what tensor parallelism has sharded."""
@@ -145,7 +145,7 @@ def tables(optimizer: Any) -> int:
 
 
 def step(mesh: Mesh, sizes: dict[str, int], options: dict[str, Any]) -> dict[str, Any]:
-    """What a rank sees of three steps, the last one with clipping."""
+    """The collectives of three steps on a rank, the last one with clipping; its rank in each group; bytes of tables."""
     model, groups = sharded(mesh, sizes)
     optimizer = fused_adamp.AdamP(model.parameters(), lr=1e-3, backend="reference", **options)
     with distributed.Collectives() as begun, counted(groups) as calls:
@@ -242,7 +242,7 @@ def test_prediction_for_16384_ranks(fake_ranks: tuple[Mesh, DeviceMesh], layers:
     assert calls == predicted(collectives(weights, mesh))
 
 
-# What is printed.
+# Output of the command.
 
 
 @pytest.mark.parametrize("name", MODELS)

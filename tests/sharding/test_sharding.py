@@ -68,7 +68,7 @@ def every_layout(*layouts: str) -> Any:
 
 
 COLLECTIVES = {"DDP": 0, "replicated": 0, "FSDP2 x TP": 2, "two meshes": 2, "crossed": 3}
-"""Of a step, where it is not 1; and as many again of clipping."""
+"""Collectives of a step by layout, if not 1; clipping has as many again."""
 
 
 def follow(layout: str, rule: str, records: Sequence[Record], max_norm: float | None, options: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ def test_options(rule: str, max_norm: float | None, layout: str, backend: str) -
     run(ranks_of(layout, "uneven"), follow_variants, layout, rule, expected, max_norm, backend)
 
 
-# What may happen to gradients.
+# Missing, frozen and changed gradients.
 
 
 def frozen(pair: Pair) -> None:

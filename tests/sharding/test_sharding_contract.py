@@ -207,7 +207,7 @@ SPOILT: dict[str, tuple[Callable[[Tensor], Tensor], type[Exception]]] = {
     "int32": (Tensor.int, TypeError),
     "has shape": (lambda g: g[:, 1:], ValueError),
 }
-"""What is wrong with a gradient, as the error says."""
+"""Bad gradients: words of the error, a function that spoils the gradient, and the error's type."""
 
 
 def fail(layout: str, rule: str) -> None:
@@ -394,7 +394,7 @@ def test_slice_of_nothing() -> None:
 
 
 def mark_again() -> None:
-    """What is said later counts from the next step on; and where nothing is said, no slice is taken for a vector."""
+    """A later mark counts from the next step on; and an unmarked slice is not taken for a vector."""
     cls, defaults = RULES["AdamP"]
     w = random_weights({"matrix": SLICED}, 0)["matrix"]
     cut = 13
@@ -457,7 +457,7 @@ MISMARKED: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     ),
     r"go from and to \[\(0, 13\), \(13, 34\)\]": ((torch.zeros(13), SLICED, 0), (torch.zeros(21), SLICED, 13)),
 }
-"""What two ranks may say that does not fit, and what both are told."""
+"""Marks of two ranks that do not fit together, by the error that both ranks get."""
 
 
 def mismark() -> None:

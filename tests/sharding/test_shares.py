@@ -48,13 +48,13 @@ MEMBERS = (Sharing.SHARED, Sharing.SPLIT, Sharing.LOCAL, Sharing.SHARED)
 """The members of a bucket; the last has no gradient. No vector is split."""
 
 STEPS = 3
-"""What the members' counts stand at."""
+"""The step count of all members."""
 
 UNTOUCHED = -7.0
-"""What shares and rows hold before anything is asked."""
+"""The value that fills shares and rows before a measurement."""
 
 SUMS = {Need.TEST: ("pg", "gg", "pp"), Need.DOT: ("pp", "pu"), Need.SQUARE: ("gg",)}
-"""What each need asks for."""
+"""The columns of shares that each need asks for."""
 
 CALLS: dict[str, tuple[Need, ...]] = {
     "final": (Need.TEST | Need.DOT,),
@@ -64,7 +64,7 @@ CALLS: dict[str, tuple[Need, ...]] = {
     "squares": (Need.SQUARE,),
     "unasked": (),
 }
-"""What is asked of the members before the step; "final" is also what the batch says."""
+"""The needs of each call of ``measure`` before the step. For "final", the batch is final too."""
 
 
 class Said(NamedTuple):
@@ -133,7 +133,7 @@ def batch_of(optimizer: Any, bucket: Bucket, *, scale: float = 1, final: bool = 
 
 
 class Products:
-    """What is summed for a member, in float64, element by element ``(R, K)``; and how exact a backend's sums are."""
+    """The products that are summed for a member, float64 ``(R, K)`` each; and the tolerance of a backend's sums."""
 
     def __init__(self, optimizer: Any, p: Any, scale: float) -> None:
         (group,) = optimizer.param_groups

@@ -1,9 +1,9 @@
-"""Compiles the kernels for GPUs that need not be here, and says what the compilers made of them.
+"""Compiles the kernels, without a GPU, and prints registers, spills and widths of memory accesses.
 
     python tests/support/compile_table.py [--cached] [VARIANT ...]
 
-What decides the speed of these kernels can be read off the compiled code: whether a program's elements stay in
-registers, how many programs fit on a multiprocessor, and whether memory is accessed in the widest pieces there are.
+The speed of these kernels depends on properties of the compiled code: whether a program's elements stay in registers,
+how many programs fit on a multiprocessor, and whether loads and stores are as wide as possible.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 RULES = {"AdamP": (True, True), "SGDP": (False, True), "SGDP without buffer": (False, False)}
-"""Of each: whether it is adaptive, and whether it keeps a momentum buffer."""
+"""For each rule: whether it is adaptive, and whether it keeps a momentum buffer."""
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _TENSORS = {
@@ -82,7 +82,7 @@ class Variant(NamedTuple):
     target: str = "sm_90"
     layout: str = "ALIGNED"
     dtypes: tuple[str, str, str] = ("fp32", "fp32", "fp32")
-    """Of weight, gradient and state."""
+    """The dtypes of weight, gradient and state."""
     rule: str = "AdamP"
     rounding: str = "nearest"
     shared: bool = False
@@ -153,21 +153,20 @@ def is_usual(variant: Variant) -> bool:
 
 
 Accesses = dict[str, dict[int, int]]
-"""Of each of the tensors p, g, m, v and r (the remainder) that are accessed: how many instructions move how many bytes
-of one thread."""
+"""For each accessed tensor of p, g, m, v and r (the remainder): bytes per instruction and thread -> instructions."""
 
 
 class Row(NamedTuple):
-    """What a compiler made of a variant.
+    """Properties of a compiled variant.
 
     Attributes:
-        threads: of a program.
-        registers: of a thread; vector registers on AMD GPUs.
-        spill_bytes: of a thread, moved to memory for want of registers: stored or loaded, whichever is more.
-        scalar_spills: on AMD GPUs, scalar registers moved to lanes of vector registers: no memory, and so no harm.
-        shared_bytes: of a program.
-        assumptions: arguments of which the code takes more than the type for granted.
-        fuses: whether the compiler may turn a product and a sum into one operation, of one rounding.
+        threads: threads per program.
+        registers: registers per thread; vector registers on AMD GPUs.
+        spill_bytes: bytes per thread that are spilled to memory: stored or loaded, whichever is more.
+        scalar_spills: on AMD GPUs, scalar registers spilled to lanes of vector registers, which uses no memory.
+        shared_bytes: bytes of shared memory per program.
+        assumptions: arguments for which the code relies on more than the type.
+        fuses: whether the compiler may fuse a product and a sum into one operation with one rounding.
         arithmetic: floating-point operations, in the words of PTX; none on AMD GPUs.
         sums: of each sum over elements, their type, with the layout that says which ones a thread adds up.
     """
@@ -213,7 +212,7 @@ class Driver:
 
 
 def arguments(kernel: Any) -> list[Any]:
-    """What a kernel takes besides the spec. The tensors lie at multiples of 16 bytes."""
+    """Arguments for a kernel, without the spec. The tensors start at multiples of 16 bytes."""
     names = [name for name in kernel.arg_names if name != "S"]
     return [_NUMBERS[name] if name in _NUMBERS else torch.empty(16, dtype=_TENSORS[name]) for name in names]
 
@@ -286,7 +285,7 @@ def _sums(intermediate: str) -> list[str]:
 
 
 def _ptxas_usage(log: str) -> tuple[int, int, int]:
-    """Of the run of ptxas that wrote the cubin, not of one more run that could have had other options."""
+    """Registers, spilled bytes and scalar spills from the log of the ptxas run that wrote the cubin."""
     registers = re.findall(r"Used (\d+) registers", log)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log)
     if not registers or not spills:
@@ -362,7 +361,7 @@ def _with_numbers(fields: dict[str, Any]) -> dict[Any, Any]:
 
 
 def cached(variant: Variant) -> Row | None:
-    """What a compiler made of the variant before, of the same sources."""
+    """The cached row of a variant that was compiled from the same sources; None if there is none."""
     path = _place(variant)
     return Row(**json.loads(path.read_text(), object_hook=_with_numbers)) if path.exists() else None
 
@@ -385,7 +384,7 @@ def compile_all(chosen: list[Variant]) -> list[Row]:
 
 
 def count(accesses: Accesses, widths: dict[str, int], *, wide: bool) -> dict[str, int]:
-    """Of each tensor, how many accesses are as wide as can be, or how many are not."""
+    """For each tensor, the number of accesses of at least ``widths`` bytes, or of fewer bytes if not ``wide``."""
     return {
         stream: sum(n for size, n in sizes.items() if (size >= widths[stream]) == wide)
         for stream, sizes in accesses.items()

@@ -56,7 +56,7 @@ def usual(cases: Sequence[Any], factors: Sequence[Sequence[Hashable]]) -> list[A
 
 
 def _key(value: object) -> Hashable:
-    """What tells values of one argument apart: True is not 1, and 1 is not 1.0."""
+    """A key that tells values of one argument apart: True is not 1, and 1 is not 1.0."""
     try:
         hash(value)
     except TypeError:

@@ -52,7 +52,7 @@ _pools: dict[int, _Pool] = {}
 
 
 def run(ranks: int, task: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
-    """What a function of a module returns when so many ranks of one process group call it, rank by rank.
+    """Calls a module's function ``task(*args)`` on every rank of a process group. Returns the results, rank by rank.
 
     Raises:
         AssertionError: with the trace of every rank that failed or did not return in time. If one did not, the
@@ -129,7 +129,7 @@ def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
         os.environ["TRITON_INTERPRET"] = "1"  # is read when Triton is imported
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    # Of tensor parallel layers that FSDP2 wraps; nobody writes into what they return.
+    # Tensor parallel layers wrapped by FSDP2 give this warning. No code writes to their outputs.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=False)
     limit = datetime.timedelta(seconds=_START)
@@ -209,9 +209,9 @@ SHAPES: dict[str, dict[str, tuple[int, ...]]] = {
         "wide": (3, 300),
     },
 }
-"""By how dims 0 and 1 of a matrix are shared out: evenly; unevenly; so that a rank gets nothing of some.
+"""Shapes by how dims 0 and 1 are sharded: evenly; unevenly; so that some ranks have empty shards.
 
-Of the wide matrix all ranks have rows that are long enough for the CPU backend to guess the verdict.
+Each rank's rows of the wide matrix are long enough for the CPU backend to guess the verdict.
 """
 
 RANKS = {"even": 2, "uneven": 3, "empty": 4}
@@ -462,7 +462,7 @@ class Pair:
 
 @contextlib.contextmanager
 def named(case: str) -> Iterator[None]:
-    """Of many cases in one task, says which failed."""
+    """Names the case that failed, for tasks with many cases."""
     try:
         yield
     except BaseException as error:

@@ -1,6 +1,6 @@
 """An optimizer that is told to do one thing after the other, beside a model that remembers nothing.
 
-What is done is an :class:`Op`. :meth:`Machine.do` does it, in one process or on every rank in lockstep, and compares.
+An :class:`Op` is one action. :meth:`Machine.do` runs it, in one process or on every rank in lockstep, and compares.
 The model is what a user of torch.optim sees: weights, gradients, moments, step counts, options, and at most one pending
 clip. It computes each step in float64 by adamp_ref or sgdp_ref from the tensors as they are now.
 """
@@ -93,7 +93,7 @@ COUNT = len(places("reference", sharded=False))
 
 @dataclass
 class Entry:
-    """What the optimizer is to know of one parameter."""
+    """The model's record of one parameter."""
 
     place: Place
     moments: dict[str, Tensor] = field(default_factory=dict)
@@ -165,7 +165,7 @@ class Machine:
         getattr(self, op.name)(**op.options)
         self.check()
 
-    # What is there.
+    # Parameters and groups.
 
     @property
     def params(self) -> list[Any]:
@@ -173,7 +173,7 @@ class Machine:
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """Of every parameter its group."""
+        """The parameter group of every parameter."""
         return [group for group in self.optimizer.param_groups for _ in group["params"]]
 
     @property
@@ -320,7 +320,7 @@ class Machine:
         self.saved = copy.deepcopy((self.optimizer.state_dict(), self.entries))
 
     def load(self, saved: bool) -> None:
-        """What :meth:`save` has kept, or what is there now."""
+        """Loads the state_dict that :meth:`save` has kept, or the current one."""
         state, entries = copy.deepcopy(self.saved) if saved and self.saved else (self.optimizer.state_dict(), None)
         self.optimizer.load_state_dict(copy.deepcopy(state))
         self.entries = entries or self.entries
@@ -355,7 +355,7 @@ class Machine:
     # Steps.
 
     def scale(self, scale: float | None) -> None:
-        """What GradScaler sets for a step stays on the optimizer, or goes."""
+        """Sets or deletes ``grad_scale`` on the optimizer, as GradScaler does."""
         if scale is not None:
             self.optimizer.grad_scale = torch.tensor(scale)
         elif hasattr(self.optimizer, "grad_scale"):
@@ -448,7 +448,7 @@ class Machine:
         norm = _norm(of, clip.norm_type, scale if clip.unscaled else None)
         factor = min(1.0, clip.max_norm / (norm + 1e-6)) / scale
         self.met["step: clipped"] += bool(now) and norm > clip.max_norm
-        # What ranks share they test while they clip.
+        # Shared parameters are tested while clipping.
         kept = (
             {i for i in now if placement_of(self.params[i]).is_shared} if same_test and clip.norm_type == 2 else set()
         )

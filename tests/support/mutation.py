@@ -92,7 +92,7 @@ class Compiler:
 
 
 def wrong(output: str) -> str:
-    """What gave a fault away, by pytest's output."""
+    """How a fault was found, from pytest's output: "wrong" if a test failed, else "error"."""
     return "wrong" if re.search(r"^E\s+\w*(Error|assert)", output, re.MULTILINE) else "error"
 
 

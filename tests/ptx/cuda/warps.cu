@@ -1,4 +1,4 @@
-// What lanes of a warp tell each other, in one column of `out` each; and branches that part and meet again.
+// Exchanges between the lanes of a warp, each in one column of `out`; and branches that diverge and converge again.
 __device__ int steps(int v) {  // of Collatz, so that lanes leave the loop one by one
   int n = 0;
   while (v > 1) {
