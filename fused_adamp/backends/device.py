@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from fused_adamp.backends.jobs import TICKETS, Launch, Order, blocks_of, one_pass, plan_for, split
+from fused_adamp.backends.jobs import TICKETS, Order, blocks_of, one_pass, plan_for, split
 from fused_adamp.backends.tables import (
     COEFFICIENTS,
     COUNTERS,
     FINDINGS,
     Kind,
+    Launch,
     Seen,
     Tables,
     move_gradients,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fused_adamp.batch import Members
 
-__all__ = ["PLAN", "STAGES", "TICKETS", "Launch", "Order", "blocks_of", "one_pass", "plan_for", "split"]
+__all__ = ["PLAN", "STAGES", "TICKETS", "Order", "blocks_of", "one_pass", "plan_for", "split"]
 
 PLAN = "FUSED_ADAMP_PLAN"
 """Environment variable that forces a plan: ``one_pass`` or ``split``."""
@@ -40,22 +40,6 @@ _RUN = 1 << 13
 
 _DOT_RUN = 1 << 16
 """Elements of a job of dot, which most often has nothing to do."""
-
-
-class Launch(NamedTuple):
-    """The parameters of a bucket that one compiled kernel steps."""
-
-    spec: Any
-    plan: str
-    indices: list[int]
-    active: Tensor
-    tickets: Tensor
-    jobs: tuple[Tensor, ...]
-    """Job lists, ``(n, 3)`` int32. One pass: of the one kernel. Split: of measure, dot and update."""
-    blocks: int
-    """The number of jobs that prepare. They come first."""
-    ahead: list[Tensor]
-    """The one job list of what comes ahead of a step, once it has been asked for: ``DeviceBackend.jobs_ahead``."""
 
 
 class Order(NamedTuple):

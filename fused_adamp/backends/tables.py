@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -16,10 +16,9 @@ from fused_adamp.tensors import are_same, has_storage, rows_cols
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fused_adamp.backends.jobs import Launch
     from fused_adamp.batch import Batch, Members
 
-__all__ = ["Kind", "Seen", "Tables", "collapse", "move_gradients", "parts_of", "place", "table_of", "tiles_of"]
+__all__ = ["Kind", "Launch", "Seen", "Tables", "collapse", "move_gradients", "parts_of", "place", "tiles_of"]
 
 LAYOUTS = ("aligned", "flat", "strided")
 """How a parameter's tensors lie in memory. Aligned: rows follow each other, the first starts at a multiple of
@@ -58,6 +57,22 @@ STRIDES = 1 + 5 * (1 + INNER)
 
 Kind = tuple[torch.dtype, torch.dtype, torch.dtype | None, str]
 """What chooses a kernel: dtypes of weight, gradient and state (None: there is none yet), and one of LAYOUTS."""
+
+
+class Launch(NamedTuple):
+    """The parameters of a bucket that one compiled kernel steps."""
+
+    spec: Any
+    plan: str
+    indices: list[int]
+    active: Tensor
+    tickets: Tensor
+    jobs: tuple[Tensor, ...]
+    """Job lists, ``(n, 3)`` int32. One pass: of the one kernel. Split: of measure, dot and update."""
+    blocks: int
+    """The number of jobs that prepare. They come first."""
+    ahead: list[Tensor]
+    """The one job list of what comes ahead of a step, once it has been asked for: ``DeviceBackend.jobs_ahead``."""
 
 
 class Tables:

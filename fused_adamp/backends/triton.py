@@ -16,8 +16,7 @@ from fused_adamp.precision import ROUNDINGS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fused_adamp.backends.jobs import Launch
-    from fused_adamp.backends.tables import Tables
+    from fused_adamp.backends.tables import Launch, Tables
     from fused_adamp.batch import Batch
 
 __all__ = ["TritonBackend"]

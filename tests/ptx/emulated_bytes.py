@@ -121,8 +121,7 @@ def measured(harness: Harness, count: Count) -> tuple[Traffic, Decision, int]:
         optimizer.step()
         made = optimizer.decisions()[p]
     else:
-        with pytest.MonkeyPatch.context() as patch:
-            bucket = sharded(patch, optimizer, "triton", [sharing])
+        bucket = sharded(optimizer, "triton", [sharing])
         assert bucket.shared is not None
         bucket.shared.needs.fill_(count.needs)
         bucket.shared.verdicts[:, 0] = Decision[count.decision]

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamp import SGDP, AdamP
-from fused_adamp.backends import tables, triton
+from fused_adamp.backends import device, tables, triton
 from fused_adamp.batch import Need
 from fused_adamp.reference import Decision
 
@@ -110,7 +110,7 @@ class Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def capture(self, step: Callable[[], object]) -> None:
         with self._patch.context() as patch:
-            patch.setattr(triton, "_capturing", lambda device: True)
+            patch.setattr(device, "_capturing", lambda device: True)
             patch.setattr(
                 triton._Run,
                 "start",
@@ -128,10 +128,7 @@ class Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(
     whole: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = [
-        emulated_shares.shared_model(monkeypatch, whole, options=ADAMP | {"capturable": flag})[1]
-        for flag in (True, False)
-    ]
+    batches = [emulated_shares.shared_model(whole, options=ADAMP | {"capturable": flag})[1] for flag in (True, False)]
     for batch in batches:
         for tensor in test_shares.state_of(batch.rule, batch.bucket):
             tensor.fill_(0.5)
@@ -228,12 +225,12 @@ def test_a_capture_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_capture_is_refused_where_it_would_go_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     p, late = model(tuple(((3, 8), Decision.NONE) for _ in range(2)))
     optimizer = AdamP([p], **ADAMP, backend="triton")
-    monkeypatch.setattr(triton, "_capturing", lambda device: True)
+    monkeypatch.setattr(device, "_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="take a step like the one to be captured before the capture"):
         optimizer.step()
     monkeypatch.undo()
     optimizer.step()
-    monkeypatch.setattr(triton, "_capturing", lambda device: True)
+    monkeypatch.setattr(device, "_capturing", lambda device: True)
     before = copy.deepcopy(tensors(optimizer))
     for call in (optimizer.step, lambda: optimizer.clip_grad_norm_(1.0)):
         with pytest.raises(RuntimeError, match=r"capturable=False: pass capturable=True to the optimizer"):
