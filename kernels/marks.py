@@ -20,12 +20,12 @@ def least_square(eps):
 
 @triton.jit
 def left_float32(sizes, lowest, least, S: tl.constexpr):
-    """Whether float32 sums have to be computed again in float64. If S.number is float64, whether ``sizes`` is NaN.
+    """Whether float32 sums have to be computed again in float64. False if S.number is float64.
 
     ``sizes`` is the sum of the sums' absolute values, ``lowest`` the smallest p.p or g.g. True unless ``sizes`` is
     finite and ``lowest`` is above ``least``, from :func:`least_square`.
     """
-    left = sizes != sizes
+    left = (sizes != sizes) & (sizes == sizes)  # false, in the shape of sizes
     if S.number == tl.float32:
         left = ((sizes < float("inf")) & (lowest > least)) == 0
     return left

@@ -108,6 +108,23 @@ def test_a_fixed_projection_of_squares_that_leave_float32(projection: str, shape
         assert test_range.off("SGDP", p, old, moved, want) < 64, p.shape
 
 
+@pytest.mark.parametrize("projection", ["channel", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_nan_spreads_as_far_as_the_reference_lets_it(dtype: torch.dtype, projection: str) -> None:
+    """Also where float64, or the float64 of a redone step, has nothing more to do again."""
+    make, options = test_range.OPTIONS["SGDP"]
+    steps: list[list[Tensor]] = []
+    for backend in ("triton", "reference"):
+        params = model(tuple(case for case in RANGE_MODEL if case[1] is not Decision.NONE), dtype=dtype)
+        for p in params:
+            grad_of(p)[1, 5] = torch.nan
+        make(params, **options, projection=projection, backend=backend).step()
+        steps.append([p.detach().isnan() for p in params])
+    for ours, expected in zip(*steps, strict=True):
+        assert expected.any()
+        assert torch.equal(ours, expected), expected.shape
+
+
 @every_alignment
 def test_what_has_left_float32_is_done_again_in_that_step_alone(shapes: Shapes) -> None:
     params = range_model(1e20, 1e20, shapes[2:4])
