@@ -680,3 +680,14 @@ def test_a_scaler_of_another_device(rule: str) -> None:
             if t != 1:
                 hand.step(g, optimizer.param_groups[0])
             assert_close(p.cpu(), hand.p, "weight")
+
+
+def test_the_order_0_counts_whatever_the_scale(backend: str) -> None:
+    """Elements other than zero, of which a scale makes none more and none less."""
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    p.grad = torch.ones(3, 4)
+    p.grad[0] = 0
+    optimizer: Any = fused_adamp.AdamP([p], backend=backend)
+    optimizer.grad_scale = torch.tensor(4.0)
+    assert optimizer.clip_grad_norm_(1.0, norm_type=0.0) == 8
+    assert optimizer.clip_grad_norm_(1.0, norm_type=1.0) == 2
