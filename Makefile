@@ -16,10 +16,10 @@ train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes 
 test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (five minutes on two cores)
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (two hours)
+test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (hours)
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/ptx
 
-test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, under both plans (an hour on two cores)
+test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, under both plans (hours)
 	for plan in one_pass split; do \
 		FUSED_ADAMP_PLAN=$$plan nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py || exit 1; \
 	done
