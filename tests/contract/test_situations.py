@@ -128,6 +128,24 @@ GIVEN: dict[str, tuple[Callable[[Tensor], Tensor], Any]] = {
 
 
 @EVERY_RULE
+def test_state_whose_elements_share_memory_is_copied(rule: Any, backend: str) -> None:
+    ours, expected = (rule([with_gradient(torch.ones(6, 4))], backend=backend, **OPTIONS[rule]) for _ in range(2))
+    (p,), (other,) = (optimizer.param_groups[0]["params"] for optimizer in (ours, expected))
+    other.grad = p.grad
+    for optimizer in (ours, expected):
+        optimizer.step()
+    for name, t in expected.state[other].items():
+        if t.ndim:
+            t.fill_(0.5)
+            ours.state[p][name] = torch.tensor(0.5).expand(t.shape)
+    for optimizer in (ours, expected):
+        optimizer.step()
+    assert torch.equal(p, other)
+    for name, t in expected.state[other].items():
+        assert torch.equal(ours.state[p][name], t), name
+
+
+@EVERY_RULE
 @pytest.mark.parametrize("name", GIVEN)
 @pytest.mark.parametrize("door", ["new", "unpickled", "after a step"])
 def test_state_that_is_given_is_used_where_it_lies(rule: Any, name: str, door: str, backend: str) -> None:

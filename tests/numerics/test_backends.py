@@ -35,6 +35,21 @@ def test_every_step_equals_the_reference(case: Case, backend: str) -> None:
         assert {theirs for _, theirs in outcome.decisions} == {case.decision}, "the case is not what it says"
 
 
+@pytest.mark.parametrize("row", [0, 20, 511, 512, 1000, 1535])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_one_row_that_fails_decides_wherever_it_is(row: int, dtype: torch.dtype, backend: str) -> None:
+    """Three tiles of the CPU backend, whose first rows it goes by to guess."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(1536, 64, generator=generator, dtype=torch.float64).to(dtype))
+    p.grad = make_gradient(p.detach().double(), Decision.CHANNEL, generator).to(dtype)
+    p.grad[row] += 100 * p.detach()[row]
+    optimizer = fused_adamp.AdamP([p], lr=0.1, backend=backend)
+    optimizer.step()
+    assert optimizer.decisions()[p] is Decision.NONE
+    (record,) = optimizer.projection_report()
+    assert record.cosine == pytest.approx(80, rel=0.02)  # its cosine is almost 1, the threshold is delta / sqrt(64)
+
+
 def test_the_table_reaches_every_decision_layout_and_option() -> None:
     seen = {(case.optimizer, case.decision) for case in CASES}
     assert seen == set(itertools.product(("AdamP", "SGDP"), Decision))

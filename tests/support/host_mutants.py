@@ -302,7 +302,14 @@ CPU_BACKEND = (
         "        pass\n",
         (AMP,),
     ),
-    Mutant("views are listed", CPU, "    if not bucket.has_own_tensors:\n        return\n", "", (PROJECTION,)),
+    Mutant(
+        "views are listed",
+        CPU,
+        "    if not bucket.has_own_tensors:\n        return\n",
+        "",
+        (PROJECTION,),
+        equivalent="views are other tensors in every step, so that a list of them never holds: it costs time alone",
+    ),
     Mutant(
         "w without wd_ratio",
         "csrc/cpu_stages.cpp",
