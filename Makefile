@@ -23,7 +23,7 @@ test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emula
 	for plan in one_pass split; do \
 		FUSED_ADAMP_PLAN=$$plan nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py || exit 1; \
 	done
-	nice $(BIN)/python -m pytest -m "" tests/ptx/test_instructions.py tests/ptx/test_machine.py tests/ptx/test_protocol.py
+	nice $(BIN)/python -m pytest -m "" tests/ptx/test_instructions.py tests/ptx/test_machine.py tests/ptx/test_protocol.py tests/ptx/test_triton.py
 	nice $(BIN)/python -m pytest -m "" tests/ptx/test_triton_compile.py
 
 mutants: $(VENV)/test.done build  ## plant small faults, one at a time: which tests find them (two hours on two cores)

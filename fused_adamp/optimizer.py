@@ -221,6 +221,9 @@ class ProjectedOptimizer(Optimizer):
 
             total: Tensor = eager_clip(self, max_norm, norm_type, error_if_nonfinite)
             return total
+        return self._clip_grad_norm(max_norm, norm_type, error_if_nonfinite)
+
+    def _clip_grad_norm(self, max_norm: float | Tensor, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         MAX_NORM.check("max_norm", max_norm)
         max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
         batches = [] if traces_fakes() else gather_or_withdraw(self, make_state=False, check=norm_type != 2.0)

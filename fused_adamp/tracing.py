@@ -48,6 +48,6 @@ def tensor_options(handle: str) -> list[tuple[int, str]]:
 
 
 eager_clip = torch.compiler.disable(  # type: ignore[no-untyped-call]
-    lambda optimizer, *arguments: optimizer.clip_grad_norm_(*arguments),
+    lambda optimizer, *arguments: optimizer._clip_grad_norm(*arguments),
     reason="fused_adamp: it leaves its result on the optimizer",
 )

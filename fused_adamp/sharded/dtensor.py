@@ -10,7 +10,6 @@ import torch
 
 from fused_adamp.batch import Sharing
 from fused_adamp.sharded.layout import Layout, Rows
-from fused_adamp.tensors import rows_cols
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -113,7 +112,7 @@ class Distributed:
                 groups = row_groups if by_rows else col_groups
             groups.append(mesh.get_group(mesh_dim))
         sharing = Sharing.SPLIT if col_groups else Sharing.SHARED if row_groups else Sharing.LOCAL
-        part, (_, offset) = Rows(channel_dim), compute_local_shape_and_global_offset(p.shape, mesh, placements)
+        _, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
         return [
             Layout(
                 sharing,
@@ -124,8 +123,8 @@ class Distributed:
                 numbers=_numbers(p.shape, local(p).shape, offset, order, len(row_dims)),
                 replica_groups=tuple(replica_groups),
                 holders=math.prod(group.size() for group in (*row_groups, *col_groups)),
-                part=part,
-                split_rows=rows_cols(part.of(local(p)))[0] if col_groups else 0,
+                part=Rows(channel_dim),
+                split_rows=math.prod(local(p).size(d) for d in row_dims) if col_groups else 0,
             )
         ]
 

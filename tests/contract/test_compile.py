@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -340,3 +341,31 @@ def test_what_a_compiled_function_reads_is_of_the_step_before_it(call):
             backward(model, i)
             results[-1].append(repr(function(optimizer)))
     assert results[0] == results[1]
+
+
+def test_the_operator_takes_gradients_and_gives_them_back(backend: str) -> None:
+    """Compiled code may hand it copies. A parameter that it leaves out is stepped as if it had no gradient."""
+    ours, expected = ([torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2)] for _ in range(2))
+    for p in ours:
+        p.grad = torch.full_like(p, 7.0)
+    before = [p.grad for p in ours]
+    given = torch.full((3, 4), -2.0)
+    optimizer = AdamP(ours, lr=0.1, backend=backend)
+    torch.ops.fused_adamp.optimizer_step.default([ours[0]], [given], [], [0], [], optimizer._handle)
+    assert all(p.grad is g for p, g in zip(ours, before, strict=True))
+    expected[0].grad = given
+    AdamP(expected, lr=0.1, backend=backend).step()
+    assert all(map(torch.equal, ours, expected))
+
+
+def test_a_clip_that_a_subclass_changes_is_changed_once() -> None:
+    class Halved(AdamP):
+        def clip_grad_norm_(self, max_norm: Any, *arguments: Any) -> Any:
+            return super().clip_grad_norm_(max_norm / 2, *arguments)
+
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    p.grad = torch.ones(3, 4)
+    optimizer = Halved([p])
+    torch.compile(lambda: optimizer.clip_grad_norm_(1.0), backend="eager")()
+    assert optimizer._memory.clipping is not None
+    assert optimizer._memory.clipping.max_norm == 0.5

@@ -926,3 +926,32 @@ def test_step_records_no_graph(rule: str, backend: str) -> None:
         assert p.is_leaf
         assert p.requires_grad
         assert not any(value.requires_grad for value in run.optimizer.state[p].values())
+
+
+@EVERY_RULE
+def test_groups_of_an_older_version_get_the_options_that_they_lack(rule: str, backend: str) -> None:
+    cls, options = RULES[rule]
+    old = cls(parameters((2, 3)), **options, backend=backend)
+    state = pickle.loads(pickle.dumps(old.__getstate__()))
+    for group in state["param_groups"]:
+        del group["rounding"]
+    new = cls(parameters((2, 3)), **options, backend=backend)
+    new.__setstate__(state)
+    assert new.param_groups[0]["rounding"] == "nearest"
+    new.param_groups[0]["params"][0].grad = torch.ones(2, 3, dtype=torch.float64)
+    new.step()
+
+
+@EVERY_RULE
+def test_a_parameter_in_the_place_of_another_has_no_decision_yet(rule: str, backend: str) -> None:
+    cls, options = RULES[rule]
+    optimizer = cls(parameters((2, 3), (2, 3)), **options, backend=backend)
+    first, second = optimizer.param_groups[0]["params"]
+    for p in (first, second):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    (new,) = optimizer.param_groups[0]["params"][:1] = parameters((2, 3))
+    optimizer.step()
+    assert set(optimizer.decisions()) == {second}
+    assert len(optimizer.projection_report()) == 1
+    assert new not in optimizer.state

@@ -677,6 +677,12 @@ def weight_data(run: ClippedRun) -> None:
     run.hands[p].p.copy_(p.grad)
 
 
+def gradient_data(run: ClippedRun) -> None:
+    g = run.params[0].grad
+    assert g is not None
+    g.data = 100 * g
+
+
 def an_added_group(run: ClippedRun) -> None:
     (p,) = parameters((3, 4))
     run.optimizer.add_param_group({"params": [p]})
@@ -708,6 +714,7 @@ CHANGES: dict[str, Callable[[ClippedRun], None]] = {
     "one less": lambda run: setattr(run.params[1], "grad", None),
     "weight": weight,
     "weight data": weight_data,
+    "gradient data": gradient_data,
     "an added group": an_added_group,
     "another parameter": another_parameter,
 }

@@ -173,3 +173,18 @@ def test_the_report_moves_nothing(rule: str, backend: str) -> None:
     before = [p._version for p in net.parameters()], repr(optimizer.state_dict())
     optimizer.projection_report(net)
     assert ([p._version for p in net.parameters()], repr(optimizer.state_dict())) == before
+
+
+@EVERY_RULE
+def test_at_delta_0_nothing_is_tested(rule: str, backend: str) -> None:
+    """Also where a parameter is several tiles."""
+    cls, options = RULES[rule]
+    params = parameters((3, 4), (600, 128))
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer = cls(params, **options, delta=0, backend=backend)
+    optimizer.step()
+    for record in optimizer.projection_report():
+        assert record.decision == "none"
+        assert math.isnan(record.cosine)
+        assert math.isnan(record.growth)

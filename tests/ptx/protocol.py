@@ -1,6 +1,6 @@
 """A model of the one-pass kernel's order protocol, and a search through everything that it can do.
 
-The model has the synchronisation of kernels/stages.py (draw, count, announce and wait) and, between two of these
+The model has the synchronisation of kernels/order.py (draw, count, announce and wait) and, between two of these
 operations, which tables a job reads and writes. :func:`search` visits every state that two or three blocks can reach in
 any interleaving. It reports two kinds of faults:
 
@@ -149,7 +149,7 @@ def _counted(counter: str, last: int, flag: str, conclusion: list[Operation], pr
 
 
 def program(job: Job, parameters: list[Parameter], prepare: int, protocol: Protocol) -> list[Operation]:
-    """The operations of a job, as kernels/plans.py and kernels/stages.py carry them out."""
+    """The operations of a job, as kernels/plans.py and the stages carry them out."""
     if job.stage == "prepare":
         return [
             Operation("write", f"coefficients {job.tile}"),

@@ -238,6 +238,23 @@ def test_a_rank_that_fails(rule: str, layout: str) -> None:
     run(ranks_of(layout, "even"), fail, layout, rule)
 
 
+def fail_with_rows_that_do_not_fit() -> None:
+    """Rows that this rank's part has none of, so that not even its layout can be looked at as rows."""
+    whole = torch.randn(4, 3, 3)
+    p = nn.Parameter(distribute_tensor(whole, mesh(2), [Shard(1)], src_data_rank=None))
+    p.grad = distribute_tensor(whole, mesh(2), [Shard(1)], src_data_rank=None)
+    optimizer = RULES["AdamP"][0]([p], **BACKEND)
+    if dist.get_rank() == 0:
+        optimizer.param_groups[0]["channel_dim"] = (0, 2)
+    error, words = (ValueError, "cannot be merged") if dist.get_rank() == 0 else (RuntimeError, "another rank")
+    with pytest.raises(error, match=words):
+        optimizer.step()
+
+
+def test_a_rank_whose_rows_do_not_fit_tells_the_others() -> None:
+    run(2, fail_with_rows_that_do_not_fit)
+
+
 # On a GPU nobody waits to read what the ranks have told.
 
 

@@ -349,7 +349,9 @@ def _kernels() -> Path:
 def _place(variant: Variant) -> Path:
     """Where the variant's row is kept: by what it is made from."""
     key = hashlib.sha256(f"{variant} {version('triton')}".encode())
-    for path in (*sorted(_kernels().glob("*.py")), Path(backend.__file__), Path(__file__)):
+    package = Path(backend.__file__).parents[1]  # the kernels number their tables by the front end's
+    sources = *_kernels().glob("*.py"), *package.glob("backends/*.py"), package / "batch.py", package / "reference.py"
+    for path in (*sorted(sources), Path(__file__)):
         key.update(path.read_bytes())
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fused_adamp" / "compiled"
     return Path(os.environ.get(CACHE, folder)) / f"{key.hexdigest()[:32]}.json"

@@ -225,7 +225,7 @@ FRONT_END = (
         OPTIONS,
         '    if group["fused"] and group["foreach"]:\n',
         "    if False:\n",
-        (REFUSALS, TORCH),
+        (CONTRACT,),
     ),
     Mutant(
         "another rule's checkpoint",
