@@ -13,7 +13,7 @@ demo: $(VENV)/demo.done build  ## train a real network with seven optimizers; ta
 train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes by FSDP2, resumable (about a minute)
 	$(BIN)/torchrun --nproc-per-node 2 examples/train_fsdp2.py
 
-test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (five minutes on two cores)
+test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (ten minutes on two cores)
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (hours)
