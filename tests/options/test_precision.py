@@ -1189,3 +1189,26 @@ def test_refused_gradient_leaves_seeds_and_remainders(rule: str, backend: str) -
             assert_snapshots_equal(snapshot(optimizer), before)
         else:
             optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("size", [1, 100])
+def test_ties_go_to_the_even_neighbour(size: int, momentum: float, backend: str) -> None:
+    """A step of half a unit of bfloat16: exact in float32, and as far from the one neighbour as from the other."""
+    values = torch.tensor([1.0, 1.0078125, -1.0, -1.0078125]).repeat(size)
+    p = torch.nn.Parameter(values.bfloat16())
+    p.grad = -torch.ones_like(p)
+    RULES["SGDP"][0]([p], lr=2.0**-8, momentum=momentum, backend=backend).step()
+    expected = (values + 2.0**-8).bfloat16()  # as torch rounds
+    assert torch.equal(p.detach(), expected)
+    assert not torch.equal(expected.float(), values)
+
+
+def test_float16_overflows_as_in_torch(backend: str) -> None:
+    values = torch.tensor([65504.0, 65472.0, -65504.0, 1.0] * 20)
+    p = torch.nn.Parameter(values.half())
+    p.grad = -torch.sign(p.detach())
+    RULES["SGDP"][0]([p], lr=32.0, momentum=0, backend=backend).step()
+    expected = (values + 32 * values.sign()).half()
+    assert expected.isinf().any()
+    assert torch.equal(p.detach(), expected)
