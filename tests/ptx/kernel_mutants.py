@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from mutation import Mutant, Tests
+from mutation import Mutant, Tests, wrong
 
 SEEDS = 8
 """Some faults show in a few interleavings alone."""
@@ -627,4 +627,4 @@ def cause(output: str) -> str:
             return kind
     if "CompilationError" in output:
         return "does not compile"
-    return "wrong numbers" if re.search(r"^E\s+\w*(Error|assert)", output, re.MULTILINE) else "error"
+    return wrong(output)

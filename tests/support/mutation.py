@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["ROOT", "Mutant", "Tests"]
+__all__ = ["ROOT", "Mutant", "Tests", "wrong"]
 
 ROOT = Path(__file__).parents[2]
 _COPIED = ("fused_adamp", "kernels", "csrc", "tests", "bench")
@@ -93,7 +93,7 @@ class Compiler:
 
 def wrong(output: str) -> str:
     """How a fault was found, from pytest's output: "wrong" if a test failed, else "error"."""
-    return "wrong" if re.search(r"^E\s+\w*(Error|assert)", output, re.MULTILINE) else "error"
+    return "wrong numbers" if re.search(r"^E\s+\w*(Error|assert)", output, re.MULTILINE) else "error"
 
 
 def run(mutant: Mutant, compiler: Compiler, cause: Callable[[str], str]) -> str:
