@@ -4,11 +4,22 @@
 // scalar type beneath it. fma(a, x, y) is a x + y, sqrt(x) the square root, both found next to N.
 #pragma once
 
+#if defined(__CUDACC_RTC__)  // has no standard headers, but the functions of <cmath>
+using int16_t = short;
+using int32_t = int;
+using int64_t = long long;
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using uint64_t = unsigned long long;
+#define HUGE_VAL __longlong_as_double(0x7ff0000000000000)
+#define FUSED_ADAMP_INLINE __device__ __forceinline__
+#else
 #include <cmath>
 #include <cstdint>
+#endif
 
-#if defined(__CUDACC__)
-#define FUSED_ADAMP_INLINE __host__ __device__ __forceinline__
+#if defined(FUSED_ADAMP_INLINE)
 #elif defined(__GNUC__)
 #define FUSED_ADAMP_INLINE inline __attribute__((always_inline))
 #else
@@ -16,6 +27,14 @@
 #endif
 
 namespace fused_adamp {
+
+#if defined(__CUDACC_RTC__)
+__device__ inline double power(double base, double t) { return exp(t * log(base > 1e-300 ? base : 1e-300)); }  // without a call
+#else
+using std::fabs;
+using std::sqrt;
+inline double power(double base, double t) { return std::pow(base, t); }
+#endif
 
 // A row of the hyperparameter table, in the order of fused_adamp/batch.py, Scalars.
 struct Scalars {
@@ -28,7 +47,7 @@ enum class Decision : uint8_t { none = 0, channel = 1, layer = 2 };
 // fused_adamp/batch.py, PROJECTIONS.
 enum class Projection { automatic = 0, channel = 1, layer = 2, none = 3 };
 
-// Which momentum rule, at compile time.
+// Which momentum rule, at compile time. A GPU's kernels are compiled for both values of nesterov, which is an argument then.
 template <bool adaptive_, bool nesterov_, bool buffer_, bool project_buffer_>
 struct Rule {
   static constexpr bool adaptive = adaptive_;              // AdamP: second moment, denominator, bias corrections
@@ -37,6 +56,17 @@ struct Rule {
   static constexpr bool project_buffer = project_buffer_;  // the stored momentum is projected with the update
 };
 
+// The numbers of one parameter that depend on t, the 1-based step. They come in double, and so does 1 - beta: in float32,
+// 1 - 0.999f is off by 1e-5.
+struct Corrections {
+  double inverse_bias2, step_size;
+};
+
+FUSED_ADAMP_INLINE Corrections corrections_of(const Scalars& s, bool adaptive, double t) {
+  if (!adaptive) return {1, s.lr};
+  return {1 / sqrt(1 - power(s.beta2, t)), s.lr / (1 - power(s.momentum, t))};
+}
+
 // The numbers of one parameter in one step.
 template <class T>
 struct Coefficients {
@@ -44,18 +74,17 @@ struct Coefficients {
 
   Coefficients() = default;
 
-  // t is the 1-based step; scale is what loss scaling and clipping multiply the gradient by. Bias corrections and 1 - beta
-  // come in double: in float32, 1 - 0.999f is off by 1e-5.
-  Coefficients(const Scalars& s, bool adaptive, double t, double scale_)
+  // scale is what loss scaling and clipping multiply the gradient by.
+  FUSED_ADAMP_INLINE Coefficients(const Scalars& s, const Corrections& by_step, double scale_)
       : momentum(T(s.momentum)),
         gain(T(s.gain)),
         nesterov_gain(T(s.nesterov_gain)),
         beta2(T(s.beta2)),
         gain2(T(s.gain2)),
         scale(T(s.sign * scale_)),
-        inverse_bias2(adaptive ? T(1 / std::sqrt(1 - std::pow(s.beta2, t))) : T(1)),
+        inverse_bias2(T(by_step.inverse_bias2)),
         eps(T(s.eps)),
-        step_size(T(adaptive ? s.lr / (1 - std::pow(s.momentum, t)) : s.lr)) {}
+        step_size(T(by_step.step_size)) {}
 };
 
 // The momentum:
@@ -79,9 +108,9 @@ FUSED_ADAMP_INLINE void advance(N g, N& m, N& v, const Coefficients<T>& c) {
 //   SGDP   u = m
 //   nesterov takes b1 m + (1-b1) g, or mu m + g, in place of m
 template <class R, class T, class N>
-FUSED_ADAMP_INLINE N direction(N g, N m, N v, const Coefficients<T>& c) {
+FUSED_ADAMP_INLINE N direction(N g, N m, N v, const Coefficients<T>& c, bool nesterov = R::nesterov) {
   N u = m;
-  if constexpr (R::nesterov) u = fma(c.momentum, m, c.nesterov_gain * (c.scale * g));
+  if (nesterov) u = fma(c.momentum, m, c.nesterov_gain * (c.scale * g));
   if constexpr (R::adaptive) u = u / fma(c.inverse_bias2, sqrt(v), c.eps);
   return u;
 }
@@ -114,9 +143,28 @@ struct Sums {
   double pg, gg, pp;
 };
 
+// The sums of one reading of a view, or of a tile's part of one: fused_adamp/batch.py, ROW_SHARES.
+struct ViewSums {
+  Sums sums{0, 0, 0};
+  double pu = 0;  // p.u
+
+  FUSED_ADAMP_INLINE void add(const ViewSums& other) {
+    sums.pg += other.sums.pg;
+    sums.gg += other.sums.gg;
+    sums.pp += other.sums.pp;
+    pu += other.pu;
+  }
+};
+
 // The value below which a block's p.p or g.g may lack squares that are too small for float32, in which a block is summed.
 // -1 if eps is large: then the clamp at eps, and |p| + eps, hide the loss.
 FUSED_ADAMP_INLINE double least_square(double eps2) { return eps2 < 0x1p-90 ? 0x1p-100 : -1; }
+
+// Whether a block's sums, added up in float32, are right: no square, and no p.u, has left the range of float32.
+FUSED_ADAMP_INLINE bool representable(const ViewSums& s, double least) {
+  const double least_of_both = s.sums.pp < s.sums.gg ? s.sums.pp : s.sums.gg;
+  return (s.sums.pp + s.sums.gg + fabs(s.pu) < HUGE_VAL) & (least_of_both > least);
+}
 
 // The numbers that the cosine test compares with.
 struct Test {
@@ -124,7 +172,8 @@ struct Test {
   bool limits = false;  // whether squared_limit is wanted: 5 ns for a row that fails, 20% of rows of 9
 
   Test() = default;
-  Test(double delta, double eps, bool limits_) : delta2(delta * delta), eps2(eps * eps), limits(limits_) {}
+  FUSED_ADAMP_INLINE Test(double delta, double eps, bool limits_)
+      : delta2(delta * delta), eps2(eps * eps), limits(limits_) {}
 };
 
 // Whether a product of squares, and with it the square of what they bound, is far from the ends of double.
@@ -141,7 +190,7 @@ FUSED_ADAMP_INLINE double cosine_ratio(const Sums& s, const Test& test, double d
   const double squares = test.delta2 * pp * gg;
   double ratio = s.pg * s.pg * dim / squares;
   if (sizeof(T) == sizeof(double) && !ordinary(squares)) {
-    const double cosine = s.pg / std::sqrt(pp) / std::sqrt(gg);
+    const double cosine = s.pg / sqrt(pp) / sqrt(gg);
     ratio = cosine * cosine * dim / test.delta2;
   }
   return ratio == ratio ? ratio : HUGE_VAL;
@@ -152,9 +201,9 @@ template <class T = double>
 FUSED_ADAMP_INLINE double squared_limit(const Sums& s, const Test& test, double dim) {
   const double pp = s.pp > test.eps2 ? s.pp : test.eps2, pg = s.pg * s.pg * dim, squares = test.delta2 * pp * s.gg;
   if (sizeof(T) == sizeof(double) && !ordinary(squares)) {
-    const double a = std::sqrt(test.delta2 / dim) * std::sqrt(pp), size = std::fabs(s.pg);
-    if (size < a * std::sqrt(s.gg)) return HUGE_VAL;
-    const double root = a * std::sqrt(test.eps2) / size;
+    const double a = sqrt(test.delta2 / dim) * sqrt(pp), size = fabs(s.pg);
+    if (size < a * sqrt(s.gg)) return HUGE_VAL;
+    const double root = a * sqrt(test.eps2) / size;
     return root >= 0 ? root * root : 0;
   }
   if (pg < squares) return HUGE_VAL;
@@ -162,9 +211,16 @@ FUSED_ADAMP_INLINE double squared_limit(const Sums& s, const Test& test, double 
   return limit >= 0 ? limit : 0;
 }
 
+// Whether a view passes at a scale of the gradient, from its limit. With eps = 0 the cosine of nothing is 0/0, which is below
+// nothing.
+FUSED_ADAMP_INLINE bool passes(double scale, double limit, double eps) {
+  return scale < limit && (scale > 0 || eps > 0);
+}
+
 // c of weight_update.
-FUSED_ADAMP_INLINE double projection(double pu, double pp, double eps) {
-  const double norm = std::sqrt(pp) + eps;
+template <class T>
+FUSED_ADAMP_INLINE T projection(T pu, T pp, T eps) {
+  const T norm = sqrt(pp) + eps;
   return pu / (norm * norm);
 }
 

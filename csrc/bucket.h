@@ -49,32 +49,8 @@ class TensorList {
 // Counted up whenever TableRow, TileSums, Scalars, Shared or the operators change: fused_adamp/backends/cpu.py compares it.
 constexpr int64_t layout_version = 6;
 
-// How a parameter's rows lie on the ranks: fused_adamp/batch.py, Sharing.
-enum class Sharing : int64_t { local = 0, shared = 1, split = 2 };
-
-// One row of the bucket's table: fused_adamp/batch.py, COLUMNS.
-struct TableRow {
-  int64_t group, projected, rows, cols, tile_rows, tile_cols, first_tile;
-  Sharing sharing;
-  int64_t first_row, first_number, row_numbers;
-
-  bool local() const { return sharing == Sharing::local; }
-
-  int64_t segments() const { return (cols + tile_cols - 1) / tile_cols; }  // of a row that is wider than a tile
-  int64_t tiles() const { return (rows + tile_rows - 1) / tile_rows * segments(); }
-};
-
 // Whether measure has moved a parameter that lies on several ranks: no; yes, without projection; yes, with rows projected.
 enum class Swept : uint8_t { no, plain, channel };
-
-// This rank's shares of a parameter, and the verdict of all ranks: fused_adamp/batch.py, SHARES and Shared.
-struct Shares {
-  double limit, cosine;
-  ViewSums sums;
-};
-struct Verdict {
-  double decision, projection;
-};
 
 // The tensors of Shared, and those that measure leaves for step.
 struct Shared {

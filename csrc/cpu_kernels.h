@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "algorithm.h"
+#include "tables.h"
 
 namespace fused_adamp {
 
@@ -79,25 +79,6 @@ constexpr bool is_short(int64_t rows, int64_t cols) {
   return rows >= 4 && cols < 64;
 }
 
-// The sums of one reading of a view, or of a tile's part of one: fused_adamp/batch.py, ROW_SHARES.
-struct ViewSums {
-  Sums sums{0, 0, 0};
-  double pu = 0;  // p.u
-
-  FUSED_ADAMP_INLINE void add(const ViewSums& other) {
-    sums.pg += other.sums.pg;
-    sums.gg += other.sums.gg;
-    sums.pp += other.sums.pp;
-    pu += other.pu;
-  }
-};
-
-// Whether a block's sums, added up in float32, are right: no square, and no p.u, has left the range of float32.
-FUSED_ADAMP_INLINE bool representable(const ViewSums& s, double least) {
-  const double least_of_both = s.sums.pp < s.sums.gg ? s.sums.pp : s.sums.gg;
-  return (s.sums.pp + s.sums.gg + std::fabs(s.pu) < HUGE_VAL) & (least_of_both > least);
-}
-
 // The stages' results for a tile: a row of the bucket's scratch.
 struct TileSums {
   double largest = 0;             // cosine_ratio of a row
@@ -117,14 +98,6 @@ struct TileSums {
     total.add(row);
   }
 };
-
-// fused_adamp/batch.py, Need.
-enum Need { need_test = 1, need_dot = 2, need_square = 4 };
-
-FUSED_ADAMP_INLINE void put_needed(const ViewSums& s, int needs, ViewSums* to) {
-  if (needs & need_test) to->sums = s.sums;
-  if (needs & need_dot) to->sums.pp = s.sums.pp, to->pu = s.pu;
-}
 
 // Where the sums of a tile's rows go if other ranks hold parts of these rows, and which are needed; else null.
 struct RowShares {

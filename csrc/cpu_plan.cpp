@@ -35,6 +35,7 @@
 #include <cmath>
 
 #include "cpu_step.h"
+#include "precision.h"
 
 namespace fused_adamp {
 
@@ -88,16 +89,6 @@ Plan plan_for_measure(const Parameter& x, bool final) {
 }
 
 int64_t tiles_of(const Parameter* x) { return x && x->table->rows * x->table->cols > 0 ? x->table->tiles() : 0; }
-
-// fused_adamp/precision.py, step_key: SplitMix64's finalizer.
-void make_key(uint64_t seed, uint32_t (&key)[2]) {
-  uint64_t z = (seed + 1) * 0x9e3779b97f4a7c15u;
-  z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
-  z = (z ^ z >> 27) * 0x94d049bb133111ebu;
-  z ^= z >> 31;
-  key[0] = uint32_t(z);
-  key[1] = uint32_t(z >> 32);
-}
 
 }  // namespace
 
@@ -199,8 +190,9 @@ void Step::compute_coefficients() {
       x.coefficients = last->coefficients;
       x.coefficients_f64 = last->coefficients_f64;
     } else {
-      x.coefficients = Coefficients<float>(*x.scalars, adaptive_, x.t, scale_);
-      x.coefficients_f64 = Coefficients<double>(*x.scalars, adaptive_, x.t, scale_);
+      const Corrections by_step = corrections_of(*x.scalars, adaptive_, x.t);
+      x.coefficients = Coefficients<float>(*x.scalars, by_step, scale_);
+      x.coefficients_f64 = Coefficients<double>(*x.scalars, by_step, scale_);
     }
   }
 }
@@ -236,7 +228,11 @@ void Step::step() {
       *x.swept = Swept::no;
     } else {
       if (x.step) *x.step += 1;
-      if (x.seed) make_key(uint64_t((*x.seed)++), x.key);
+      if (x.seed) {
+        const uint64_t key = step_key((*x.seed)++);
+        x.key[0] = uint32_t(key);
+        x.key[1] = uint32_t(key >> 32);
+      }
     }
     if (x.step) x.t = *x.step;
     *x.decision = uint8_t(tiles_of(&x) || !x.table->local() ? x.settled : Decision::none);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu_kernels.h"
+#include "precision.h"
 #include "vec.h"
 
 #if defined(__GNUC__)
@@ -16,52 +17,6 @@
 namespace {
 
 using namespace fused_adamp;
-
-template <class To, class From>
-FUSED_ADAMP_INLINE To same_bits(From from) {
-  static_assert(sizeof(To) == sizeof(From), "");
-  To to;
-  memcpy(&to, &from, sizeof to);
-  return to;
-}
-
-// bfloat16 is the upper half of a float. The functions return a float's bits, of which the lower half is then dropped. N is
-// uint32_t, or a vector of them.
-
-template <class N>
-FUSED_ADAMP_INLINE N magnitude(N bits) {
-  return bits & 0x7fffffff;
-}
-
-template <class N>
-FUSED_ADAMP_INLINE N without_nan(N bits) {
-  return magnitude(bits) > 0x7f800000 ? N{} + 0x7fc00000 : bits;
-}
-
-template <class N>
-FUSED_ADAMP_INLINE N round_to_nearest(N bits) {
-  return magnitude(bits) > 0x7f800000 ? N{} + 0x7fc00000 : bits + 0x7fff + ((bits >> 16) & 1);
-}
-
-FUSED_ADAMP_INLINE uint32_t round_by_chance(uint32_t bits, uint32_t random) {
-  return without_nan(bits) + (magnitude(bits) >= 0x7f800000 ? 0 : random);
-}
-
-// fused_adamp/precision.py, join, from both halves as stored.
-template <class N>
-FUSED_ADAMP_INLINE N join(N high, N low) {
-  const N bits = high << 16, rest = (low ^ 0x8000) - 0x8000;
-  return ((magnitude(bits) == 0) & ((rest >> 31) != 0)) ? bits : bits + rest;
-}
-
-// fused_adamp/precision.py, noise.
-FUSED_ADAMP_INLINE uint32_t chance(uint32_t low, uint32_t high, uint32_t number) {
-  uint32_t x = number + low;
-  x = (x ^ (x >> 16)) * 0x21f0aaadu ^ high;
-  x = (x ^ (x >> 15)) * 0x735a2d97u;
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
-}
 
 FUSED_ADAMP_INLINE float half_to_float(uint16_t half) {
   // Exponent and fraction move to float's places; multiplying by 2^112 sets the exponent's bias right, and gives
@@ -139,7 +94,7 @@ FUSED_ADAMP_OUTLINE void write_block(const Storage& s, Role role, int64_t begin,
         uint16_t* rest = reinterpret_cast<uint16_t*>(s.data[role_remainder]) + begin;
         for (int64_t i = 0; i < n; ++i) {
           const uint32_t bits = without_nan(same_bits<uint32_t>(float(from[i])));
-          to[i] = uint16_t((bits + 0x8000) >> 16);
+          to[i] = uint16_t(upper_half(bits));
           rest[i] = uint16_t(bits);
         }
       } else if (s.stochastic) {
@@ -275,7 +230,7 @@ FUSED_ADAMP_INLINE Vec<float> load(WithRemainder, WithRemainder::Pointer from, i
 template <class Extent>
 FUSED_ADAMP_INLINE void store(WithRemainder, WithRemainder::Pointer to, int64_t i, Extent extent, Vec<float> x) {
   const Bits bits = without_nan(same_bits<Bits>(x.lane));
-  store_halves(to.high + i, extent, (bits + 0x8000) >> 16);
+  store_halves(to.high + i, extent, upper_half(bits));
   store_halves(to.rest + i, extent, bits & 0xffff);
 }
 #endif

@@ -42,7 +42,7 @@ COLUMNS = (
     *("group", "projected", "rows", "cols", "tile_rows", "tile_cols", "first_tile"),
     *("sharing", "first_row", "first_number", "row_numbers"),
 )
-"""The columns of :attr:`Members.table`. csrc/bucket.h reads them by the same names in the same order."""
+"""The columns of :attr:`Members.table`. csrc/tables.h reads them by the same names in the same order."""
 
 RESULTS = ("cosine", "norm")
 """The columns of :attr:`Members.results`."""

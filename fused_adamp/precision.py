@@ -1,6 +1,6 @@
 """bfloat16 storage without loss: a 16-bit remainder beside the weight, or unbiased rounding. Plain PyTorch.
 
-Every backend rounds by these rules, bit for bit: csrc/storage.h and kernels/precision.py say them in their languages.
+Every backend rounds by these rules, bit for bit: csrc/precision.h and kernels/precision.py say them in their languages.
 """
 
 from __future__ import annotations

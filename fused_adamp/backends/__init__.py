@@ -11,6 +11,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from fused_adamp.backends.cpu import CpuBackend
+from fused_adamp.backends.cuda import CudaBackend
 from fused_adamp.backends.reference import ReferenceBackend
 from fused_adamp.backends.triton import TritonBackend
 
@@ -24,7 +25,7 @@ __all__ = ["BACKENDS", "ENVIRONMENT", "available", "check_name", "choose"]
 ENVIRONMENT = "FUSED_ADAMP_BACKEND"
 
 
-BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
+BACKENDS: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), CudaBackend(), ReferenceBackend())
 """Fastest first; the reference runs wherever torch does."""
 
 _warned: set[str] = set()

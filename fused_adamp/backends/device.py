@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from fused_adamp.batch import Batch, Members
 
-__all__ = ["DeviceBackend", "Run", "Workspace"]
+__all__ = ["ARGUMENTS", "DeviceBackend", "Run", "Workspace"]
 
 
 class Workspace:
@@ -114,17 +114,75 @@ class DeviceBackend:
         """
         raise NotImplementedError
 
-    def square_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels that write g.g of each tile of the launch's parameters, for the norm of the gradients."""
+    def run(self, kernel: str, programs: int, arguments: tuple[Any, ...], spec: Any) -> Run:
+        """A kernel by its name in kernels/plans.py, compiled and loaded; ``programs``: how many are launched."""
         raise NotImplementedError
 
-    def share_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels that write this rank's shares of the launch's parameters."""
+    def resident(self, device: torch.device) -> int:
+        """How many programs the device runs at once: so many are launched of a kernel that draws its jobs."""
         raise NotImplementedError
 
-    def step_runs(self, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
-        """The kernels of a step of the launch's parameters, in order."""
-        raise NotImplementedError
+    def redo(self, kernel: str, batch: Batch, tables: Tables, launch: Launch) -> Sequence[Run]:
+        """The kernel that redoes what has left the range of its numbers, if the backend needs one."""
+        return ()
+
+    def arguments(self, batch: Batch, tables: Tables, launch: Launch, jobs: Tensor) -> tuple[Any, ...]:
+        """The arguments that all kernels take."""
+        bucket, work = batch.bucket, batch.bucket.scratch
+        return (
+            tables.table,
+            tables.addresses,
+            tables.strides,
+            work.owners,
+            tables.scalars,
+            work.one if batch.scale is None else batch.scale,
+            work.zero if batch.found_inf is None else batch.found_inf.double(),
+            work.coefficients,
+            work.sums,
+            work.findings,
+            work.counters,
+            bucket.decisions,
+            bucket.results,
+            work.parts,
+            launch.tickets,
+            work.replays,
+            launch.active,
+            jobs,
+            work.epoch,
+            len(launch.active),
+        )
+
+    # The kernels of a launch's parameters, in order.
+
+    def square_runs(self, batch: Batch, tables: Tables, launch: Launch) -> list[Run]:
+        """They write g.g of each tile, for the norm of the gradients."""
+        jobs = self.jobs_ahead(batch, tables, launch)
+        run = self.run("measure_kernel", len(jobs), self.arguments(batch, tables, launch, jobs), launch.spec)
+        return [run, *self.redo("redo_ahead_kernel", batch, tables, launch)]
+
+    def share_runs(self, batch: Batch, tables: Tables, launch: Launch) -> list[Run]:
+        """They write this rank's shares."""
+        prepare = [launch.jobs[0][: launch.blocks]] if batch.rule.adaptive else []
+        runs = [
+            self.run("share_kernel", len(jobs), self.arguments(batch, tables, launch, jobs), launch.spec)
+            for jobs in (*prepare, self.jobs_ahead(batch, tables, launch))
+        ]
+        return [*runs, *self.redo("redo_ahead_kernel", batch, tables, launch)]
+
+    def step_runs(self, batch: Batch, tables: Tables, launch: Launch) -> list[Run]:
+        """They step."""
+        redo = self.redo("redo_kernel", batch, tables, launch)
+        if launch.plan == "one_pass":
+            (jobs,) = launch.jobs
+            given = (*self.arguments(batch, tables, launch, jobs), len(jobs), launch.blocks)
+            programs = min(len(jobs), self.resident(tables.device))
+            return [self.run("one_pass_kernel", programs, given, launch.spec), *redo]
+        runs = [
+            self.run(kernel, len(jobs), self.arguments(batch, tables, launch, jobs), launch.spec)
+            for kernel, jobs in zip(("measure_kernel", "dot_kernel", "update_kernel"), launch.jobs, strict=True)
+            if len(jobs)
+        ]
+        return [*runs, *redo]
 
     # The protocol of backends.
 
@@ -233,6 +291,14 @@ class DeviceBackend:
             jobs = order.square if batch.bucket.shared is None else order.share
             launch.ahead.append(tables.uploaded(torch.cat([*map(jobs, launch.indices)])))
         return launch.ahead[0]
+
+
+ARGUMENTS = (
+    *("table", "addresses", "strides", "owners", "scalars", "scale", "found_inf", "coefficients", "sums", "findings"),
+    *("counters", "decisions", "results", "parts", "tickets", "replays", "active", "jobs", "epoch", "n_active"),
+    *("n_jobs", "n_blocks"),
+)
+"""The names of the kernels' arguments, which kernels/plans.py describes. The last two are those of one pass alone."""
 
 
 # CUDA graphs.

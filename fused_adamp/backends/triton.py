@@ -116,39 +116,21 @@ class TritonBackend(DeviceBackend):
         rule = {"adaptive": batch.rule.adaptive, "buffer": bool(batch.moments)}
         return make_spec(p, g, state, layout, **rule, rounding=batch.bucket.key.rounding, shared=shared)
 
-    def square_runs(self, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
+    def run(self, kernel: str, programs: int, arguments: tuple[Any, ...], spec: Any) -> _Run:
         from fused_adamp.kernels import plans
 
-        jobs = self.jobs_ahead(batch, tables, launch)
-        run = _run(plans.measure_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
-        return [run, *_redo_runs(plans.redo_ahead_kernel, batch, tables, launch)]
+        return _run(getattr(plans, kernel), programs, arguments, spec)
 
-    def share_runs(self, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
-        from fused_adamp.kernels import plans
+    def resident(self, device: torch.device) -> int:
+        return _programs(device)
 
-        prepare = [launch.jobs[0][: launch.blocks]] if launch.spec.adaptive.value else []
-        runs = [
-            _run(plans.share_kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
-            for jobs in (*prepare, self.jobs_ahead(batch, tables, launch))
-        ]
-        return runs + _redo_runs(plans.redo_ahead_kernel, batch, tables, launch)
-
-    def step_runs(self, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
-        from fused_adamp.kernels import plans
-
-        redo = _redo_runs(plans.redo_kernel, batch, tables, launch)
-        if launch.plan == "one_pass":
-            (jobs,) = launch.jobs
-            arguments = (*_arguments(batch, tables, launch, jobs), len(jobs), launch.blocks)
-            programs = min(len(jobs), _programs(tables.device))
-            return [_run(plans.one_pass_kernel, programs, arguments, launch.spec), *redo]
-        kernels = plans.measure_kernel, plans.dot_kernel, plans.update_kernel
-        runs = [
-            _run(kernel, len(jobs), _arguments(batch, tables, launch, jobs), launch.spec)
-            for kernel, jobs in zip(kernels, launch.jobs, strict=True)
-            if len(jobs)
-        ]
-        return runs + redo
+    def redo(self, kernel: str, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
+        """In float64; nothing if the math is in float64 already."""
+        spec = in_float64(launch.spec)
+        if spec == launch.spec:
+            return []
+        given = self.arguments(batch, tables, launch, launch.active)  # of jobs there are none
+        return [self.run(kernel, len(launch.active), given, spec)]
 
 
 def make_spec(
@@ -246,42 +228,6 @@ class _Run(NamedTuple):
 
 
 _compiled: dict[Any, Any] = {}
-
-
-def _redo_runs(kernel: Any, batch: Batch, tables: Tables, launch: Launch) -> list[_Run]:
-    """The launch that redoes in float64 sums that left float32's range; none if the math is in float64 already."""
-    spec = in_float64(launch.spec)
-    if spec == launch.spec:
-        return []
-    arguments = _arguments(batch, tables, launch, launch.active)  # of jobs there are none
-    return [_run(kernel, len(launch.active), arguments, spec)]
-
-
-def _arguments(batch: Batch, tables: Tables, launch: Launch, jobs: Tensor) -> tuple[Any, ...]:
-    """The arguments that all kernels take."""
-    bucket, work = batch.bucket, batch.bucket.scratch
-    return (
-        tables.table,
-        tables.addresses,
-        tables.strides,
-        work.owners,
-        tables.scalars,
-        work.one if batch.scale is None else batch.scale,
-        work.zero if batch.found_inf is None else batch.found_inf.double(),
-        work.coefficients,
-        work.sums,
-        work.findings,
-        work.counters,
-        bucket.decisions,
-        bucket.results,
-        work.parts,
-        launch.tickets,
-        work.replays,
-        launch.active,
-        jobs,
-        work.epoch,
-        len(launch.active),
-    )
 
 
 def _run(kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> _Run:

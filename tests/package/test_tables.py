@@ -7,24 +7,36 @@ from pathlib import Path
 
 import pytest
 
-from fused_adamp.batch import COLUMNS, FLOATING, PROJECTIONS, ROW_SHARES, SHARES, Need, Scalars, Sharing
+from fused_adamp.backends import cuda, device
+from fused_adamp.backends.jobs import PREPARE_BLOCK, STAGES, TICKETS
+from fused_adamp.backends.tables import ADDRESSES, COEFFICIENTS, COUNTERS, FINDINGS, INNER, LAYOUTS, PARTS, STRIDES
+from fused_adamp.batch import COLUMNS, FLOATING, PROJECTIONS, RESULTS, ROW_SHARES, SHARES, Need, Scalars, Sharing
 from fused_adamp.reference import Decision
 
 CSRC = Path(__file__).parents[2] / "csrc"
 STRUCTS = {
-    ("bucket.h", "TableRow"): COLUMNS,
+    ("tables.h", "TableRow"): COLUMNS,
     ("algorithm.h", "Scalars"): Scalars._fields,
-    ("bucket.h", "Shares"): (*SHARES[:2], "sums"),
-    ("cpu_kernels.h", "ViewSums"): ("sums", ROW_SHARES[-1]),
+    ("tables.h", "Shares"): (*SHARES[:2], "sums"),
+    ("tables.h", "Results"): RESULTS,
+    ("algorithm.h", "ViewSums"): ("sums", ROW_SHARES[-1]),
     ("algorithm.h", "Sums"): ROW_SHARES[:-1],
+    ("algorithm.h", "Corrections"): COEFFICIENTS,
+    ("device_tables.h", "DeviceTableRow"): ("all_tiles", "row_segments"),
+    ("device_tables.h", "Addresses"): ADDRESSES,
+    ("device_tables.h", "Findings"): FINDINGS,
+    ("device_tables.h", "Counters"): COUNTERS,
+    ("device_tables.h", "Parts"): PARTS,
+    ("device_tables.h", "Tickets"): TICKETS,
 }
 """Fields of structs, by file and name, in the order in which they lie."""
 
 ENUMS = {
-    ("bucket.h", "Sharing"): {member.name.lower(): int(member) for member in Sharing},
+    ("tables.h", "Sharing"): {member.name.lower(): int(member) for member in Sharing},
     ("algorithm.h", "Decision"): {member.name.lower(): int(member) for member in Decision},
     ("algorithm.h", "Projection"): {name.replace("auto", "automatic"): i for i, name in enumerate(PROJECTIONS)},
-    ("cpu_kernels.h", "Need"): {f"need_{member.name}".lower(): int(member) for member in Need},
+    ("device_tables.h", "Stage"): {name: i for i, name in enumerate(STAGES)},
+    ("tables.h", "Need"): {f"need_{member.name}".lower(): int(member) for member in Need},
 }
 STORAGE = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}
 
@@ -46,7 +58,7 @@ def fields(text: str) -> list[str]:
     found = []
     for line in re.sub(r"[\w ]+\([^)]*\)[\w ]*\{[^{}]*\}", "", text).split(";"):
         names = re.sub(r"\{[^}]*\}|=[^,]*", "", line).split(",")
-        found += [name.split()[-1] for name in names if name.strip()]
+        found += [name.split()[-1].lstrip("*") for name in names if name.strip()]
     return found
 
 
@@ -64,3 +76,23 @@ def test_enums_have_the_values(place: tuple[str, str], members: dict[str, int]) 
 def test_storage_types_have_the_numbers_of_the_dtypes() -> None:
     names = [name.strip() for name in body("cpu_kernels.h", "enum", "StorageType").split(",")]
     assert names == [*(f"storage_{STORAGE[str(dtype).removeprefix('torch.')]}" for dtype in FLOATING), "storage_count"]
+
+
+def test_what_the_cuda_kernels_number_themselves_is_numbered_as_here() -> None:
+    tables, kernels = ((CSRC / name).read_text() for name in ("device_tables.h", "cuda_spec.h"))
+    assert f"prepare_block = {PREPARE_BLOCK};" in tables
+    assert re.findall(r"step\[(\d)\]\[(\d)\]", tables) == [("5", str(1 + INNER))]
+    assert STRIDES == 1 + 5 * (1 + INNER)
+    assert "_LAYOUT is 0 (aligned), 1 (flat) or 2 (strided)" in kernels
+    assert LAYOUTS == ("aligned", "flat", "strided")
+    assert f"threads = {cuda._THREADS}," in kernels
+
+
+def test_the_cuda_kernels_take_the_arguments_that_the_host_gives() -> None:
+    kernels = (CSRC / "cuda_step.cu").read_text().replace("\\\n", "\n")
+    listed = re.search(r"#define FUSED_ADAMP_ARGUMENTS(.*?)#define", kernels, re.DOTALL)
+    assert listed is not None
+    names = [argument.split()[-1].lstrip("*") for argument in listed[1].split(",")]
+    assert names == list(device.ARGUMENTS[:-2])
+    assert "one_pass_kernel(FUSED_ADAMP_ARGUMENTS, int32_t n_jobs, int32_t n_blocks)" in kernels
+    assert device.ARGUMENTS[-2:] == ("n_jobs", "n_blocks")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-__all__ = ["ptx", "unavailable"]
+__all__ = ["Made", "made", "ptx", "unavailable"]
 
 FOLDER = Path(__file__).with_name("cuda")
 REMEDY = "pip install cuda-bindings nvidia-cuda-nvrtc"
@@ -28,7 +28,20 @@ def unavailable() -> str | None:
 
 @cache
 def ptx(name: str, *defined: str, target: str = "compute_90") -> str:
-    """The PTX of a file of cuda/, with these macros defined.
+    """The PTX of a file of cuda/, with these macros defined. Raises RuntimeError as :func:`made` does."""
+    return made((FOLDER / name).read_text(), name, *defined, target=target).ptx
+
+
+class Made(NamedTuple):
+    """What NVRTC has made of a source; the cubin is empty unless the target is a GPU, such as sm_90."""
+
+    ptx: str
+    cubin: bytes
+    log: str
+
+
+def made(source: str, name: str, *defined: str, target: str = "compute_90") -> Made:
+    """Compiles a source, with these macros defined; ``name`` is its name in messages.
 
     Raises:
         RuntimeError: it does not compile. The message is the compiler's.
@@ -38,22 +51,29 @@ def ptx(name: str, *defined: str, target: str = "compute_90") -> str:
     def done(result: tuple[Any, ...]) -> Any:
         status, *values = result
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
-            size = nvrtc.nvrtcGetProgramLogSize(program)[1]
-            log = b" " * size
-            nvrtc.nvrtcGetProgramLog(program, log)
-            raise RuntimeError(f"{name}: {status}\n{log.decode()}")
+            raise RuntimeError(f"{name}: {status}\n{log()}")
         return values[0] if values else None
 
-    source = (FOLDER / name).read_bytes()
-    _, program = nvrtc.nvrtcCreateProgram(source, name.encode(), 0, [], [])
+    def log() -> str:
+        text = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+        nvrtc.nvrtcGetProgramLog(program, text)
+        return str(text.rstrip(b"\0 "), "utf-8")
+
+    _, program = nvrtc.nvrtcCreateProgram(source.encode(), name.encode(), 0, [], [])
     options = [
         f"--gpu-architecture={target}",
         "--std=c++17",
+        "--fmad=false",
         "--generate-line-info",
+        "--ptxas-options=-v",
         *(f"-D{macro}" for macro in defined),
     ]
     done(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
     text = b" " * done(nvrtc.nvrtcGetPTXSize(program))
     done(nvrtc.nvrtcGetPTX(program, text))
+    code = b" " * done(nvrtc.nvrtcGetCUBINSize(program))
+    if code:
+        done(nvrtc.nvrtcGetCUBIN(program, code))
+    found = Made(str(text.rstrip(b"\0 "), "utf-8"), code, log())
     done(nvrtc.nvrtcDestroyProgram(program))
-    return str(text.rstrip(b"\0 "), "utf-8")
+    return found

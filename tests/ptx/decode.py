@@ -52,7 +52,7 @@ _PARAMETER = re.compile(
 )
 _VARIABLE = re.compile(
     r"(?:\.(?:extern|visible|weak)\s+)*\.(shared|local|global|const)\s+(?:\.attribute\S*\s+)?(?:\.align\s+(\d+)\s+)?"
-    r"\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?(?:\s*=\s*\{?([^}]*)\}?)?"
+    r"\.(\w+)\s+([\w$]+)\s*(?:\[(\d*)\])?(?:\s*=\s*\{?([^};]*)\}?)?"
 )
 _DIRECTIVE = re.compile(r"\.(pragma|file|section|branchtargets)\b")
 

@@ -13,6 +13,7 @@ import emulated_shares
 import pytest
 import test_shares
 import torch
+from harness import BACKEND, Emulated
 from models import (
     ADAMP,
     MODEL,
@@ -30,7 +31,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_adamp import SGDP, AdamP
-from fused_adamp.backends import device, tables, triton
+from fused_adamp.backends import device, tables
 from fused_adamp.batch import Need
 from fused_adamp.reference import Decision
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from torch.nn import Parameter
 
+    from fused_adamp.backends.device import DeviceBackend
     from fused_adamp.batch import Batch, Scalars
     from fused_adamp.optimizer import ProjectedOptimizer
 
@@ -58,7 +60,7 @@ class OnDevice(AdamP):
 
 
 def on_device(params: list[Parameter], **options: Any) -> OnDevice:
-    optimizer = OnDevice(params, **options, backend="triton")
+    optimizer = OnDevice(params, **options, backend=BACKEND)
     optimizer.learning_rate = torch.tensor(float(options["lr"]), dtype=torch.float32)
     return optimizer
 
@@ -67,7 +69,7 @@ def on_device(params: list[Parameter], **options: Any) -> OnDevice:
 def test_hyperparameters_on_the_device_are_copied_there_in_every_step(
     whole: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, expected = on_device(model(whole[3:6]), **ADAMP), AdamP(model(whole[3:6]), **ADAMP, backend="triton")
+    ours, expected = on_device(model(whole[3:6]), **ADAMP), AdamP(model(whole[3:6]), **ADAMP, backend=BACKEND)
     uploads = 0
     upload = tables.Tables.upload
 
@@ -111,11 +113,8 @@ class Graph(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def capture(self, step: Callable[[], object]) -> None:
         with self._patch.context() as patch:
             patch.setattr(device, "_capturing", lambda device: True)
-            patch.setattr(
-                triton._Run,
-                "start",
-                lambda run: self.calls.append(lambda: run.kernel[(run.grid, 1, 1)](*run.arguments)),
-            )
+            start = Emulated.start
+            patch.setattr(Emulated, "start", lambda run: self.calls.append(lambda: start(run)))
             with self:
                 step()
 
@@ -209,13 +208,14 @@ def test_a_capture_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = Graph(monkeypatch)
     grids: list[int] = []
 
-    def noted(kernel: Any, grid: int, *_: Any) -> Any:
+    def noted(it: DeviceBackend, kernel: Any, grid: int, *_: Any) -> Emulated:
         grids.append(grid)
-        return triton._Run(kernel, grid, ())
+        return Emulated(kernel, grid, ())
 
     with monkeypatch.context() as patch:
-        patch.setattr(triton, "_run", noted)
-        patch.setattr(triton, "_programs", lambda device: 2)
+        of = type(optimizer.buckets[0].key.backend)
+        patch.setattr(of, "run", noted)
+        patch.setattr(of, "resident", lambda it, device: 2)
         graph.capture(optimizer.step)
     assert max(grids) > 1
     if PLAN == "split":
@@ -224,7 +224,7 @@ def test_a_capture_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_capture_is_refused_where_it_would_go_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     p, late = model(tuple(((3, 8), Decision.NONE) for _ in range(2)))
-    optimizer = AdamP([p], **ADAMP, backend="triton")
+    optimizer = AdamP([p], **ADAMP, backend=BACKEND)
     monkeypatch.setattr(device, "_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="take a step like the one to be captured before the capture"):
         optimizer.step()
@@ -247,7 +247,7 @@ def test_a_replay_does_again_what_has_left_float32(clip: bool, monkeypatch: pyte
     """The epoch of a replay is not the host's: stages mark, and look for marks, under the one on the device."""
     shapes = emulated_range.RANGE_MODEL[1:]
     captured, eager = (
-        SGDP(emulated_range.range_model(1.0, 1.0, shapes), **SGDP_, capturable=flag, backend="triton")
+        SGDP(emulated_range.range_model(1.0, 1.0, shapes), **SGDP_, capturable=flag, backend=BACKEND)
         for flag in (True, False)
     )
 

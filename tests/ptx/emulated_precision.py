@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from harness import BACKEND
 from models import ADAMP, MODEL, SGDP_, TILE, Shapes, exhaustive, flat, model, pair, params_of, tensors, usual_under
 from torch.nn import Parameter
 
@@ -39,8 +40,8 @@ def test_a_weight_with_a_remainder_is_the_float32_weight_bit_for_bit(
     whole = [Parameter(lay_out(p.detach(), layout)) for p in model(shapes)]
     halves = [Parameter(lay_out(split(p.detach().contiguous())[0], layout)) for p in whole]
     generator = torch.Generator().manual_seed(1)
-    ours = make(halves, **options, rounding="remainder", backend="triton")
-    expected = make(whole, **options, backend="triton")
+    ours = make(halves, **options, rounding="remainder", backend=BACKEND)
+    expected = make(whole, **options, backend=BACKEND)
     for number in range(2):
         for p, half in zip(whole, halves, strict=True):
             g = torch.randn(p.shape, generator=generator).bfloat16()
@@ -77,7 +78,7 @@ def test_a_zero_has_no_negative_remainder(shape: tuple[int, int]) -> None:
     params = [Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for _ in range(2)]
     for p in params:
         p.grad = torch.zeros_like(p)
-    optimizer = AdamP(params, **ADAMP, rounding="remainder", backend="triton")
+    optimizer = AdamP(params, **ADAMP, rounding="remainder", backend=BACKEND)
     optimizer.step()
     stale, fresh = (optimizer.state[p]["remainder"] for p in params)
     stale.fill_(-5)

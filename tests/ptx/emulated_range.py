@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import test_range
 import torch
+from harness import BACKEND
 from models import MODEL, SGDP_, TILE, Shapes, exhaustive, flat, grad_of, model, params_of, tensors, usual_under
 from torch import Tensor
 
@@ -75,7 +76,7 @@ def test_squares_that_leave_float32(rule: str, sizes: str, shapes: Shapes) -> No
     make, options = test_range.OPTIONS[rule]
     params = range_model(g_size, p_size, shapes)
     before = [p.detach().clone() for p in params]
-    optimizer = make(params, **options, eps=eps, backend="triton")
+    optimizer = make(params, **options, eps=eps, backend=BACKEND)
     optimizer.step()
     for p, old in zip(params, before, strict=True):
         projection = "auto" if p.ndim > 1 else "none"
@@ -100,7 +101,7 @@ def test_a_fixed_projection_of_squares_that_leave_float32(projection: str, shape
     make, options = test_range.OPTIONS["SGDP"]
     params = range_model(1e20, 1e20, tuple(case for case in shapes[1:] if case[1] is not Decision.NONE))
     before = [p.detach().clone() for p in params]
-    optimizer = make(params, **options, projection=projection, backend="triton")
+    optimizer = make(params, **options, projection=projection, backend=BACKEND)
     optimizer.step()
     for p, old in zip(params, before, strict=True):
         want, moved, _ = test_range.reference("SGDP", old, grad_of(p), 1e-8, projection)
@@ -114,7 +115,7 @@ def test_a_nan_spreads_as_far_as_the_reference_lets_it(dtype: torch.dtype, proje
     """Also where float64, or the float64 of a redone step, has nothing more to do again."""
     make, options = test_range.OPTIONS["SGDP"]
     steps: list[list[Tensor]] = []
-    for backend in ("triton", "reference"):
+    for backend in (BACKEND, "reference"):
         params = model(tuple(case for case in RANGE_MODEL if case[1] is not Decision.NONE), dtype=dtype)
         for p in params:
             grad_of(p)[1, 5] = torch.nan
@@ -128,7 +129,7 @@ def test_a_nan_spreads_as_far_as_the_reference_lets_it(dtype: torch.dtype, proje
 @every_alignment
 def test_what_has_left_float32_is_done_again_in_that_step_alone(shapes: Shapes) -> None:
     params = range_model(1e20, 1e20, shapes[2:4])
-    optimizer: Any = SGDP(params, **SGDP_, backend="triton")
+    optimizer: Any = SGDP(params, **SGDP_, backend=BACKEND)
     optimizer.step()
     before = copy.deepcopy(tensors(optimizer))
     optimizer.found_inf = torch.ones(1)
@@ -140,7 +141,7 @@ def test_what_has_left_float32_is_done_again_in_that_step_alone(shapes: Shapes) 
         p.data.copy_(other.data)
         grad_of(p).copy_(grad_of(other))
         optimizer.state[p]["momentum_buffer"].zero_()
-    fresh = SGDP(ordinary, **SGDP_, backend="triton")
+    fresh = SGDP(ordinary, **SGDP_, backend=BACKEND)
     fresh.step()
     optimizer.step()
     assert [*optimizer.decisions().values()] == [*fresh.decisions().values()]
@@ -149,7 +150,7 @@ def test_what_has_left_float32_is_done_again_in_that_step_alone(shapes: Shapes) 
 
 @pytest.mark.parametrize("whole", [MODEL, pytest.param(flat(MODEL), marks=exhaustive)], ids=["aligned", "some flat"])
 def test_the_norm_of_gradients_whose_squares_leave_float32(whole: Shapes) -> None:
-    optimizer = SGDP(model((*whole[1:2], *whole[3:5])), **SGDP_, backend="triton")
+    optimizer = SGDP(model((*whole[1:2], *whole[3:5])), **SGDP_, backend=BACKEND)
     optimizer.step()
     for p in params_of(optimizer):
         grad_of(p).mul_(1e20)

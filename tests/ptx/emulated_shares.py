@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import test_shares
 import torch
+from harness import BACKEND
 from models import ADAMP, PLAN, SGDP_, TILE, Shapes, exhaustive, grad_of, model, params_of, tensors
 from torch import Tensor
 from torch.nn import Parameter
@@ -73,11 +74,11 @@ def test_shares_and_verdicts(case: Case, verdict: Decision, calls: str, monkeypa
     if 0 in shapes(TILE)[case.shape]:  # of which a step tells nothing: its results stay
         members = [sharing for sharing in test_shares.MEMBERS if sharing is not Sharing.LOCAL]
         monkeypatch.setattr(test_shares, "MEMBERS", members)
-    test_shares.test_shares_are_right_and_steps_follow_the_verdicts(case, verdict, calls, "triton")
+    test_shares.test_shares_are_right_and_steps_follow_the_verdicts(case, verdict, calls, BACKEND)
 
 
 def test_an_abandoned_step() -> None:
-    test_shares.test_an_abandoned_step_leaves_nothing_to_the_next(False, "triton")
+    test_shares.test_an_abandoned_step_leaves_nothing_to_the_next(False, BACKEND)
 
 
 SHARINGS = (Sharing.SHARED, Sharing.SPLIT, Sharing.SHARED, Sharing.SPLIT, Sharing.LOCAL)
@@ -98,8 +99,8 @@ def shared_model(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Any, Batch]:
     """An optimizer that is said to share its parameters with other ranks, and the batch of its next step."""
-    optimizer = make(model(whole, dtype), **options, backend="triton")
-    bucket = test_shares.sharded(optimizer, "triton", SHARINGS)
+    optimizer = make(model(whole, dtype), **options, backend=BACKEND)
+    bucket = test_shares.sharded(optimizer, BACKEND, SHARINGS)
     assert bucket.shared is not None
     bucket.shared.needs.fill_(Need.TEST)
     bucket.shared.verdicts[:4, 0] = Decision.NONE
@@ -198,9 +199,9 @@ def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any) -> None:
     params = [Parameter(weight[part].clone()) for part in cuts]
     for p, part in zip(params, cuts, strict=True):
         p.grad = gradient[part].clone()
-    ours = make(params, **options, backend="triton")
+    ours = make(params, **options, backend=BACKEND)
     sharings: Sequence[Sharing] = [Sharing.SHARED, *[Sharing.SPLIT] * 2]
-    bucket = test_shares.sharded(ours, "triton", sharings, numbers)
+    bucket = test_shares.sharded(ours, BACKEND, sharings, numbers)
     assert bucket.shared is not None
     bucket.shared.verdicts.zero_()
     for tensor in test_shares.state_of(ours, bucket):

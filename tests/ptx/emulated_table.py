@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from covering import covering
+from harness import BACKEND
 from models import PLAN, TILE, exhaustive
 from test_backends import factors
 
@@ -51,7 +52,7 @@ def table() -> list[Any]:
 @pytest.mark.parametrize("emulated", [0], indirect=True)  # as many seeds as cases
 @pytest.mark.parametrize("case", table())
 def test_a_case_equals_the_reference(case: Case) -> None:
-    outcome = check(case, "triton", steps=2)
+    outcome = check(case, BACKEND, steps=2)
     assert outcome.passed(), outcome
 
 

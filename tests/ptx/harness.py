@@ -1,7 +1,7 @@
-"""The emulator in the place of a GPU, under the project's own host code and Triton's own compiler.
+"""The emulator in the place of a GPU, under the project's own host code, and Triton's own compiler or NVRTC.
 
     with Harness(Schedule(seed=1)).installed() as harness:
-        AdamP(params, lr=0.1, backend="triton").step()
+        AdamP(params, lr=0.1, backend=BACKEND).step()
     assert not harness.take()
 
 Tensors are on the CPU. Every launch runs with a number of programs, of resident CTAs and an interleaving by chance from
@@ -10,16 +10,21 @@ the seed, unless the schedule fixes them.
 
 from __future__ import annotations
 
+import os
 import random
-from contextlib import contextmanager
-from functools import cache, partial
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
+import compiler
 import emulator
 import torch
 
+from fused_adamp.backends import cuda
 from fused_adamp.backends import triton as backend
+from fused_adamp.backends.device import ARGUMENTS, DeviceBackend
 from fused_adamp.batch import ABSENT
 
 if TYPE_CHECKING:
@@ -27,15 +32,22 @@ if TYPE_CHECKING:
 
     from fused_adamp.batch import Batch
 
-__all__ = ["Harness", "Schedule", "unavailable"]
+__all__ = ["BACKEND", "EMULATED", "Emulated", "Harness", "Schedule", "unavailable"]
+
+EMULATED = "FUSED_ADAMP_EMULATED"
+"""Environment variable that names the backend whose kernels are emulated: ``triton``, the default, or ``cuda``."""
+BACKEND = os.environ.get(EMULATED) or "triton"
 
 WRITTEN = {"coefficients", "sums", "findings", "counters", "decisions", "results", "tickets"}
 """The tables among the kernels' arguments that kernels may write."""
 WARP = 32
+TILE = 1 << backend._LOG_TILE
 
 
 def unavailable() -> str | None:
-    """Why compiled kernels of the Triton backend cannot be run here, None if they can."""
+    """Why the backend's compiled kernels cannot be run here, None if they can."""
+    if BACKEND == "cuda":
+        return emulator.unavailable() or compiler.unavailable()
     if backend.interpreted():
         return "TRITON_INTERPRET is set, so Triton compiles nothing"
     return emulator.unavailable() or backend.load()
@@ -62,7 +74,7 @@ class Schedule(NamedTuple):
 
 
 class Harness:
-    """Launches that the Triton backend would make on a GPU.
+    """Launches that the backend would make on a GPU.
 
     Args:
         schedule: how they run.
@@ -87,29 +99,38 @@ class Harness:
     @contextmanager
     def installed(self) -> Iterator[Harness]:
         """Puts the emulator in the place of the GPU until the context ends."""
+        with ExitStack() as stack:
+            for patch in chain(self._on_device(), self._on_nvrtc() if BACKEND == "cuda" else self._on_triton()):
+                stack.enter_context(patch)
+            yield self
+
+    def _on_device(self) -> Iterator[Any]:
+        """The changes to what all backends share."""
+        yield mock.patch.object(DeviceBackend, "arguments", self._arguments(DeviceBackend.arguments))
+        yield mock.patch.object(DeviceBackend, "step", self._poisoned(DeviceBackend.step))
+
+    def _on_nvrtc(self) -> Iterator[Any]:
+        """The changes to the CUDA C++ backend. Tiles and jobs are smaller, so that small parameters have several."""
+        yield mock.patch.object(cuda.CudaBackend, "unavailable", return_value=None)
+        yield mock.patch.object(cuda, "_run", self._run(NvrtcLauncher))
+        yield mock.patch.object(cuda, "_resident", self._programs)
+        yield mock.patch.object(cuda, "_TILE", TILE)
+        yield mock.patch.object(cuda.CudaBackend, "block", 4 * TILE)
+
+    def _on_triton(self) -> Iterator[Any]:
+        """The changes to the Triton backend and to Triton."""
         import triton.runtime.driver
         from triton import knobs
         from triton.backends.nvidia.compiler import CUDABackend
 
-        patches = [
-            mock.patch.object(backend, "interpreted", return_value=True),  # so that tensors on the CPU are taken
-            mock.patch.object(backend, "_not_interpretable", return_value=None),
-            mock.patch.object(backend, "_run", self._run),
-            mock.patch.object(backend, "_programs", self._programs),
-            mock.patch.object(backend, "_arguments", partial(self._arguments, backend._arguments)),
-            mock.patch.object(backend.TritonBackend, "step", self._poisoned(backend.TritonBackend.step)),
-            mock.patch.object(CUDABackend, "make_cubin", return_value=b"no GPU"),  # PTX is enough, and ptxas is slow
-            mock.patch.object(triton.runtime.driver, "_active", _Driver(self.schedule.capability)),
-            knobs.cache.scope(),
-        ]
-        for patch in patches:
-            patch.__enter__()
+        yield mock.patch.object(backend, "interpreted", return_value=True)  # so that tensors on the CPU are taken
+        yield mock.patch.object(backend, "_not_interpretable", return_value=None)
+        yield mock.patch.object(backend, "_run", self._run(TritonLauncher))
+        yield mock.patch.object(backend, "_programs", self._programs)
+        yield mock.patch.object(CUDABackend, "make_cubin", return_value=b"no GPU")  # PTX is enough, and ptxas is slow
+        yield mock.patch.object(triton.runtime.driver, "_active", _Driver(self.schedule.capability))
+        yield knobs.cache.scope()
         knobs.cache.dir = str(emulator.cache_folder() / "triton")  # its own: the cubins there are empty
-        try:
-            yield self
-        finally:
-            for patch in reversed(patches):
-                patch.__exit__(None, None, None)
 
     def take(self) -> list[str]:
         """Returns the findings since the last call."""
@@ -123,7 +144,7 @@ class Harness:
     def _poisoned(step: Callable[..., int]) -> Callable[..., int]:
         """A step before which scratch is NaN: what a step reads of it, it has to write first."""
 
-        def poisoned(it: backend.TritonBackend, batch: Batch) -> int:
+        def poisoned(it: DeviceBackend, batch: Batch) -> int:
             work = batch.bucket.scratch
             if batch.bucket.shared is None:  # else sums were measured before the step
                 for scratch in (work.sums, work.findings, work.coefficients):
@@ -132,8 +153,18 @@ class Harness:
 
         return poisoned
 
-    def _arguments(self, original: Callable[..., Any], batch: Batch, tables: Any, *rest: Any) -> Any:
-        """Remembers the tensors that kernels reach by the table of addresses."""
+    def _arguments(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, which remembers the tensors that kernels reach by the table of addresses."""
+
+        def remembering(it: DeviceBackend, batch: Batch, tables: Any, *rest: Any) -> Any:
+            self._tensors[tables.addresses.data_ptr()] = self._reached(batch)
+            return original(it, batch, tables, *rest)
+
+        return remembering
+
+    @staticmethod
+    def _reached(batch: Batch) -> list[tuple[str, torch.Tensor, bool]]:
+        """Names, tensors and whether kernels may write them."""
         names = batch.bucket.key.moments
         by_role = [("p", batch.params, True), ("g", batch.grads, False), ("step", batch.steps, True)]
         by_role += [("seed", batch.seeds, True), ("remainder", batch.remainders, True)]
@@ -147,14 +178,18 @@ class Harness:
         if batch.bucket.shared is not None:
             shared = batch.bucket.shared._asdict()
             tensors += [(name, tensor, name in ("shares", "rows")) for name, tensor in shared.items()]
-        self._tensors[tables.addresses.data_ptr()] = tensors
-        return original(batch, tables, *rest)
+        return tensors
 
-    def _run(self, kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> Any:
-        key = kernel, spec
-        if key not in self.kernels:
-            self.kernels[key] = Launcher(self, kernel, spec)
-        return backend._Run(self.kernels[key], grid, (*arguments, spec))
+    def _run(self, launcher: type[Launcher]) -> Callable[..., Emulated]:
+        """Replaces the backend's function that makes a run."""
+
+        def run(kernel: Any, grid: int, arguments: tuple[Any, ...], spec: Any) -> Emulated:
+            key = kernel, spec
+            if key not in self.kernels:
+                self.kernels[key] = launcher(self, kernel, spec)
+            return Emulated(self.kernels[key], grid, arguments)
+
+        return run
 
     @staticmethod
     def _is_marked(arguments: dict[str, Any]) -> bool:
@@ -164,23 +199,20 @@ class Harness:
         marks = arguments["counters"][:, [which.value for which in (MEASURE_LEFT, DOT_LEFT, TILES_LEFT)]]
         return bool(marks.any())
 
-    def launch(self, it: Launcher, grid: tuple[int, ...], *arguments: Any) -> None:
+    def launch(self, it: Launcher, grid: int, arguments: tuple[Any, ...]) -> None:
         """Runs a kernel to its end and keeps what was found."""
         chosen, chance = self.schedule, self.chance
-        named = dict(zip(it.names, arguments, strict=True))
+        named = dict(zip(ARGUMENTS, arguments, strict=False))
         if it.name.startswith("redo") and not chosen.idle_redo and not self._is_marked(named):
             return
         it.compile(arguments)
         memory = emulator.Memory()
         values: list[int | float | bytes] = []
-        for i, (name, argument) in enumerate(zip(it.names, arguments, strict=True)):
-            if it.signature[name] == "constexpr":
-                continue
+        for name, argument in named.items():
             if isinstance(argument, torch.Tensor):
                 memory.add(name, argument, writable=name in WRITTEN)
-                value = argument.data_ptr()
-                assert (i,) not in it.attributes or value % 16 == 0, f"{it.label}: {name} is compiled as aligned"
-                values.append(value)
+                values.append(argument.data_ptr())
+                it.check(name, values[-1])
             else:
                 values.append(argument)
         tensors = self._tensors[named["addresses"].data_ptr()]
@@ -188,7 +220,7 @@ class Harness:
             memory.add(name, tensor, writable=writable)
         scratch = len(it.kernel.module.parameters) - len(values)  # Triton's own, of which there is none
         outcome = it.kernel.launch(
-            grid,
+            (grid,),
             [*values, *[0] * scratch],
             memory,
             block=(WARP * it.warps,),
@@ -215,25 +247,69 @@ def decoded(ptx: str) -> emulator.Kernel:
 
 
 class Launcher:
-    """A kernel that is compiled when it is launched first, as Triton's are: ``launcher[grid](*arguments)``."""
+    """A kernel that is compiled when it is launched first.
 
-    def __init__(self, harness: Harness, kernel: Any, spec: Any) -> None:
-        self.harness, self.names, self.name = harness, kernel.arg_names, kernel.__name__
+    Attributes:
+        name: the kernel's name.
+        shared, warps: bytes of dynamic shared memory, and warps of a CTA.
+    """
+
+    kernel: emulator.Kernel
+    shared: int
+    warps: int
+
+    def __init__(self, harness: Harness, source: Any, spec: Any) -> None:
+        self.harness, self.source, self.spec = harness, source, spec
+        self.name = source if isinstance(source, str) else source.__name__
         self.label = " ".join([self.name, *(str(getattr(value, "value", value)) for value in spec)])
-        self.spec = spec
-        self._source = kernel
-        self._compiled: Any = None
+
+    def ptx(self, arguments: tuple[Any, ...]) -> str:
+        """Compiles the kernel for these arguments, and sets the attributes."""
+        raise NotImplementedError
 
     def compile(self, arguments: tuple[Any, ...]) -> None:
-        if self._compiled is not None:
-            return
-        self._compiled = compiled = backend.compile_kernel(self._source, arguments[:-1], self.spec)
-        self.signature, self.attributes = compiled.src.signature, compiled.src.attrs
-        self.shared, self.warps = compiled.metadata.shared, compiled.metadata.num_warps
-        self.kernel = decoded(self.harness.transform(self.name, compiled.asm["ptx"]))
+        if not hasattr(self, "kernel"):
+            self.kernel = decoded(self.harness.transform(self.name, self.ptx(arguments)))
 
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return partial(self.harness.launch, self, grid)
+    def check(self, name: str, address: int) -> None:
+        """Raises AssertionError if the compiled code takes more for granted of an argument than it is."""
+
+
+class TritonLauncher(Launcher):
+    def ptx(self, arguments: tuple[Any, ...]) -> str:
+        assert self.source.arg_names[:-1] == [*ARGUMENTS[: len(arguments)]]
+        compiled = backend.compile_kernel(self.source, arguments, self.spec)
+        self._aligned = {self.source.arg_names[i] for i, *_ in compiled.src.attrs}
+        self.shared, self.warps = compiled.metadata.shared, compiled.metadata.num_warps
+        return str(compiled.asm["ptx"])
+
+    def check(self, name: str, address: int) -> None:
+        assert name not in self._aligned or address % 16 == 0, f"{self.label}: {name} is compiled as aligned"
+
+
+class NvrtcLauncher(Launcher):
+    shared, warps = 0, cuda._THREADS // WARP
+
+    def ptx(self, arguments: tuple[Any, ...]) -> str:
+        return nvrtc_ptx(self.name, self.spec, self.harness.schedule.capability)
+
+
+class Emulated(NamedTuple):
+    """A launch: :class:`fused_adamp.backends.device.Run`."""
+
+    kernel: Launcher
+    grid: int
+    arguments: tuple[Any, ...]
+
+    def start(self) -> None:
+        self.kernel.harness.launch(self.kernel, self.grid, self.arguments)
+
+
+@cache
+def nvrtc_ptx(kernel: str, spec: cuda.Spec, capability: int) -> str:
+    """The PTX of a kernel of csrc/cuda_step.cu."""
+    macros = [f"{name}={value}" for name, value in cuda.options(kernel, spec).items()]
+    return compiler.made(cuda.source(), "cuda_step.cu", *macros, target=f"compute_{capability}").ptx
 
 
 class _Driver:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from harness import BACKEND
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -79,7 +80,7 @@ def pair(make: type[ProjectedOptimizer], params: Sequence[Parameter], **options:
     theirs = [Parameter(p.detach().clone()) for p in params]
     for p, other in zip(params, theirs, strict=True):
         other.grad = None if p.grad is None else p.grad.clone()
-    return make(params, **options, backend="triton"), make(theirs, **options, backend="reference")  # type: ignore[call-arg]
+    return make(params, **options, backend=BACKEND), make(theirs, **options, backend="reference")  # type: ignore[call-arg]
 
 
 def params_of(optimizer: ProjectedOptimizer) -> list[Parameter]:

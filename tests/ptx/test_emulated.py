@@ -1,30 +1,36 @@
-"""Runs the files emulated_*.py under each plan, side by side."""
+"""Runs the files emulated_*.py for each GPU backend under each plan, two processes side by side."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
+import compiler
 import emulator
 import pytest
 from each_plan import PLANS, under_each_plan
+from harness import EMULATED
 
 from fused_adamp.backends import triton
 
-REASON = emulator.unavailable() or triton.load()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=f"{REASON}; no compiled kernel was run")
-
 FILES = sorted(map(str, Path(__file__).parent.glob("emulated_*.py")))
+COMPILERS = {"triton": triton.load, "cuda": compiler.unavailable}
+"""By backend, the function that says why its compiler is not here."""
 
 
-@pytest.fixture(scope="module")
-def sessions() -> dict[str, tuple[int, str]]:
+@cache
+def sessions(backend: str) -> dict[str, tuple[int, str]]:
     """Per plan, pytest's exit status and output."""
-    return under_each_plan("-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES, interpreted=False)
+    arguments = "-m", "pytest", "-q", "-p", "no:cacheprovider", *FILES
+    return under_each_plan(*arguments, interpreted=False, environment={EMULATED: backend})
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_compiled_kernels_in_the_emulator(plan: str, sessions: dict[str, tuple[int, str]]) -> None:
-    status, output = sessions[plan]
+@pytest.mark.parametrize("backend", COMPILERS)
+def test_compiled_kernels_in_the_emulator(backend: str, plan: str) -> None:
+    if reason := emulator.unavailable() or COMPILERS[backend]():
+        pytest.skip(f"{reason}; no compiled kernel was run")
+    status, output = sessions(backend)[plan]
     print(output)
     assert status == 0, output
     assert " passed" in output, output

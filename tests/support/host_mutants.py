@@ -366,11 +366,11 @@ CPU_BACKEND = (
     Mutant(
         "the same chance in each step",
         "csrc/cpu_plan.cpp",
-        "make_key(uint64_t((*x.seed)++), x.key)",
-        "make_key(uint64_t(*x.seed), x.key)",
+        "step_key((*x.seed)++)",
+        "step_key(*x.seed)",
         (PRECISION,),
     ),
-    Mutant("another hash", "csrc/cpu_plan.cpp", "z ^= z >> 31;", "z ^= z >> 30;", (PRECISION,)),
+    Mutant("another hash", "csrc/precision.h", "return z ^ z >> 31;", "return z ^ z >> 30;", (PRECISION,)),
     Mutant(
         "a gradient that lies otherwise",
         "csrc/cpu_bind.cpp",
@@ -417,8 +417,8 @@ CPU_BACKEND = (
     Mutant(
         "|p| without eps",
         "csrc/algorithm.h",
-        "const double norm = std::sqrt(pp) + eps;",
-        "const double norm = std::sqrt(pp);",
+        "const T norm = sqrt(pp) + eps;",
+        "const T norm = sqrt(pp);",
         (LIMITS, ORACLE, TABLE),
     ),
     Mutant(
@@ -440,12 +440,14 @@ CPU_BACKEND = (
     ),
     Mutant(
         "a remainder of zero",
-        "csrc/storage.h",
+        "csrc/precision.h",
         "return ((magnitude(bits) == 0) & ((rest >> 31) != 0)) ? bits : bits + rest;",
         "return bits + rest;",
         (PRECISION,),
     ),
-    Mutant("ties the other way", "csrc/storage.h", "bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x8000", (PRECISION,)),
+    Mutant(
+        "ties the other way", "csrc/precision.h", "bits + 0x7fff + ((bits >> 16) & 1)", "bits + 0x8000", (PRECISION,)
+    ),
     Mutant(
         "float16 below its range",
         "csrc/storage.h",
