@@ -31,6 +31,11 @@ def _wheel(directory: Path, **environment: str) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
+def _texts(names: list[str], folder: Path) -> str:
+    """The sources of the CUDA kernels, one after the other."""
+    return "".join((folder / name).read_text() for name in names if "/csrc/" in name)
+
+
 def test_without_a_compiler_the_reference_works_and_one_warning_says_how_to_get_the_fast_path(tmp_path: Path) -> None:
     with _wheel(tmp_path, CC="/nonexistent", CXX="/nonexistent") as wheel:
         names = wheel.namelist()
@@ -38,6 +43,8 @@ def test_without_a_compiler_the_reference_works_and_one_warning_says_how_to_get_
     assert not [name for name in names if name.endswith((".so", ".pyd"))]
     assert {"fused_adamp/py.typed", "fused_adamp/kernels/__init__.py"} <= set(names)
     assert not [name for name in names if name.startswith(("kernels/", "tests/", "bench/", "csrc/"))]
+    included = re.findall(r'^#include "(.*)"$', _texts(names, tmp_path / "site"), flags=re.MULTILINE)
+    assert {Path(name).name for name in names if "/csrc/" in name} == {"cuda_step.cu", *included}
     script = """
 import torch, fused_adamp, warnings
 p = torch.nn.Parameter(torch.ones(2, 3)); p.grad = torch.ones(2, 3)
@@ -45,6 +52,8 @@ with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):
         fused_adamp.AdamP([p]).step(); fused_adamp.SGDP([p], lr=0.1).step()
+from fused_adamp.backends import cuda
+assert '#include "' not in cuda.source()
 print(fused_adamp.__file__, p.detach().sum().item() < 6, [str(w.message) for w in caught])
 """
     # -S keeps the editable installation's finder out; torch comes from where this interpreter has it.
