@@ -55,8 +55,8 @@ bench-smoke: $(VENV)/bench.done build  ## both benchmarks' machinery on tiny sha
 	$(BIN)/python -m bench.report out/bench-smoke.json
 	$(BIN)/python -m bench.sharded --smoke
 
-gpu:  ## on a CUDA machine: build, GPU tests, benchmark and profile in nine minutes, with the python at hand [OUT=folder]
-	$(PYTHON) -m bench.gpu $(if $(OUT),--out "$(OUT)")
+gpu:  ## on a CUDA machine: build, GPU tests, benchmark and profile in nine minutes, with the python at hand [OUT=folder QUICK=1]
+	$(PYTHON) -m bench.gpu $(if $(OUT),--out "$(OUT)") $(if $(QUICK),--quick)
 
 gpu-dry-run: $(VENV)/test.done build  ## the same command's machinery on the CPU, in Triton's interpreter
 	$(BIN)/python -m bench.gpu --dry-run

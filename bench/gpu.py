@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command and within its minutes: build, GPU tests, benchmark, DRAM traffic.
 
-    python -m bench.gpu [--dry-run] [--out bench/results] [--minutes 9] [--commit HASH]
+    python -m bench.gpu [--quick] [--dry-run] [--out bench/results] [--minutes 9] [--commit HASH]
 
-Needs torch, Triton and rich; no network and no installation. What is not there (a compiler, pytest, ncu, matplotlib,
-clovaai's adamp) is left out and named. ``--dry-run`` runs the same code on a CPU, on a few small tensors in Triton's
+Needs torch, Triton and rich; no network and no installation. What is not there (cuda-core, a compiler, pytest, ncu,
+matplotlib, clovaai's adamp, pytorch_optimizer) is left out and named. ``--quick`` takes one model in float32 and the
+smallest tests, in four minutes. ``--dry-run`` runs the same code on a CPU, on a few small tensors in Triton's
 interpreter, and writes into a temporary folder: what it times means nothing.
 """
 
@@ -26,7 +27,7 @@ import xml.etree.ElementTree as ElementTree
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
@@ -39,7 +40,8 @@ import fused_adamp
 from bench import harness, report
 from bench.harness import ADAM, ROOT, SGD, Contestant, Dtypes, Family, Row, Side, making, seconds
 from bench.workloads import WORKLOADS, gradient
-from fused_adamp.backends import jobs
+from fused_adamp.backends import BACKENDS, jobs
+from fused_adamp.backends import cuda as cuda_backend
 from fused_adamp.backends import triton as triton_backend
 from fused_adamp.reference import Decision
 
@@ -48,9 +50,12 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+RUNS = {"triton": triton_backend._Run, "cuda": cuda_backend._Run}
+"""By backend, the class of its launches."""
 MODELS = ("resnet50", "vit_b16", "gpt2", "llama_1b", "llama_8b_layer")
-CLOVAAI_MODELS = ("resnet50", "gpt2", "dry_run")
-"""clovaai's step takes some thirty launches per tensor: two models show what is to be shown."""
+QUICK_MODELS = ("gpt2",)
+RIVALS_MODELS = ("resnet50", "gpt2", "dry_run")
+"""The rivals' steps take some thirty launches per tensor: two models show what is to be shown."""
 PROFILED = (("vit_b16", "fp32"), ("llama_8b_layer", "fp32"), ("vit_b16", "bf16"))
 """Workload and dtype whose DRAM traffic ncu counts, as far as time allows: it takes about half a minute for each."""
 
@@ -66,6 +71,8 @@ GROUP_SECONDS = 20.0
 """The least time in which the optimizers of one group are set up, compiled and measured."""
 GRACE_SECONDS = 30.0
 """For a command whose time ran out to end by itself, at most: pytest-xdist alone waits 10 s for its processes."""
+QUICK_TESTS = "(equals_the_reference and float32 and contiguous) or small_model or runs or clipped"
+"""pytest's expression for the tests of a quick run."""
 FAILED_TESTS = 20
 """As many of them, at most, are in the results with the end of their tracebacks; the log has all."""
 
@@ -81,9 +88,10 @@ def main() -> int:
         default=Path("bench/results"),
         help="folder for <device>-<date>-<commit>.json, .png and -tests.log",
     )
-    parser.add_argument("--minutes", type=float, default=9, help="after which the rest is left out (default: 9)")
+    parser.add_argument("--quick", action="store_true", help="one model in float32 and the smallest tests")
+    parser.add_argument("--minutes", type=float, help="after which the rest is left out (default: 9, quick 4)")
     parser.add_argument("--commit", help="what is measured, where there is no git repository to ask")
-    parser.add_argument("--steps-only", nargs=3, help=argparse.SUPPRESS)  # what runs under ncu: see dram_bytes
+    parser.add_argument("--steps-only", nargs=4, help=argparse.SUPPRESS)  # what runs under ncu: see dram_bytes
     arguments = parser.parse_args()
     if arguments.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
@@ -98,7 +106,8 @@ def main() -> int:
         step_each(machine, *arguments.steps_only)
         return 0
     out = Path(tempfile.mkdtemp(prefix="bench-gpu-")) if arguments.dry_run else arguments.out
-    return Session(machine, arguments.minutes, out, arguments.commit).run()
+    minutes = arguments.minutes or (4 if arguments.quick else 9)
+    return Session(machine, minutes, out, arguments.commit, quick=arguments.quick).run()
 
 
 # The two machines.
@@ -248,24 +257,40 @@ class PlannedSide(Side):
         return self.contestant.dtypes.bytes_per_param(moments, split=self.plan == "split", clip_passes=passes)
 
 
-def sides_of(field: Field, workload: str, name: str, device: torch.device) -> Iterator[PlannedSide]:
-    """The peer first, where it can keep such state, then ours under both plans, then clovaai's."""
+def backends_on(device: torch.device) -> list[str]:
+    """Our backends that run on the device."""
+    return [backend.name for backend in BACKENDS if backend.name in RUNS and backend.unavailable(device) is None]
+
+
+def sides_of(
+    field: Field, workload: str, name: str, device: torch.device, backends: Sequence[str]
+) -> Iterator[PlannedSide]:
+    """The peer first, where it can keep such state, then ours by each backend under both plans, then rivals."""
     dtypes, shapes = DTYPES[name], list(WORKLOADS[workload].shapes())
     if dtypes.state is None:  # torch's fused optimizers keep state in the weights' dtype only
         peer = making(getattr(torch.optim, field.peer), **field.options, fused=True)
         contestant = Contestant(f"torch.{field.peer}", "fused", field.family, peer, dtypes=dtypes)
         yield PlannedSide(contestant, None, shapes, device)
-    ours = making(getattr(fused_adamp, field.ours), **field.options, **dtypes.options, backend="triton")
-    contestant = Contestant(
-        f"fused_adamp.{field.ours}", "triton", field.family, ours, clip=harness.our_clip, dtypes=dtypes
-    )
-    for plan in ("one_pass", "split"):
-        yield PlannedSide(contestant, plan, shapes, device)
-    if field.ours == "AdamP" and workload in CLOVAAI_MODELS and name == "fp32" and find_spec("adamp"):
-        import adamp
+    for backend in backends:
+        ours = making(getattr(fused_adamp, field.ours), **field.options, **dtypes.options, backend=backend)
+        contestant = Contestant(
+            f"fused_adamp.{field.ours}", backend, field.family, ours, clip=harness.our_clip, dtypes=dtypes
+        )
+        for plan in ("one_pass", "split"):
+            yield PlannedSide(contestant, plan, shapes, device)
+    if field.ours == "AdamP" and workload in RIVALS_MODELS and name == "fp32":
+        if find_spec("adamp"):
+            import adamp
 
-        contestant = Contestant("clovaai.AdamP", "forloop", field.family, making(adamp.AdamP, **field.options))
-        yield PlannedSide(contestant, None, shapes, device)
+            contestant = Contestant("clovaai.AdamP", "forloop", field.family, making(adamp.AdamP, **field.options))
+            yield PlannedSide(contestant, None, shapes, device)
+        if find_spec("pytorch_optimizer"):
+            import pytorch_optimizer
+
+            make = making(pytorch_optimizer.AdamP, **field.options, foreach=True)
+            yield PlannedSide(
+                Contestant("pytorch_optimizer.AdamP", "foreach", field.family, make), None, shapes, device
+            )
 
 
 class Session:
@@ -275,8 +300,10 @@ class Session:
         found: the results, complete as far as they go at any time, so that they can be written when time runs out.
     """
 
-    def __init__(self, machine: Machine, minutes: float, out: Path, commit: str | None) -> None:
+    def __init__(self, machine: Machine, minutes: float, out: Path, commit: str | None, *, quick: bool = False) -> None:
         self.machine = machine
+        self.quick = quick
+        self.backends = backends_on(machine.device)
         self._seconds = 60 * minutes
         self._begin = time.monotonic()
         self._writing = threading.Lock()
@@ -290,6 +317,7 @@ class Session:
             "build": None,
             "tests": None,
             "profile": None,
+            "fastest": [],
             "left_out": [],
             "failures": [],
             "rows": [],
@@ -299,14 +327,14 @@ class Session:
 
     def run(self) -> int:
         console.print(
-            f"{self.found['device']}, torch {self.found['torch']}, Triton {self.found['triton']}, "
-            f"{self._seconds / 60:g} minutes"
+            f"{self.found['device']}, torch {self.found['torch']} with CUDA {self.found['cuda']}, "
+            f"Triton {self.found['triton']}, {self._seconds / 60:g} minutes"
         )
         # A kernel that never ends cannot be interrupted from Python: what was found until then is written all the same.
         watchdog = threading.Timer(self._seconds, self._give_up)
         watchdog.daemon = True
         watchdog.start()
-        for stage in (self.build, self.test, self.benchmark, self.profile):
+        for stage in (self.build, self.test, self.benchmark, *([] if self.quick else [self.profile])):
             self.say(f"[bold]{stage.__name__}")
             try:
                 stage()
@@ -411,6 +439,7 @@ class Session:
             # Warnings are the machine's own, of versions that nobody chose. A stack names a test that hangs; and once a
             # kernel has broken a process's CUDA context, every later test in that process fails.
             options = ["-q", "-W", "default", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=60", "--maxfail=50"]
+            options += ["-k", QUICK_TESTS] if self.quick else []
             command = [sys.executable, "-m", "pytest", "tests/gpu", *options, *parallel, f"--junit-xml={report}"]
             limit = min(TESTS_SHARE * self._seconds, self.left())
             log = self._path.with_name(f"{self._path.stem}-tests.log")
@@ -439,17 +468,23 @@ class Session:
 
         self.found["copy_gbps"] = harness.copy_gbps(clock, self.machine.copied, self.machine.device)
         self.say(f"copy {self.found['copy_gbps']:.0f} GB/s")
-        if find_spec("adamp") is None:
-            self.leave_out("clovaai.AdamP", "adamp is missing")
-        reserve = 0 if self.machine.dry or not shutil.which("ncu") else PROFILE_SHARE * self._seconds
-        for name in DTYPES:
-            for workload in ("dry_run",) if self.machine.dry else MODELS:
-                for field in FIELDS[: 1 if self._brief(name) else None]:
+        for package in ("adamp", "pytorch_optimizer"):
+            if find_spec(package) is None:
+                self.leave_out(package, "it is missing")
+        for backend in BACKENDS:
+            if backend.name in RUNS and (reason := backend.unavailable(self.machine.device)):
+                self.leave_out(f"backend {backend.name}", reason)
+        profiles = not self.quick and not self.machine.dry and shutil.which("ncu")
+        reserve = PROFILE_SHARE * self._seconds if profiles else 0
+        for name in ["fp32"] if self.quick else DTYPES:
+            for workload in ("dry_run",) if self.machine.dry else QUICK_MODELS if self.quick else MODELS:
+                for field in FIELDS[: 1 if self.quick or self._brief(name) else None]:
                     what = f"{workload} {name} {field.ours}"
                     if self.left() - reserve < GROUP_SECONDS:
                         self.leave_out(what, "no time left")
                         continue
                     self._measured(what, field, workload, name)
+                    self.found["fastest"] = fastest(self.found["rows"])
                     self.write()
                     gc.collect()
                     if self.machine.device.type == "cuda":
@@ -462,7 +497,7 @@ class Session:
     def _measured(self, what: str, field: Field, workload: str, dtypes: str) -> None:
         """The rows of a group, or why there are none."""
         try:
-            sides = list(sides_of(field, workload, dtypes, self.machine.device))
+            sides = list(sides_of(field, workload, dtypes, self.machine.device, self.backends))
             for case in field.cases[: 1 if self._brief(dtypes) else None]:
                 for side in sides:
                     side.set_gradients(case)
@@ -486,7 +521,7 @@ class Session:
         """DRAM traffic as ncu counts it, into the rows it belongs to."""
         ncu = shutil.which("ncu")
         if self.machine.dry:
-            status, output = self.call(_steps_only("dry_run", "fp32", "AdamP", dry=True), self.left())
+            status, output = self.call(_steps_only("dry_run", "fp32", "AdamP", "triton", dry=True), self.left())
             if status != 0:
                 self.fail("profile", output)
             self.leave_out("DRAM traffic", "a dry run has no GPU")
@@ -499,12 +534,12 @@ class Session:
             options = ["--profile-from-start", "off", "--clock-control", "none", "--cache-control", "none"]
             options += ["--csv", "--print-units", "base"]
             for workload, dtype in PROFILED:
-                for field in FIELDS:
-                    what = f"DRAM traffic of {workload} {dtype} {field.ours}"
+                for field, backend in product(FIELDS, self.backends):
+                    what = f"DRAM traffic of {workload} {dtype} {field.ours} {backend}"
                     if self.left() < 2 * GROUP_SECONDS:
                         self.leave_out(what, "no time left")
                         continue
-                    command = [ncu, "--metrics", metrics, *options, *_steps_only(workload, dtype, field.ours)]
+                    command = [ncu, "--metrics", metrics, *options, *_steps_only(workload, dtype, field.ours, backend)]
                     status, output = self.call(command, self.left() - GROUP_SECONDS)
                     counted = dram_bytes(output) if status == 0 else {}
                     if not counted:
@@ -513,17 +548,19 @@ class Session:
                         )
                         if status is not None:
                             return  # nor will it the next time
-                    self._put(workload, dtype, field, counted)
+                    self._put(workload, dtype, field, backend, counted)
 
-    def _put(self, workload: str, dtype: str, field: Field, counted: dict[str | None, float]) -> None:
+    def _put(self, workload: str, dtype: str, field: Field, backend: str, counted: dict[str | None, float]) -> None:
         wanted = {"workload": workload, "dtype": dtype, "case": "none", "clip": False}
         names = {f"fused_adamp.{field.ours}", f"torch.{field.peer}"}
         for row in self.found["rows"]:
+            if row["backend"] not in (backend, "fused"):
+                continue
             if wanted.items() <= row.items() and row["optimizer"] in names and row["plan"] in counted:
                 row["dram_bytes_per_param"] = counted[row["plan"]] / row["params"]
                 self.found["profile"] = "ncu"
                 traffic = f"{row['dram_bytes_per_param']:.2f} bytes per parameter"
-                self.say(f"{workload} {dtype} {row['optimizer']} {row['plan'] or ''}: {traffic} through DRAM")
+                self.say(f"{workload} {dtype} {report.gpu_side(row)}: {traffic} through DRAM")
 
     # What is shown.
 
@@ -543,16 +580,11 @@ class Session:
 
         figure, (ratios, bandwidth) = pyplot.subplots(2, 1, figsize=(10, 8), sharex=True, layout="constrained")
         groups = list(dict.fromkeys((row["workload"], row["dtype"]) for row in rows))
-        series = list(dict.fromkeys((row["optimizer"], row["plan"]) for row in rows))
+        series = list(dict.fromkeys(map(report.gpu_side, rows)))
         width = 0.8 / len(series)
-        for number, (optimizer, plan) in enumerate(series):
-            mine = {
-                (row["workload"], row["dtype"]): row
-                for row in rows
-                if (row["optimizer"], row["plan"]) == (optimizer, plan)
-            }
+        for number, label in enumerate(series):
+            mine = {(row["workload"], row["dtype"]): row for row in rows if report.gpu_side(row) == label}
             at = [groups.index(group) + width * (number + 0.5) - 0.4 for group in mine]
-            label = f"{optimizer}, {plan}"
             ratios.bar(at, [report.gpu_ratio(row) or float("nan") for row in mine.values()], width, label=label)
             bandwidth.bar(at, [row["gbps"] for row in mine.values()], width, label=label)
         ratios.axhline(1, color="black", linewidth=1)
@@ -619,26 +651,38 @@ def _launches(side: PlannedSide, clip: bool) -> int:
         launched += 1
         start(run)
 
-    start = triton_backend._Run.start
+    runs = RUNS[side.contestant.backend]
+    start = runs.start
     side.force_plan()
-    with mock.patch.object(triton_backend._Run, "start", counting):
+    with mock.patch.object(runs, "start", counting):
         side.step(clip)
     return launched
+
+
+def fastest(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Of ours, the fastest backend and plan for each model, its number of elements, and dtype: the default there."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = row["workload"], row["dtype"], row["optimizer"], row["case"], row["clip"]
+        if row["plan"] and (key not in found or row["ms_p50"] < found[key]["ms_p50"]):
+            found[key] = row
+    names = "workload", "params", "dtype", "optimizer", "case", "clip", "backend", "plan", "ms_p50"
+    return [{name: row[name] for name in names} for row in found.values()]
 
 
 # DRAM traffic: this module again, under ncu.
 
 
-def _steps_only(workload: str, dtypes: str, ours: str, dry: bool = False) -> list[str]:
+def _steps_only(workload: str, dtypes: str, ours: str, backend: str, dry: bool = False) -> list[str]:
     dry_run = ["--dry-run"] if dry else []
-    return [sys.executable, "-m", "bench.gpu", *dry_run, "--steps-only", workload, dtypes, ours]
+    return [sys.executable, "-m", "bench.gpu", *dry_run, "--steps-only", workload, dtypes, ours, backend]
 
 
-def step_each(machine: Machine, workload: str, dtypes: str, ours: str) -> None:
-    """Steps torch's optimizer and ours under both plans; ncu looks at the last step of each."""
+def step_each(machine: Machine, workload: str, dtypes: str, ours: str, backend: str) -> None:
+    """Steps torch's optimizer and ours under both plans of a backend; ncu looks at the last step of each."""
     (field,) = (field for field in FIELDS if field.ours == ours)
-    sides = list(sides_of(field, workload, dtypes, machine.device))
-    sides = [side for side in sides if side.contestant.backend != "forloop"]
+    sides = list(sides_of(field, workload, dtypes, machine.device, [backend]))
+    sides = [side for side in sides if side.contestant.backend in (backend, "fused")]
     for side in sides:
         side.set_gradients(Decision.NONE)
         side.force_plan()

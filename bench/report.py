@@ -260,7 +260,8 @@ def machine_line(found: dict[str, Any]) -> str:
 
 
 def gpu_side(row: Row) -> str:
-    return " ".join(filter(None, (row["optimizer"], row["plan"], "clip" * row["clip"])))
+    backend = row["backend"] if row["plan"] else None
+    return " ".join(filter(None, (row["optimizer"], backend, row["plan"], "clip" * row["clip"])))
 
 
 def gpu_ratio(row: Row) -> float | None:

@@ -83,9 +83,13 @@ __device__ void prepare(const Memory& a, int block, bool counts) {
 
 // Sums.
 
-// Adds up one row of a tile. The sums are those of ROW_SHARES.
+// The sums of a row that are needed: of ROW_SHARES, p.u only for other ranks.
 template <bool sharing>
-__device__ void add_row(const Tile& t, const Team& team, int row, double (&s)[4]) {
+constexpr int row_sums = sharing ? 4 : 3;
+
+// Adds up one row of a tile.
+template <bool sharing>
+__device__ void add_row(const Tile& t, const Team& team, int row, double (&s)[row_sums<sharing>]) {
   for (int start = 0; start < t.cols; start += team.size * width * at_once) {
     Numbers<width> x[at_once];
 #pragma unroll
@@ -108,7 +112,8 @@ __device__ void add_row(const Tile& t, const Team& team, int row, double (&s)[4]
         s[1] = fma(g, g, s[1]);
         s[2] = fma(p, p, s[2]);
       }
-      if (sharing && (b.need & need_dot)) {
+      if constexpr (sharing) {
+        if (!(b.need & need_dot)) continue;
         x[k].load_state(t, row * t.cols + c);
         x[k].advance();
 #pragma unroll
@@ -129,11 +134,12 @@ __device__ void sum_tile(const Memory& a, int64_t index) {
   const Test test(b.scalars.delta, b.scalars.eps, true);
   for (int begin = 0; begin < t.rows; begin += team.rows) {
     const int row = begin + team.row;
-    double s[4] = {0, 0, 0, 0};
+    double s[row_sums<sharing>] = {};
     if (row < t.rows) add_row<sharing>(t, team, row, s);
     team.sum(s);
     if (team.lane == 0 && row < t.rows) {
-      for (int i = 0; i < 4; ++i) b.rows[row][i] = s[i];
+      for (int i = 0; i < row_sums<sharing>; ++i) b.rows[row][i] = s[i];
+      if (!sharing) b.rows[row][3] = 0;
     }
   }
   __syncthreads();
@@ -147,8 +153,17 @@ __device__ void sum_tile(const Memory& a, int64_t index) {
     if (sharing && b.row.sharing == Sharing::split && b.row.row_segments == 1)
       put_needed(s, b.need, b.parts.row_shares + t.row + row);
   }
-  combine<Larger>(peaks);
-  combine<Plus>(total);
+  // The rows are those of the first threads. Warps without a row have nothing to combine.
+  if (thread() / 32 * 32 < t.rows) {
+    combine_lanes<Larger>(peaks, 32);
+    combine_lanes<Plus>(total, 32);
+  }
+  if (t.rows > 32) {
+    combine_warps<Larger>(peaks);
+    combine_warps<Plus>(total);
+  } else {
+    __syncthreads();  // the next tile's rows take the place of these
+  }
   if (thread() == 0) a.sums[index] = {-peaks[0], peaks[1], sums_of(total)};
 }
 
