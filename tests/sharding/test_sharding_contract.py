@@ -145,6 +145,14 @@ def clip(max_norm: float, everywhere: bool = True) -> Callable[[Run], None]:
     return call
 
 
+def max_grad_norm(value: float, elsewhere: float | None) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        for group in run.optimizer.param_groups:
+            group["max_grad_norm"] = value if odd() else elsewhere
+
+    return change
+
+
 DIFFERENCES: dict[str, tuple[Callable[[Run], None], list[str]]] = {
     "fewer parameters": (fewer_parameters, ["shape"]),
     "other order": (other_order, ["shape"]),
@@ -153,6 +161,8 @@ DIFFERENCES: dict[str, tuple[Callable[[Run], None], list[str]]] = {
     "other delta": (other(1, delta=0.7), ["group 1: delta=0.1", "delta=0.7"]),
     "other projection": (other(1, projection="layer"), ["projection='auto'", "projection='layer'"]),
     "other max_norm": (clip(2.0), ["1.0", "2.0"]),
+    "other max_grad_norm": (max_grad_norm(2.0, 1.0), ["max_grad_norm=1.0", "max_grad_norm=2.0"]),
+    "max_grad_norm on some": (max_grad_norm(2.0, None), ["max_grad_norm=None", "max_grad_norm=2.0"]),
     "clips alone": (clip(1.0, everywhere=False), ["clip"]),
     "one group more": (one_group_more, ["parameter 'added'"]),
 }
