@@ -168,7 +168,9 @@ class ProjectedOptimizer(Optimizer):
     def _move(self) -> tuple[list[Batch], Tensor | None]:
         """Writes weights and state. Returns this step's batches and :attr:`grad_norm`."""
         memory = self._memory
-        batches = [] if traces_fakes() else gather_or_withdraw(self)
+        # Before the first step a backend may take the norm in another way: state is made after it, as after a call.
+        unclipped = all(group["max_grad_norm"] is None for group in self.param_groups)
+        batches = [] if traces_fakes() else gather_or_withdraw(self, make_state=unclipped)
         limit, norm = max_grad_norm_of(self.param_groups), None
         if traces_fakes() or memory.has_fakes:
             norm = None if limit is None else clipping.norm_of_fakes(self, 2.0, False)
@@ -176,6 +178,8 @@ class ProjectedOptimizer(Optimizer):
         elif limit is not None and memory.clipping is None:
             unscaled = clipping.unscale_of(self) is not None
             memory.clipping = clipping.clip(self, batches, limit, 2.0, unscaled=unscaled, in_step=True)
+        if not all(batch.has_state for batch in batches):
+            batches = gather_or_withdraw(self)
         given = batches
         if memory.exchange is None:
             batches = clipping.scaled(self, batches)
