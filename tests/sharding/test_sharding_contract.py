@@ -265,6 +265,26 @@ def test_a_rank_whose_rows_do_not_fit_tells_the_others() -> None:
     run(2, fail_with_rows_that_do_not_fit)
 
 
+def fail_with_a_bad_limit(layout: str) -> None:
+    """Of one rank, in a step and in a call; the others do not wait for ever."""
+    pair = Pair(layout, "AdamP", "even", **BACKEND)
+    pair.steps(1)
+    groups = pair.sharded.optimizer.param_groups
+    for act in (pair.sharded.optimizer.step, lambda: pair.sharded.optimizer.clip_grad_norm_(1.0)):
+        pair.give()
+        groups[0]["max_grad_norm"] = -1.0 if odd() else None
+        error, words = (ValueError, "max_grad_norm=-1.0 is outside") if odd() else (RuntimeError, "another rank")
+        with pytest.raises(error, match=words):
+            act()
+    groups[0]["max_grad_norm"] = None
+    pair.steps(1)
+
+
+@TOLD
+def test_a_rank_with_a_bad_limit_tells_the_others(layout: str) -> None:
+    run(ranks_of(layout, "even"), fail_with_a_bad_limit, layout)
+
+
 # On a GPU nobody waits to read what the ranks have told.
 
 
