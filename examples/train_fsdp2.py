@@ -28,6 +28,7 @@ import sys
 import sysconfig
 import time
 from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,10 +74,11 @@ class Recipe(NamedTuple):
     weight_decay: float
 
 
+ADAM, SGD = {"betas": (0.9, 0.99)}, {"momentum": 0.9, "nesterov": True}
 RECIPES = {
-    "adamp": Recipe(lambda groups, lr: fused_adamp.AdamP(groups, lr=lr, betas=(0.9, 0.99)), 6e-3, 0.1),
-    "sgdp": Recipe(lambda groups, lr: fused_adamp.SGDP(groups, lr=lr, momentum=0.9, nesterov=True), 0.5, 1e-4),
-    "adamw": Recipe(lambda groups, lr: torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True), 6e-3, 0.1),
+    "adamp": Recipe(partial(fused_adamp.AdamP, **ADAM, max_grad_norm=MAX_NORM), 6e-3, 0.1),
+    "sgdp": Recipe(partial(fused_adamp.SGDP, **SGD, max_grad_norm=MAX_NORM), 0.5, 1e-4),
+    "adamw": Recipe(partial(torch.optim.AdamW, **ADAM, fused=True), 6e-3, 0.1),
 }
 
 
@@ -139,7 +141,7 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     matrices = [p for p in network.parameters() if p.ndim >= 2]
     vectors = [p for p in network.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return recipe.build(groups, recipe.lr)
+    return recipe.build(groups, lr=recipe.lr)
 
 
 class Text(NamedTuple):
@@ -203,11 +205,14 @@ def schedule(step: int, steps: int) -> float:
     return FLOOR + (1 - FLOOR) * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def clip_gradients(network: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
-    """Over all ranks; returns the norm before clipping."""
-    if isinstance(optimizer, (fused_adamp.AdamP, fused_adamp.SGDP)):
-        return optimizer.clip_grad_norm_(MAX_NORM)
+def clipped_step(network: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    """Clips over all ranks and steps; returns the norm before clipping."""
+    if isinstance(optimizer, (fused_adamp.AdamP, fused_adamp.SGDP)):  # built with max_grad_norm
+        optimizer.step()
+        assert optimizer.grad_norm is not None
+        return optimizer.grad_norm
     norm = nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+    optimizer.step()
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -334,8 +339,7 @@ def train(
             starts = torch.randint(len(text.train) - args.context, (args.batch,), generator=order)
             loss = loss_on_share(network, text.train, starts, args.context)
             (loss * dist.get_world_size()).backward()  # FSDP2 takes the mean over the ranks, this makes it the sum
-            norm = clip_gradients(network, optimizer)
-            optimizer.step()
+            norm = clipped_step(network, optimizer)
             optimizer.zero_grad()
             progress.advance(task)
 

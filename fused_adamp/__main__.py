@@ -1,75 +1,102 @@
-"""``python -m fused_adamp doctor``: what runs here and why. ``python -m fused_adamp verify``: is it right here."""
+"""Commands: what runs here (doctor), is it right here (verify), and how fast is it on your model (bench)."""
 
 from __future__ import annotations
 
 import argparse
-import platform
+import os
 import sys
-from collections import defaultdict
+from typing import TYPE_CHECKING, NoReturn
 
-import torch
+from fused_adamp.backends import ENVIRONMENT, check_name
+from fused_adamp.commands import RefusedError
+from fused_adamp.commands.bench import bench
+from fused_adamp.commands.doctor import doctor
+from fused_adamp.commands.verify import verify
 
-import fused_adamp
-from fused_adamp.backends import BACKENDS, ENVIRONMENT, available, choose
-from fused_adamp.backends.cpu import load
-from fused_adamp.verify import cases, check
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-
-def doctor() -> int:
-    """Prints versions, devices and, per device, which backend would run and why the others would not."""
-    print(f"fused_adamp  {fused_adamp.__version__}")
-    print(f"torch        {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"python       {platform.python_version()} on {platform.platform()}")
-    extension = load()
-    print(f"extension    {extension or 'loaded, runs ' + torch.ops.fused_adamp.instruction_set() + ' instructions'}")
-    for device in _devices():
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-        print(f"\n{device} ({name})")
-        chosen = choose(device, backend=None, fused=None, foreach=None)
-        for backend in BACKENDS:
-            reason = backend.unavailable(device)
-            verdict = reason or ("runs by default" if backend is chosen else f"runs with backend={backend.name!r}")
-            print(f"  {backend.name:<10} {verdict}")
-    print(f"\nThe environment variable {ENVIRONMENT} forces a backend by name.")
-    return 0
+__all__ = ["main"]
 
 
-def verify() -> int:
-    """Checks every available backend against the reference; prints the worst errors; 1 if any case fails."""
-    failed = 0
-    print(f"{len(cases())} cases per backend; worst error in units of the last place of the stored dtype\n")
-    print(f"{'device':<8} {'backend':<10} {'dtype':<10} {'tensor':<16} {'worst':>8} {'allowed':>8}")
-    for device in _devices():
-        for backend in available(device):
-            worst: defaultdict[tuple[torch.dtype, str, float], float] = defaultdict(float)
-            failures = []
-            for case in cases(backend.geometry(2, 1 << 30)[1]) if backend.fused else cases():
-                outcome = check(case, backend.name, device)
-                for tensor, error in outcome.error.items():
-                    place = case.dtype, tensor, outcome.allowed[tensor]
-                    worst[place] = max(worst[place], error)
-                if not outcome.passed():
-                    failures.append(f"FAILED {case}: {outcome}")
-            for (dtype, tensor, allowed), error in worst.items():
-                name = str(dtype).removeprefix("torch.")
-                print(f"{device!s:<8} {backend.name:<10} {name:<10} {tensor:<16} {error:8.2f} {allowed:8.2f}")
-            print("\n".join(failures), end="\n" if failures else "")
-            failed += len(failures)
-    print(f"\n{'FAILED' if failed else 'passed'}: {failed} failures")
-    return int(failed > 0)
+class _Parser(argparse.ArgumentParser):
+    """An error is one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
-def _devices() -> list[torch.device]:
-    return [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m fused_adamp", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="{doctor,verify,bench}", parser_class=_Parser)
+
+    def add(name: str, meaning: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False)
+
+    command = add("doctor", "versions, devices, which backend runs here and why the others do not")
+    command.add_argument("--json", action="store_true", help="the same as JSON")
+    command.set_defaults(run=lambda given: doctor(as_json=given.json))
+
+    command = add("verify", "compares every backend with the reference; exit code 1 on a wrong number")
+    extent = command.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="cases from all over the table, under 30 s (the default)")
+    extent.add_argument("--full", action="store_true", help="every case; says how long it will take")
+    command.set_defaults(run=lambda given: verify(full=given.full))
+
+    command = add("bench", "times steps on your model against torch's optimizer, in turns in one process")
+    command.add_argument(
+        "model", metavar="module:function", help="a function without arguments that returns the model or its parameters"
+    )
+    command.add_argument("--optimizer", choices=("adamp", "sgdp"), default="adamp", help="default adamp")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="OPTION=VALUE",
+        help="an option of the optimizer, such as weight_decay=0.01 or max_grad_norm=1.0; may be repeated",
+    )
+    command.add_argument("--device", default="cpu", help="where the model is moved; default cpu")
+    command.add_argument("--rounds", type=_positive, default=30, help="steps of each optimizer; default 30")
+    command.add_argument("--plot", metavar="FILE", help="write the chart to an image, by matplotlib")
+    command.set_defaults(
+        run=lambda given: bench(
+            given.model, given.optimizer, given.set, device=given.device, rounds=given.rounds, plot=given.plot
+        )
+    )
+    return parser
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m fused_adamp", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for command in (doctor, verify):
-        assert command.__doc__
-        commands.add_parser(command.__name__, help=command.__doc__).set_defaults(run=command)
-    status: int = parser.parse_args().run()
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 1")
+    return int(text)
+
+
+def _check_environment() -> None:
+    if forced := os.environ.get(ENVIRONMENT):
+        try:
+            check_name(forced, f"the environment variable {ENVIRONMENT}")
+        except ValueError as error:
+            raise RefusedError(error) from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Returns the exit code; 2 is a mistake of the caller's, 130 an interruption."""
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    try:
+        _check_environment()
+        status: int = given.run(given)
+        sys.stdout.flush()
+    except RefusedError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr)
+        return 130
     return status
 
 

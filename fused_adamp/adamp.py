@@ -94,6 +94,7 @@ class AdamP(ProjectedOptimizer):
         state_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
         amp_scaling: bool | None = None,
+        max_grad_norm: float | Tensor | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__(params, chosen(locals()))

@@ -143,10 +143,18 @@ class _Format(NamedTuple):
         return "betas" in self.marks
 
 
+_NO_CLIPPING: dict[str, Any] = {"max_grad_norm": None}
+
+
 def _pair(package: str, module: str, mark: str, step: type, own: dict[str, Any]) -> list[_Format]:
     """The AdamP and SGDP of a package."""
     # Without nesterov clovaai's update is the buffer: what projects the one projects the other.
-    lacks = {"maximize": False, "projection": "auto", "channel_dim": 0, "project_buffer": package == "clovaai"}
+    lacks = _NO_CLIPPING | {
+        "maximize": False,
+        "projection": "auto",
+        "channel_dim": 0,
+        "project_buffer": package == "clovaai",
+    }
     rest = (step, "momentum", _PROJECTED, own, lacks)
     adam, sgd = _ADAM | _PROJECTION | {"nesterov"}, _SGD | _PROJECTION | {"eps"}
     keys = _PROJECTED | _CHECKED | own.keys() | (_KOZISTR_UNUSED if package == "pytorch_optimizer" else set())
@@ -176,7 +184,7 @@ _FORMATS = [
         buffer=_BUFFER,
         shares=_ADAM | _MAX,
         own=_ADAMW,
-        lacks=_NO_NESTEROV,
+        lacks=_NO_CLIPPING | _NO_NESTEROV,
     ),
     _Format(
         package="torch",
@@ -188,7 +196,7 @@ _FORMATS = [
         buffer=_BUFFER,
         shares=_SGD | _MAX,
         own=_TORCH,
-        lacks={},
+        lacks=_NO_CLIPPING,
     ),
 ]
 
@@ -395,7 +403,11 @@ def _refuse_other_rules(fmt: _Format, group: dict[str, Any], number: int, loadin
 
 def _refuse_what_it_lacks(fmt: _Format, group: dict[str, Any], number: int) -> None:
     _refuse_lone_dampening(fmt, group, number)
-    remedies = {"maximize": " there and negate the loss", "projection": ", and delta=0 for 'none', there"}
+    remedies = {
+        "maximize": " there and negate the loss",
+        "projection": ", and delta=0 for 'none', there",
+        "max_grad_norm": " there and call torch.nn.utils.clip_grad_norm_ before each step",
+    }
     for key, value in fmt.lacks.items():
         # The stored momentum's projection shows where there is a momentum, a projection, and no nesterov.
         if key != "project_buffer" or (group.get("momentum") and group["delta"] and not group["nesterov"]):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fused_adamp.batch import ABSENT
 from fused_adamp.gather import refit
 from fused_adamp.memory import Clipping, Seen
 from fused_adamp.sharded import agreement
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from fused_adamp.memory import Owner
     from fused_adamp.sharded.exchange import Outcome
 
-__all__ = ["clip", "clipping_holds", "factor_of", "norm_of_fakes", "renew", "scaled", "unscale_of", "with_scale"]
+__all__ = [
+    *("clip", "clipping_holds", "factor_of", "norm_of_fakes", "renew", "returned", "scaled", "unscale_of"),
+    "with_scale",
+]
 
 
 def scaled(owner: Owner, batches: list[Batch]) -> list[Batch]:
@@ -67,17 +71,30 @@ def on_device(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     return None if tensor is None else tensor.to(device, non_blocking=True).reshape(1)
 
 
-def clip(owner: Owner, batches: list[Batch], max_norm: Any, norm_type: float, *, unscaled: bool) -> Clipping:
-    """Computes the norm of all gradients. Returns it with its inputs, for the next step."""
+def clip(
+    owner: Owner, batches: list[Batch], max_norm: Any, norm_type: float, *, unscaled: bool, in_step: bool = False
+) -> Clipping:
+    """Computes the norm of all gradients. Returns it with its inputs, for the next step.
+
+    With ``in_step`` it is for the step that is being taken, in which no gradient changes.
+    """
     norm, outcome = _total_norm(owner, batches, norm_type)
     options = [] if outcome is None else agreement.cosine_options(owner)
-    return Clipping(max_norm, norm_type, norm, unscaled, Seen.of(*_gradients(batches)), outcome, options)
+    limit = max_norm if isinstance(max_norm, Tensor) else float(max_norm)
+    seen = None if in_step else Seen.of(*_gradients(batches))
+    return Clipping(limit, norm_type, norm, unscaled, seen, outcome, options)
+
+
+def returned(clipping: Clipping, unscale: Tensor | None, batches: list[Batch]) -> Tensor:
+    """The norm as users get it: a tensor of their own, 0-dim, in the dtype that the gradients' dtypes promote to."""
+    dtypes = dict.fromkeys(g.dtype for batch in batches for g in batch.grads if g is not ABSENT)
+    return clipping.norm_over(unscale).to(promoted([*dtypes]), copy=True)
 
 
 def clipping_holds(owner: Owner, batches: list[Batch]) -> bool:
     """Whether the gradients and weights are those that were clipped, unchanged; True if nothing was clipped."""
-    clipping = owner._memory.clipping
-    return clipping is None or clipping.seen.still_holds(*_gradients(batches))
+    seen = None if (clipping := owner._memory.clipping) is None else clipping.seen
+    return seen is None or seen.still_holds(*_gradients(batches))
 
 
 def renew(owner: Owner, batches: list[Batch]) -> None:

@@ -62,8 +62,8 @@ class Clipping(NamedTuple):
     """Norm of the gradients as they are, 0-dim float64."""
     unscaled: bool
     """Whether GradScaler's scale was known, so that the norm over the scale is clipped: over the step's scale."""
-    seen: Seen
-    """The gradients that the norm was computed from, and their weights."""
+    seen: Seen | None
+    """The gradients that the norm was computed from, and their weights; None if the step itself asked for it."""
     outcome: Outcome | None
     """The sums of the cosine test that the ranks exchanged on the way."""
     test_options: list[tuple[float, float, float]]
@@ -103,6 +103,7 @@ class Memory:
         addresses, rounds: the weights' addresses, bucket by bucket, and the result of
             :func:`fused_adamp.gather.rounds_of` for them.
         clipping: the result of :meth:`ProjectedOptimizer.clip_grad_norm_` for the next step; None if there is none.
+        grad_norm: :attr:`ProjectedOptimizer.grad_norm`.
         exchange: the collectives of parameters that lie on several ranks; None if none does.
         agreed: the last exchange that all ranks have agreed on.
         filled: stand-ins for gradients that other ranks have and this one does not, during a step.
@@ -122,6 +123,7 @@ class Memory:
         self.addresses: list[list[int]] = []
         self.rounds: list[list[set[int]]] | None = None
         self.clipping: Clipping | None = None
+        self.grad_norm: Tensor | None = None
         self.exchange: Exchange | None = None
         self.agreed: Exchange | None = None
         self.filled: dict[Tensor, Tensor] = {}

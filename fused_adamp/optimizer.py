@@ -18,13 +18,12 @@ from fused_adamp.batch import ABSENT, UNDECIDED, Scalars
 from fused_adamp.checkpoint import check, to_ours
 from fused_adamp.fake import has_numbers, new_state, touch, traces_fakes
 from fused_adamp.memory import Memory
-from fused_adamp.options import MAX_NORM, Range, check_options
+from fused_adamp.options import MAX_NORM, Range, check_options, max_grad_norm_of
 from fused_adamp.reference import Decision
 from fused_adamp.report import ProjectionReport, projection_report
 from fused_adamp.sharded.agreement import gather_or_withdraw
 from fused_adamp.sharded.dtensor import is_distributed
 from fused_adamp.sharded.step import decide_across_ranks
-from fused_adamp.tensors import promoted
 from fused_adamp.torch_compile import register
 from fused_adamp.validate import Label, check_channel_dim, check_member, check_parameter, check_state, labels
 
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
     from typing_extensions import Self
 
+    from fused_adamp.batch import Batch
     from fused_adamp.bucket import Bucket
     from fused_adamp.options import Option
     from fused_adamp.sharded.exchange import Exchange
@@ -154,24 +154,47 @@ class ProjectedOptimizer(Optimizer):
             )
 
     def _step(self) -> None:
-        batches = [] if traces_fakes() else gather_or_withdraw(self)
-        if traces_fakes() or self._memory.has_fakes:
+        memory, asked = self._memory, self._memory.clipping
+        try:
+            batches, norm = self._move()
+        except BaseException:
+            memory.clipping = asked  # a call of clip_grad_norm_ still counts, what the step has measured does not
+            raise
+        memory.clipping, memory.grad_norm = None, norm
+        for batch in batches:
+            stepped = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
+            torch.autograd.graph.increment_version(stepped)
+
+    def _move(self) -> tuple[list[Batch], Tensor | None]:
+        """Writes weights and state. Returns this step's batches and :attr:`grad_norm`."""
+        memory = self._memory
+        # Before the first step a backend may take the norm in another way: state is made after it, as after a call.
+        unclipped = all(group["max_grad_norm"] is None for group in self.param_groups)
+        batches = [] if traces_fakes() else gather_or_withdraw(self, make_state=unclipped)
+        limit, norm = max_grad_norm_of(self.param_groups), None
+        if traces_fakes() or memory.has_fakes:
+            norm = None if limit is None else clipping.norm_of_fakes(self, 2.0, False)
             self._step_fakes()
-        if self._memory.exchange is None:
+        elif limit is not None and memory.clipping is None:
+            unscaled = clipping.unscale_of(self) is not None
+            memory.clipping = clipping.clip(self, batches, limit, 2.0, unscaled=unscaled, in_step=True)
+        if not all(batch.has_state for batch in batches):
+            batches = gather_or_withdraw(self)
+        given = batches
+        if memory.exchange is None:
             batches = clipping.scaled(self, batches)
             # A step checks its own batch before it moves anything; several are checked before the first moves.
             alone = len(batches) == 1 and not gather.rounds_of(self, batches)
             moved = alone and batches[0].bucket.key.backend.step(batches[0]) < 0
             batches = batches if moved else clipping.scaled(self, gather.refit(self, batches))
         else:
-            batches, moved = decide_across_ranks(self, self._memory.exchange, batches), False
+            batches, moved = decide_across_ranks(self, memory.exchange, batches), False
         for batch in () if moved else gather.in_order(self, batches):
             stale = batch.bucket.key.backend.step(batch)
             assert stale < 0, "a bucket that was checked a moment ago does not fit its tensors"
-        self._memory.clipping = None
-        for batch in batches:
-            stepped = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
-            torch.autograd.graph.increment_version(stepped)
+        if limit is not None and memory.clipping is not None:
+            norm = clipping.returned(memory.clipping, clipping.unscale_of(self), given)
+        return batches, norm
 
     def _fakes(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """The parameters without data that have a gradient, with their groups: all of them in FakeTensorMode."""
@@ -225,21 +248,29 @@ class ProjectedOptimizer(Optimizer):
 
     def _clip_grad_norm(self, max_norm: float | Tensor, norm_type: float, error_if_nonfinite: bool) -> Tensor:
         MAX_NORM.check("max_norm", max_norm)
-        max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else float(max_norm)
+        max_norm = max_norm.clone() if isinstance(max_norm, Tensor) else max_norm
         batches = [] if traces_fakes() else gather_or_withdraw(self, make_state=False, check=norm_type != 2.0)
         if traces_fakes() or self._memory.has_fakes:
             return clipping.norm_of_fakes(self, float(norm_type), error_if_nonfinite)
         unscale = clipping.unscale_of(self)
         clipped = clipping.clip(self, batches, max_norm, float(norm_type), unscaled=unscale is not None)
-        norm = clipped.norm_over(unscale)
-        if error_if_nonfinite and not norm.isfinite():
+        if error_if_nonfinite and not (norm := clipped.norm_over(unscale)).isfinite():
             raise RuntimeError(
                 f"the total norm of order {float(norm_type)} of the gradients is {norm.item()}, so they cannot be "
                 "clipped: look for the gradient that is not finite, or pass error_if_nonfinite=False to go on"
             )
         self._memory.clipping = clipped
-        dtypes = dict.fromkeys(g.dtype for batch in batches for g in batch.grads if g is not ABSENT)
-        return norm.to(promoted([*dtypes]), copy=True)
+        return clipping.returned(clipped, unscale, batches)
+
+    @property
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def grad_norm(self) -> Tensor | None:
+        """The norm of all gradients before clipping in the last step, with ``max_grad_norm``: 0-dim, on their device.
+
+        It is what :meth:`clip_grad_norm_` returns. None before the first step, after a step without ``max_grad_norm``,
+        and in an optimizer that was copied, unpickled or loaded.
+        """
+        return self._memory.grad_norm
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def decisions(self) -> dict[Tensor, Decision]:
@@ -287,6 +318,7 @@ class ProjectedOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group, self.options)
+            max_grad_norm_of(self.param_groups)
             for p in group["params"]:
                 if gather.takes_part(self, p):
                     label = Label(self.param_groups, p)
@@ -298,6 +330,8 @@ class ProjectedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for name, option in self.options.items():
+            self.defaults.setdefault(name, option.default)  # of a pickle from before the option existed
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -341,6 +375,7 @@ class ProjectedOptimizer(Optimizer):
                 group.setdefault("param_names", own["param_names"])
             group["state_dtype"] = group["state_dtype"] or gather.state_dtype_of(self, group, state)
             check_options(self.defaults | group, self.options)
+        max_grad_norm_of(groups)
         memory = self._memory
         kept = memory.clipping, memory.agreed
         self.__setstate__({"state": state, "param_groups": groups})

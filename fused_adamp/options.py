@@ -21,7 +21,18 @@ from fused_adamp.precision import ROUNDINGS
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["MAX_NORM", "OPTIONS", "Option", "Range", "check_options", "chosen", "documented", "listed", "options_of"]
+__all__ = [
+    "MAX_NORM",
+    "OPTIONS",
+    "Option",
+    "Range",
+    "check_options",
+    "chosen",
+    "documented",
+    "listed",
+    "max_grad_norm_of",
+    "options_of",
+]
 
 
 class Allowed(Protocol):
@@ -61,6 +72,16 @@ class Range(NamedTuple):
         if not (self.low <= float(value) < self.high or (self.closed and value == self.high)):
             end = "]" if self.closed else ")"
             raise ValueError(f"{name}={value!r} is outside [{self.low:g}, {self.high:g}{end}: {self.remedy}")
+
+
+class OrNone(NamedTuple):
+    """What another class allows, or None."""
+
+    allowed: Allowed
+
+    def check(self, name: str, value: Any) -> None:
+        if value is not None:
+            self.allowed.check(name, value)
 
 
 class Pair(NamedTuple):
@@ -157,6 +178,9 @@ _DIFFERENTIABLE = (
     "fused_adamp.adamp_ref or sgdp_ref"
 )
 
+MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may have", on_device=True)
+"""The argument of clip_grad_norm_, and the option ``max_grad_norm``."""
+
 OPTIONS: dict[str, Option] = {
     "lr": Option(
         1e-3,
@@ -227,6 +251,13 @@ several, such as (0, 1) for the stacked matrices of experts. Vectors have none."
 GradScaler unscales them before the step. None follows torch.optim: True where ``fused=True``, else False.""",
         machine=True,
     ),
+    "max_grad_norm": Option(
+        None,
+        OrNone(MAX_NORM),
+        """every step clips the norm of all gradients taken together to it, as ``clip_grad_norm_`` does, and
+leaves the norm in ``grad_norm``. At least 0, a number or a 1-element tensor, the same in all groups; None does not
+clip.""",
+    ),
     "project_buffer": Option(
         False,
         Flag(),
@@ -236,9 +267,6 @@ paper's algorithm does not; clovaai/AdamP 0.3.0 does. For reproducing results of
     ),
     "backend": Option(None, BackendName(), "force one by name; see ``python -m fused_adamp doctor``.", machine=True),
 }
-
-MAX_NORM = Range(0, math.inf, True, "pass the largest norm that gradients may have", on_device=True)
-"""The argument of clip_grad_norm_."""
 
 
 def options_of(rule: str) -> dict[str, Option]:
@@ -265,6 +293,30 @@ def check_options(group: dict[str, Any], options: dict[str, Option]) -> None:
         option.allowed.check(name, group[name])
     if group["fused"] and group["foreach"]:
         raise ValueError("fused=True and foreach=True exclude each other: pass at most one of them as True")
+
+
+def max_grad_norm_of(groups: Sequence[dict[str, Any]]) -> Any:
+    """The ``max_grad_norm`` of the parameter groups. Tensors on a device are read only if groups have different ones.
+
+    Raises:
+        ValueError, TypeError: it is not allowed, or groups have different values.
+    """
+    first, *others = [group["max_grad_norm"] for group in groups] or [None]
+    for value in (first, *(other for other in others if other is not first)):
+        OPTIONS["max_grad_norm"].allowed.check("max_grad_norm", value)
+    if not all(_equal(first, other) for other in others):
+        values = ", ".join(f"{group['max_grad_norm']!r} in group {number}" for number, group in enumerate(groups))
+        raise ValueError(
+            f"max_grad_norm differs between parameter groups ({values}), but the norm is that of all groups together: "
+            "set one value in every group, or None in every group"
+        )
+    return first
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    return not (has_numbers(a) and has_numbers(b)) or float(a) == float(b)
 
 
 def listed(values: Iterable[Any]) -> str:

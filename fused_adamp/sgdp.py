@@ -92,6 +92,7 @@ class SGDP(ProjectedOptimizer):
         state_dtype: torch.dtype | None = None,
         rounding: str = "nearest",
         amp_scaling: bool | None = None,
+        max_grad_norm: float | Tensor | None = None,
         project_buffer: bool = False,
         backend: str | None = None,
     ) -> None:

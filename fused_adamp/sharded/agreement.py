@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fused_adamp.batch import PROJECTIONS, Need
 from fused_adamp.gather import gather, refit, takes_part
+from fused_adamp.options import max_grad_norm_of
 from fused_adamp.sharded.header import Header, compare_headers
 from fused_adamp.sharded.placement import placement_of
 
@@ -24,9 +25,11 @@ __all__ = ["agree", "cosine_options", "gather_or_withdraw", "in_words", "measure
 def gather_or_withdraw(owner: Owner, *, make_state: bool = True, check: bool = False) -> list[Batch]:
     """As :func:`fused_adamp.gather.gather`. If it raises, the ranks that wait for this one get an error too.
 
-    With ``check``, or if parameters lie on several ranks, :func:`fused_adamp.gather.refit` checks the tensors.
+    It checks ``max_grad_norm``, too. With ``check``, or if parameters lie on several ranks,
+    :func:`fused_adamp.gather.refit` checks the tensors.
     """
     try:
+        max_grad_norm_of(owner.param_groups)
         batches = gather(owner, make_state=make_state)
         return refit(owner, batches) if check or owner._memory.exchange is not None else batches
     except Exception:

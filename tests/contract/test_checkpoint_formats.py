@@ -795,6 +795,11 @@ EVERY = ("clovaai", "timm", "pytorch_optimizer")
 EXPORTS: list[tuple[tuple[str, ...], Any, StateDict, str]] = [
     (EVERY, AdamP, {"maximize": True}, "maximize=True in group 0 .*AdamP has no maximize .* set maximize=False there "
      "and negate the loss"),
+    (
+        (*EVERY, "torch"), AdamP, {"max_grad_norm": 1.0},
+        "max_grad_norm=1.0 .* set max_grad_norm=None there and call torch.nn.utils.clip_grad_norm_ before each step",
+    ),
+    (("torch",), SGDP, {"max_grad_norm": 1.0}, "max_grad_norm=1.0 .* torch.optim.SGD has no max_grad_norm"),
     (EVERY, AdamP, {"projection": "layer"}, "projection='layer' .* set projection='auto', and delta=0 for 'none',"),
     (EVERY, SGDP, {"channel_dim": 1}, "channel_dim=1 .* set channel_dim=0 there"),
     (("clovaai",), SGDP, {"momentum": 0.9}, r"project_buffer=False .* adamp\.SGDP has no project_buffer and does what "

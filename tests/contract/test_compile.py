@@ -290,6 +290,28 @@ def test_clipping_runs_outside_the_graph(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_option_clips_inside_of_the_operator(backend, tensor):
+    """In one graph, for every value; the norm is eager's."""
+    norms = []
+
+    def between(optimizer, i):
+        norms.append(optimizer.grad_norm)
+        for group in optimizer.param_groups:
+            if tensor:
+                group["max_grad_norm"].fill_(10.0 ** -(i + 2) / 2)
+            else:
+                group["max_grad_norm"] = 10.0**-i
+
+    def make():
+        return problem(max_grad_norm=torch.tensor(1e-3) if tensor else 1e-3)
+
+    assert follow(backend, plain, between, make=make) == [1]
+    assert all(torch.equal(a, b) for a, b in zip(norms[::2], norms[1::2], strict=True))
+    assert len({norm.item() for norm in norms}) == 5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("always", [True, False], ids=["from the start", "in between"])
 def test_gradients_of_another_dtype_are_stepped_outside_the_graph(backend, always):
     """Dynamo takes no tensor whose gradient has another dtype."""
@@ -324,18 +346,20 @@ def test_a_step_that_dynamo_gives_up_on_is_made_all_the_same():
         assert_same([(model, optimizer), (twin, other)])
 
 
-@pytest.mark.parametrize("call", ["decisions", "projection_report"])
+@pytest.mark.parametrize("call", ["decisions", "projection_report", "grad_norm"])
 def test_what_a_compiled_function_reads_is_of_the_step_before_it(call):
     """Dynamo would read it while it traces, when the step has not run."""
 
     def step(optimizer):
         optimizer.step()
+        if call == "grad_norm":
+            return optimizer.grad_norm
         found = getattr(optimizer, call)()
         return list(found.values()) if call == "decisions" else list(found)
 
     results = []
     for function in (step, torch.compile(step, backend="eager")):
-        model, optimizer = problem()
+        model, optimizer = problem(max_grad_norm=1.0)
         results.append([])
         for i in range(3):
             backward(model, i)

@@ -179,6 +179,11 @@ def shapes_of(name: str, backend: str) -> list[Any]:
         for norm_type in (2.0, float("inf")):
             found.append(description(optimizer.clip_grad_norm_(1.0, norm_type)))
         assert optimizer.step(lambda: 5) == 5
+        for limit in (1.0, None):
+            for group in optimizer.param_groups:
+                group["max_grad_norm"] = limit
+            optimizer.step()
+            found.append(description(optimizer.grad_norm))
         assert all(p._version > old for p, old in zip(model.parameters(), versions, strict=True))
         optimizer.load_state_dict(optimizer.state_dict())
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})

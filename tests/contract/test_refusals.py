@@ -147,6 +147,23 @@ OPTIONS = [
         option("rounding", value, ValueError, f"rounding={value!r}", CHOOSE, *map(repr, ROUNDINGS), doors=WORDS)
         for value in ("up", "", "Stochastic", None, True, 0, ("nearest",))
     ),
+    *(
+        option("max_grad_norm", value, ValueError, f"max_grad_norm={value!r} is outside [0, inf]: pass ", doors=WORDS)
+        for value in (-1e-9, -1, -math.inf, math.nan)
+    ),
+    *(
+        option("max_grad_norm", value, TypeError, f"max_grad_norm={value!r} is a ", "; pass a number", doors=WORDS)
+        for value in ("0.1", True, 1j, [0.1])
+    ),
+    *(option("max_grad_norm", value, ValueError, "max_grad_norm", words) for value, words in OF_TENSORS),
+    *(
+        option(
+            "max_grad_norm", value, ValueError,
+            "max_grad_norm differs between parameter groups (None in group 0", f"{value!r} in group ",
+            "set one value in every group", doors=WORDS[1:],
+        )
+        for value in (1.0, 0, math.inf, torch.tensor(0.5))
+    ),
     option("differentiable", True, ValueError, "differentiable=True is not supported", "leave it False"),
 ]  # fmt: skip
 

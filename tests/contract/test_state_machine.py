@@ -71,6 +71,7 @@ TENSORS = st.one_of(
 SETTINGS = st.one_of(
     op("option", group=GROUP, name=st.sampled_from(list(OPTIONS)), pick=st.integers(0, 3)),
     op("scale", scale=SCALE),
+    op("limit", max_norm=st.none() | LIMIT),
     op("reorder", group=GROUP),
 )
 TEST = op("option", group=GROUP, name=st.sampled_from(["delta", "projection", "eps"]), pick=st.integers(0, 3))
@@ -154,7 +155,7 @@ def search(start: Callable[[], Callable[[Op], Counter[str]]], count: int) -> Non
         run_state_machine_as_test(factory, settings=chosen)  # type: ignore[no-untyped-call]
     missing = {
         *("step: held", "step: changed", "step: blind", "step: other test", "step: clipped"),
-        *("failed step", "failed clip", "NONE", "CHANNEL", "LAYER"),
+        *("step: by option", "failed step", "failed clip", "NONE", "CHANNEL", "LAYER"),
     } - {name for name, count in met.items() if count}
     assert not missing, f"met {dict(met)}"
 

@@ -162,11 +162,17 @@ def test_replays_of_a_graph_share_and_go_by_the_verdicts_of_the_day(
 
 
 @pytest.mark.parametrize(
-    ("clip", "rounding"), [(False, "nearest"), (True, "nearest"), usual_under("split", False, "stochastic")]
+    ("clip", "rounding"),
+    [
+        ("no", "nearest"),
+        ("call", "nearest"),
+        usual_under("split", "option", "nearest"),
+        usual_under("split", "no", "stochastic"),
+    ],
 )
 @every_alignment
 def test_replays_of_a_graph_step_like_eager_steps(
-    clip: bool, rounding: str, whole: Shapes, monkeypatch: pytest.MonkeyPatch
+    clip: str, rounding: str, whole: Shapes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
     targets = [torch.randn(p.shape, dtype=dtype) for p in model(whole[2:7])]
@@ -175,11 +181,13 @@ def test_replays_of_a_graph_step_like_eager_steps(
         with torch.no_grad():
             for p, target in zip(params_of(optimizer), targets, strict=True):
                 p.grad = 2 * (p.detach() - target)
-            if clip:
+            if clip == "call":
                 optimizer.clip_grad_norm_(1.0)
             optimizer.step()
 
     options = ADAMP | {"rounding": rounding}
+    limit = torch.tensor(1.0)
+    options |= {"max_grad_norm": limit} if clip == "option" else {}
     captured, eager = (on_device(model(whole[2:7], dtype), **options, capturable=flag) for flag in (True, False))
     graph = Graph(monkeypatch)
     for optimizer in (captured, eager):
@@ -188,9 +196,11 @@ def test_replays_of_a_graph_step_like_eager_steps(
     before = copy.deepcopy(tensors(captured))
     graph.capture(lambda: train(captured))
     assert all(map(torch.equal, tensors(captured), before))
+    norm = captured.grad_norm
     for number, replays in enumerate((True, True, False, True)):
         for optimizer in (captured, eager):
             optimizer.learning_rate.fill_(0.5 ** (number % 3))
+        limit.fill_(0.5**number)
         if replays:
             graph.replay()
         else:
@@ -198,6 +208,8 @@ def test_replays_of_a_graph_step_like_eager_steps(
         train(eager)
         assert all(map(torch.equal, tensors(captured), tensors(eager))), number
         assert captured.buckets[0].decisions.equal(eager.buckets[0].decisions)
+        if norm is not None and replays:
+            assert norm.equal(eager.grad_norm)
 
 
 def test_a_capture_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,6 +269,29 @@ def norms(pair: Pair) -> None:
             pair.advance(0.01, norm_type=norm_type)
 
 
+def by_option(pair: Pair) -> None:
+    """The same as clip_grad_norm_, to the bit, and as many collectives; the norm is that of all ranks."""
+    expected = pair.another()
+    for one in pair:
+        for group in one.optimizer.param_groups:
+            group["max_grad_norm"] = 0.5
+    for step in range(4):
+        seen = []
+        for of, limit in ((pair, None), (expected, 0.5)):
+            of.give()
+            with Collectives() as collectives:
+                norm = of.sharded.advance(limit)
+            of.whole.advance(limit)
+            seen.append(collectives.names)
+        assert seen[0] == seen[1] or not step, seen  # in step 0 the ranks meet
+        found = pair.sharded.optimizer.grad_norm
+        assert found.item() == norm
+        assert abs(found - pair.whole.optimizer.grad_norm) <= 1e-12 * found
+        for p, q in zip(pair.sharded.params.values(), expected.sharded.params.values(), strict=True):
+            assert_identical(local(p.detach()), local(q.detach()))
+        pair.check()
+
+
 def norm_to_nothing(pair: Pair) -> None:
     pair.steps(2, max_norm=0.0)
 
@@ -330,7 +353,7 @@ SCENARIOS = {
     for scenario in (
         *(frozen, none_on_one_rank, none_on_all_ranks, other_placements, changed_after_clipping),
         *(changed_as_a_whole_after_clipping, loaded_after_clipping, norms, norm_to_nothing, not_finite, scaled),
-        *(options_changed_after_clipping, told_infinite_on_one_rank),
+        *(options_changed_after_clipping, told_infinite_on_one_rank, by_option),
     )
 }
 

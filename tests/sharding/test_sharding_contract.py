@@ -145,6 +145,14 @@ def clip(max_norm: float, everywhere: bool = True) -> Callable[[Run], None]:
     return call
 
 
+def max_grad_norm(value: float, elsewhere: float | None) -> Callable[[Run], None]:
+    def change(run: Run) -> None:
+        for group in run.optimizer.param_groups:
+            group["max_grad_norm"] = value if odd() else elsewhere
+
+    return change
+
+
 DIFFERENCES: dict[str, tuple[Callable[[Run], None], list[str]]] = {
     "fewer parameters": (fewer_parameters, ["shape"]),
     "other order": (other_order, ["shape"]),
@@ -153,6 +161,8 @@ DIFFERENCES: dict[str, tuple[Callable[[Run], None], list[str]]] = {
     "other delta": (other(1, delta=0.7), ["group 1: delta=0.1", "delta=0.7"]),
     "other projection": (other(1, projection="layer"), ["projection='auto'", "projection='layer'"]),
     "other max_norm": (clip(2.0), ["1.0", "2.0"]),
+    "other max_grad_norm": (max_grad_norm(2.0, 1.0), ["max_grad_norm=1.0", "max_grad_norm=2.0"]),
+    "max_grad_norm on some": (max_grad_norm(2.0, None), ["max_grad_norm=None", "max_grad_norm=2.0"]),
     "clips alone": (clip(1.0, everywhere=False), ["clip"]),
     "one group more": (one_group_more, ["parameter 'added'"]),
 }
@@ -253,6 +263,26 @@ def fail_with_rows_that_do_not_fit() -> None:
 
 def test_a_rank_whose_rows_do_not_fit_tells_the_others() -> None:
     run(2, fail_with_rows_that_do_not_fit)
+
+
+def fail_with_a_bad_limit(layout: str) -> None:
+    """Of one rank, in a step and in a call; the others do not wait for ever."""
+    pair = Pair(layout, "AdamP", "even", **CAREFUL)
+    pair.steps(1)
+    groups = pair.sharded.optimizer.param_groups
+    for act in (pair.sharded.optimizer.step, lambda: pair.sharded.optimizer.clip_grad_norm_(1.0)):
+        pair.give()
+        groups[0]["max_grad_norm"] = -1.0 if odd() else None
+        error, words = (ValueError, "max_grad_norm=-1.0 is outside") if odd() else (RuntimeError, "another rank")
+        with pytest.raises(error, match=words):
+            act()
+    groups[0]["max_grad_norm"] = None
+    pair.steps(1)
+
+
+@TOLD
+def test_a_rank_with_a_bad_limit_tells_the_others(layout: str) -> None:
+    run(ranks_of(layout, "even"), fail_with_a_bad_limit, layout)
 
 
 # On a GPU nobody waits to read what the ranks have told.

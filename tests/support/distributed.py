@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import math
 import multiprocessing
 import os
@@ -432,6 +433,7 @@ class Pair:
     ) -> None:
         weights = {name: w.to(dtype) for name, w in random_weights(SHAPES[sharing], 0).items()}
         self.sharded, self.whole = (Run(which, weights, rule, **options) for which in (layout, "whole"))
+        self.another = functools.partial(Pair, layout, rule, sharing, dtype, **options)
         self.count = 0
 
     def __iter__(self) -> Iterator[Run]:

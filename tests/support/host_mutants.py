@@ -8,6 +8,7 @@ from __future__ import annotations
 from mutation import Mutant, Tests
 
 CLIPPING = Tests("tests/options/test_clipping.py", "not gpu")
+MAX_GRAD_NORM = Tests("tests/options/test_max_grad_norm.py", "not gpu")
 CONTRACT = Tests("tests/contract/test_contract.py")
 TORCH = Tests("tests/contract/test_torch_contract.py")
 SITUATIONS = Tests("tests/contract/test_situations.py")
@@ -36,7 +37,41 @@ EXCHANGE, AGREE, STEP = (f"fused_adamp/sharded/{name}.py" for name in ("exchange
 HEADER, DTENSOR, SLICE = (f"fused_adamp/sharded/{name}.py" for name in ("header", "dtensor", "flat_slice"))
 
 FRONT_END = (
-    Mutant("a clip is used twice", OPTIMIZER, "        self._memory.clipping = None\n", "", (CLIPPING,)),
+    Mutant(
+        "a clip is used twice",
+        OPTIMIZER,
+        "        memory.clipping, memory.grad_norm = None, norm\n",
+        "        memory.grad_norm = norm\n",
+        (CLIPPING,),
+    ),
+    Mutant(
+        "a step that failed leaves its clip",
+        OPTIMIZER,
+        "            memory.clipping = asked ",
+        "            #",
+        (MAX_GRAD_NORM,),
+    ),
+    Mutant(
+        "the option clips after an explicit clip",
+        OPTIMIZER,
+        "        elif limit is not None and memory.clipping is None:\n",
+        "        elif limit is not None:\n",
+        (MAX_GRAD_NORM,),
+    ),
+    Mutant(
+        "the option clips the scaled gradients",
+        OPTIMIZER,
+        "            unscaled = clipping.unscale_of(self) is not None\n",
+        "            unscaled = False\n",
+        (MAX_GRAD_NORM,),
+    ),
+    Mutant(
+        "groups may name different limits",
+        OPTIONS,
+        "    if not all(_equal(first, other) for other in others):\n",
+        "    if False:\n",
+        (REFUSALS,),
+    ),
     Mutant(
         "versions stay",
         OPTIMIZER,
@@ -69,7 +104,7 @@ FRONT_END = (
     Mutant(
         "a norm that is not finite is no error",
         OPTIMIZER,
-        "if error_if_nonfinite and not norm.isfinite():",
+        "if error_if_nonfinite and not (norm := clipped.norm_over(unscale)).isfinite():",
         "if error_if_nonfinite and norm.isnan():",
         (CLIPPING,),
     ),
@@ -90,9 +125,9 @@ FRONT_END = (
     Mutant("a limit is read late", OPTIMIZER, "max_norm.clone() if", "max_norm if", (CLIPPING,)),
     Mutant(
         "the norm is not the caller's",
-        OPTIMIZER,
-        "norm.to(promoted([*dtypes]), copy=True)",
-        "norm.to(promoted([*dtypes]))",
+        CLIP,
+        ".to(promoted([*dtypes]), copy=True)",
+        ".to(promoted([*dtypes]))",
         (CLIPPING,),
     ),
     Mutant(

@@ -142,6 +142,7 @@ class Machine:
         pending: the clip that the next step is to use.
         writes: how often a tensor was written in ways that autograd counts, or that move it.
         blind: whether something was written through ``.data`` since the pending clip.
+        precision: of the norm that the last step has clipped; 0 if it has not.
         met: how often the run came through what it is about.
     """
 
@@ -159,6 +160,7 @@ class Machine:
         self.saved: tuple[Any, list[Entry]] | None = None
         self.writes: Counter[Tensor] = Counter()
         self.blind = False
+        self.precision = 0.0
         self.met: Counter[str] = Counter()
 
     def do(self, op: Op) -> None:
@@ -277,6 +279,11 @@ class Machine:
             values = OPTIONS[name]
             self.optimizer.param_groups[group][name] = values[pick % len(values)]
             self._settle()
+
+    def limit(self, max_norm: float | None) -> None:
+        """Every step clips to it, but for one that a clip is pending for."""
+        for group in self.optimizer.param_groups:
+            group["max_grad_norm"] = max_norm
 
     def replace(self, i: int, keep_state: bool, keep_gradient: bool, seed: int) -> None:
         """Another parameter takes the place of one, perhaps with its state or its gradient."""
@@ -436,16 +443,20 @@ class Machine:
         """The factor of all gradients, and what each parameter's cosine test is made of."""
         scale = getattr(self.optimizer, "grad_scale", None)
         scale = 1.0 if scale is None else scale.item()
-        clip = self.pending
-        if clip is None:
+        clip, limit = self.pending, self.optimizer.param_groups[0]["max_grad_norm"]
+        if clip is None and limit is None:
             return 1 / scale, now
+        if clip is None:
+            norm = self._clipped(now, 2.0, scale)
+            self.met["step: by option"] += bool(now) and norm > limit
+            return min(1.0, limit / (norm + 1e-6)) / scale, now
         inference = any(self.params[i].grad.is_inference() for i in now)
         noticed = inference or clip.noticed(self._seen())
         same_test = clip.test_options == self._test_options()
         self.met["step: " + ("changed" if noticed else "blind" if self.blind else "held")] += 1
         self.met["step: other test"] += not same_test
         of = now if noticed else clip.evidence
-        norm = _norm(of, clip.norm_type, scale if clip.unscaled else None)
+        norm = self._clipped(of, clip.norm_type, scale if clip.unscaled else None)
         factor = min(1.0, clip.max_norm / (norm + 1e-6)) / scale
         self.met["step: clipped"] += bool(now) and norm > clip.max_norm
         # Shared parameters are tested while clipping.
@@ -454,8 +465,17 @@ class Machine:
         )
         return factor, {i: of[i] if i in kept else now[i] for i in now}
 
+    def _clipped(self, of: dict[int, Evidence], norm_type: float, scale: float | None) -> float:
+        """The norm that the step has clipped, which the optimizer shows if it has the option."""
+        self.precision, norm = _NORM[norm_type], _norm(of, norm_type, scale)
+        if self.optimizer.param_groups[0]["max_grad_norm"] is not None:
+            found = self.optimizer.grad_norm.item()
+            assert abs(found - norm) <= self.precision * norm, f"grad_norm {found}, not {norm}"
+        return norm
+
     def _compare(self, now: dict[int, Evidence], weights: list[Tensor], *, skipped: bool) -> None:
         """The step that was just taken, with one in float64; then the model goes on from the optimizer's values."""
+        self.precision = 0.0
         factor, tested = self._decide_across_ranks(now)
         decisions = self.optimizer.decisions()
         for i, (p, entry, group) in enumerate(zip(self.params, self.entries, self.groups, strict=True)):
@@ -494,7 +514,7 @@ class Machine:
         for name, value in results[0].items():
             # A projection rounds at the size of what it takes away.
             size = max(x.abs().max().item() for x in (value, results[1][name], entry.moments.get(name, value)))
-            tolerance = TOLERANCE[p.dtype] if self.pending is None else _NORM[self.pending.norm_type]
+            tolerance = max(TOLERANCE[p.dtype], self.precision)
             self._assert_within(actual[name], value, size * tolerance, f"{name} of {i}")
         entry.step += self.rule == "AdamP"
         entry.moments = {name: _whole(t) for name, t in actual.items() if name != "weight"}
