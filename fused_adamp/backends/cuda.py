@@ -149,11 +149,25 @@ def nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
+def versions() -> dict[str, str | None]:
+    """NVRTC's version, and that of the newest CUDA whose code the driver loads; ``missing`` says why there is none."""
+    missing = load()
+    nvrtc = None if missing else ".".join(map(str, nvrtc_version()))
+    return {
+        "nvrtc": nvrtc,
+        "driver": None if missing or not _driver_version() else str(_driver_version()),
+        "missing": missing,
+    }
+
+
 def _driver_version() -> int:
-    """The major number of the newest CUDA whose code the driver loads."""
+    """The major number of the newest CUDA whose code the driver loads; 0 if there is no driver."""
     from cuda.bindings import driver
 
-    return int(driver.cuDriverGetVersion()[1]) // 1000
+    try:
+        return int(driver.cuDriverGetVersion()[1]) // 1000
+    except RuntimeError:  # the library is not there
+        return 0
 
 
 def _architectures() -> list[int]:

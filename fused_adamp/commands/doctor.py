@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import fused_adamp
-from fused_adamp.backends import BACKENDS, ENVIRONMENT, choose
+from fused_adamp.backends import BACKENDS, ENVIRONMENT, choose, cuda
 from fused_adamp.backends.cpu import load
 from fused_adamp.commands import devices
 
@@ -37,6 +37,7 @@ def _facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "extension": {"instructions": None if missing else torch.ops.fused_adamp.instruction_set(), "missing": missing},
+        "cuda": cuda.versions(),
         "environment": {ENVIRONMENT: os.environ.get(ENVIRONMENT)},
         "devices": [_device(device) for device in devices()],
     }
@@ -53,21 +54,30 @@ def _device(device: torch.device) -> dict[str, Any]:
         problem = str(error)
     return {
         "device": str(device),
-        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "name": _name(device),
         "default": default,
         "problem": problem,
         "backends": {backend.name: {"unavailable": backend.unavailable(device)} for backend in BACKENDS},
     }
 
 
+def _name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return platform.machine()
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}"
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
-    extension = found["extension"]
+    extension, nvrtc = found["extension"], found["cuda"]
+    driver = f"the driver loads code of CUDA {nvrtc['driver']}" if nvrtc["driver"] else "no driver is loaded"
     lines = [
         f"fused_adamp  {found['fused_adamp']}",
         f"torch        {found['torch']}, {found['threads']} threads",
         f"python       {found['python']} on {found['platform']}",
         f"extension    {extension['missing'] or 'loaded, runs ' + extension['instructions'] + ' instructions'}",
     ]
+    lines.append(f"nvrtc        {nvrtc['missing'] or nvrtc['nvrtc'] + ', ' + driver}")
     for device in found["devices"]:
         lines += ["", f"{device['device']} ({device['name']})"]
         for name, backend in device["backends"].items():
