@@ -84,6 +84,7 @@ class Bucket(Members):
         self.decisions = torch.full((len(self.params),), UNDECIDED, dtype=torch.uint8, device=key.device)
         self.results = torch.full((len(self.params), len(RESULTS)), math.nan, dtype=torch.float64, device=key.device)
         self.has_own_tensors = all(layout.part == Rows() for layout in self.layouts)
+        self.marks = {}
         self.scratch = key.backend.scratch(self)
 
     @property

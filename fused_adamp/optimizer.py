@@ -17,6 +17,7 @@ from fused_adamp.backends.cpu import empty_like
 from fused_adamp.batch import ABSENT, UNDECIDED, Scalars
 from fused_adamp.checkpoint import check, to_ours
 from fused_adamp.fake import has_numbers, new_state, touch, traces_fakes
+from fused_adamp.host import present
 from fused_adamp.memory import Memory
 from fused_adamp.options import MAX_NORM, Range, check_options
 from fused_adamp.reference import Decision
@@ -170,8 +171,7 @@ class ProjectedOptimizer(Optimizer):
             assert stale < 0, "a bucket that was checked a moment ago does not fit its tensors"
         self._memory.clipping = None
         for batch in batches:
-            stepped = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
-            torch.autograd.graph.increment_version(stepped)
+            torch.autograd.graph.increment_version(present(batch.bucket.params, batch.grads))
 
     def _fakes(self) -> list[tuple[Tensor, dict[str, Any]]]:
         """The parameters without data that have a gradient, with their groups: all of them in FakeTensorMode."""
@@ -238,7 +238,7 @@ class ProjectedOptimizer(Optimizer):
                 "clipped: look for the gradient that is not finite, or pass error_if_nonfinite=False to go on"
             )
         self._memory.clipping = clipped
-        dtypes = dict.fromkeys(g.dtype for batch in batches for g in batch.grads if g is not ABSENT)
+        dtypes = {g.dtype: None for batch in batches for g in present(batch.grads, batch.grads)}
         return norm.to(promoted([*dtypes]), copy=True)
 
     @torch._disable_dynamo  # type: ignore[attr-defined]
@@ -357,7 +357,7 @@ def _supports_amp_scaling(defaults: dict[str, Any]) -> bool:
 
 def number(value: Any) -> Any:
     """A hyperparameter as a float; a tensor that is not on the CPU as a 0-dim float64 tensor, without a sync."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
+    if type(value) is not float and isinstance(value, Tensor) and value.device.type != "cpu":  # most are floats
         return value.detach().double().reshape(())
     return float(value)
 

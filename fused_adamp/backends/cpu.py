@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fused_adamp.batch import COLUMNS, FLOATING, Sharing
-from fused_adamp.tensors import are_same
+from fused_adamp.host import are_same
 
 if TYPE_CHECKING:
     from fused_adamp.batch import Batch, Members
@@ -62,7 +62,8 @@ class _Listed(NamedTuple):
         return cls(list(map(weakref.ref, tensors)), addresses, table)
 
     def still_holds(self, tensors: list[Tensor]) -> bool:
-        return are_same(self.tensors, tensors) and list(map(Tensor.data_ptr, tensors)) == self.addresses
+        same = are_same([its() for its in self.tensors], tensors)
+        return same and list(map(Tensor.data_ptr, tensors)) == self.addresses
 
 
 @dataclass
