@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from fused_adamp import clipping, gather
 from fused_adamp.backends import BACKENDS
 from fused_adamp.backends.cpu import empty_like
-from fused_adamp.batch import ABSENT, UNDECIDED, Scalars
+from fused_adamp.batch import UNDECIDED, Scalars
 from fused_adamp.checkpoint import check, to_ours
 from fused_adamp.fake import has_numbers, new_state, touch, traces_fakes
 from fused_adamp.host import present

@@ -239,6 +239,167 @@ def test_lists_of_objects() -> None:
 # Steps.
 
 
+class Launched:
+    """A launch that does nothing."""
+
+    def start(self) -> None:
+        pass
+
+
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Lets the Triton backend take tensors on the CPU, without launches. The list gets each tensor that is uploaded."""
+    from fused_adamp.backends import tables, triton
+
+    if triton.load() is not None:
+        pytest.skip(str(triton.load()))
+    monkeypatch.setattr(triton, "interpreted", lambda: True)
+    monkeypatch.setattr(triton, "_not_interpretable", lambda: None)
+    monkeypatch.setattr(triton, "_run", lambda *_: Launched())
+    found: list[Tensor] = []
+    upload = tables.Tables.upload
+
+    def noted(self: Any, target: Tensor, source: Tensor) -> None:
+        found.append(target)
+        upload(self, target, source)
+
+    monkeypatch.setattr(tables.Tables, "upload", noted)
+    return found
+
+
+def replace_gradients(optimizer: Any, params: list[Tensor]) -> None:
+    for p in params:
+        p.grad = aligned(*p.shape)
+
+
+def replace_moment(optimizer: Any, params: list[Tensor], t: Tensor) -> None:
+    optimizer.state[params[0]]["exp_avg"] = t
+
+
+def set_moment(optimizer: Any, params: list[Tensor], t: Tensor) -> None:
+    optimizer.state[params[0]]["exp_avg"].data = t
+
+
+def set_gradient(optimizer: Any, params: list[Tensor], g: Tensor | None) -> None:
+    params[0].grad = g
+
+
+def set_weight(optimizer: Any, params: list[Tensor], t: Tensor) -> None:
+    params[0].data = t
+
+
+def swap_parameters(optimizer: Any, params: list[Tensor]) -> None:
+    new = nn.Parameter(aligned(*params[0].shape))
+    new.grad, optimizer.state[new] = params[0].grad, optimizer.state.pop(params[0])
+    optimizer.param_groups[0]["params"][0] = params[0] = new
+
+
+def resize_and_restore(optimizer: Any, params: list[Tensor]) -> None:
+    """As offloading tools do; the memory may be another then."""
+    storage = optimizer.state[params[0]]["exp_avg"].untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    storage.resize_(size)
+
+
+STEPS: dict[str, tuple[Callable[[Any, list[Tensor]], object], set[str]]] = {
+    "nothing": (lambda o, ps: None, set()),
+    "gradients are zeroed": (lambda o, ps: o.zero_grad(set_to_none=False), set()),
+    "all gradients are replaced": (replace_gradients, {"addresses"}),
+    "a gradient is replaced": (lambda o, ps: set_gradient(o, ps, aligned(8, 8)), {"addresses"}),
+    "a gradient is transposed": (
+        lambda o, ps: set_gradient(o, ps, aligned(8, 8).t()),
+        {"addresses", "strides", "jobs"},
+    ),
+    "a gradient is not aligned": (lambda o, ps: set_gradient(o, ps, aligned(8, 8, offset=1)), {"addresses", "jobs"}),
+    "a gradient is missing": (lambda o, ps: set_gradient(o, ps, None), {"addresses", "jobs"}),
+    "a moment is replaced": (lambda o, ps: replace_moment(o, ps, aligned(8, 8)), {"addresses"}),
+    "a moment is transposed": (
+        lambda o, ps: replace_moment(o, ps, aligned(8, 8).t()),
+        {"addresses", "strides", "jobs"},
+    ),
+    "a moment has other data": (lambda o, ps: set_moment(o, ps, aligned(8, 8)), {"addresses"}),
+    "a weight has other data": (lambda o, ps: set_weight(o, ps, aligned(8, 8)), {"addresses"}),
+    "a weight is not aligned": (lambda o, ps: set_weight(o, ps, aligned(8, 8, offset=3)), {"addresses", "jobs"}),
+    "a step count is replaced": (lambda o, ps: o.state[ps[0]].update(step=aligned()), {"addresses"}),
+    "the learning rate changes": (lambda o, ps: o.param_groups[0].update(lr=0.5), {"scalars"}),
+    "the learning rate is an integer": (lambda o, ps: o.param_groups[0].update(lr=2), {"scalars"}),
+}
+"""Changes between two steps, and the tables that are uploaded after it."""
+AGAIN: dict[str, Callable[[Any, list[Tensor]], object]] = {
+    "a parameter is swapped": swap_parameters,
+    "a storage is freed and restored": resize_and_restore,
+    "a state_dict is loaded": lambda o, ps: o.load_state_dict(o.state_dict()),
+}
+"""Changes that may or may not take memory elsewhere."""
+
+
+def assert_uploaded(optimizer: Any) -> None:
+    """The tables on the device say where the tensors are now."""
+    (bucket,) = optimizer.buckets
+    addresses = dict(
+        zip(("p", "g", "m", "v", "r", "step", "seed"), bucket.scratch.eager.addresses.T.tolist(), strict=True)
+    )
+    for i, p in enumerate(bucket.params):
+        if p.grad is None:
+            continue
+        state = optimizer.state[p]
+        tensors = {"p": p, "g": p.grad, "m": state["exp_avg"], "v": state["exp_avg_sq"], "step": state["step"]}
+        for role, t in tensors.items():
+            assert addresses[role][i] == t.data_ptr(), role
+        assert addresses["r"][i] == addresses["seed"][i] == 0
+    scalars = torch.tensor([optimizer.scalars(group) for group in optimizer.param_groups], dtype=torch.float64)
+    assert torch.equal(bucket.scratch.eager.scalars, scalars)
+
+
+@pytest.mark.parametrize("change", [*STEPS, *AGAIN])
+def test_tables_on_the_device_follow_the_tensors(change: str, uploads: list[Tensor]) -> None:
+    params: list[Tensor] = [nn.Parameter(aligned(8, 8)), nn.Parameter(aligned(4, 8))]
+    replace_gradients(None, params)
+    optimizer: Any = AdamP(params, lr=0.1, backend="triton")
+    optimizer.step()
+    for p in params:
+        optimizer.state[p].update({key: aligned(*t.shape) for key, t in optimizer.state[p].items()})
+    optimizer.step()
+    assert_uploaded(optimizer)
+    uploads.clear()
+    kept = [*params, *(p.grad for p in params), *(t for p in params for t in optimizer.state[p].values())]
+    change_it, expected = STEPS[change] if change in STEPS else (AGAIN[change], None)
+    change_it(optimizer, params)
+    optimizer.step()
+    assert_uploaded(optimizer)
+    tables = optimizer.buckets[0].scratch.eager
+    named = {name: getattr(tables, name).data_ptr() for name in ("addresses", "strides", "scalars", "table")}
+    names = {next((n for n, address in named.items() if address == t.data_ptr()), "jobs") for t in uploads}
+    assert expected is None or names == expected
+    uploads.clear()
+    optimizer.step()
+    assert not uploads, "nothing has changed"
+    assert_uploaded(optimizer)
+    optimizer.clip_grad_norm_(1.0)
+    optimizer.step()
+    assert_uploaded(optimizer)
+    del kept
+
+
+@pytest.mark.parametrize("role", ["gradient", "weight", "exp_avg"])
+def test_freed_storage_is_refused_after_steps(role: str, uploads: list[Tensor]) -> None:
+    params: list[Tensor] = [nn.Parameter(aligned(8, 8)), nn.Parameter(aligned(4, 8))]
+    replace_gradients(None, params)
+    optimizer: Any = AdamP(params, lr=0.1, backend="triton")
+    optimizer.step()
+    tensors = {"gradient": params[1].grad, "weight": params[1], **optimizer.state[params[1]]}
+    storage = tensors[role].untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="holds 0 bytes"):
+            optimizer.step()
+    storage.resize_(size)
+    optimizer.step()
+    assert_uploaded(optimizer)
+
+
 def test_steps_are_the_same_whoever_looks(backend: str) -> None:
     """With gradients that move, go and come back, and state that is replaced."""
     torch.manual_seed(0)
