@@ -44,6 +44,7 @@ class Bucket(Members):
     """Parameters with equal :class:`~fused_adamp.batch.BucketKey`. It holds none of their state.
 
     Attributes:
+        names: the keys of the members' state, those of :attr:`BucketKey.storage` first.
         layouts: how the members lie on the ranks.
         has_pieces: whether a parameter is several members.
         piece_counters: per key of :attr:`BucketKey.counters`, ``(P,)``: the count of each member that is not its
@@ -53,6 +54,7 @@ class Bucket(Members):
     def __init__(self, key: BucketKey, params: Sequence[Tensor]) -> None:
         """Builds the table. Raises what the allocator raises when memory runs out; changes nothing else."""
         self.key = key
+        self.names = (*key.storage, *key.counters)
         self._placements = [placement_of(p) for p in params]
         members = [
             (p, layout)

@@ -87,7 +87,7 @@ def _batch(owner: Owner, bucket: Bucket, make_state: bool) -> Batch | None:
         grads, count = gradients(params)
     if not count:
         return None
-    names = (*key.storage, *key.counters)
+    names = bucket.names
     lists = entries(params, grads, state, names)
     if lists is None:
         if make_state:
@@ -96,7 +96,7 @@ def _batch(owner: Owner, bucket: Bucket, make_state: bool) -> Batch | None:
         for p in params:
             check_state(p, state.get(p), key, Label(owner.param_groups, p))
     tensors = dict(zip(names, lists or (), strict=False))
-    for name in key.counters.keys() & tensors:
+    for name in names[len(key.storage) :] if tensors else ():
         if not are_tensors(tensors[name]):  # a number, as in old checkpoints
             for p, number in zip(params, tensors[name], strict=True):
                 if not isinstance(number, Tensor):
