@@ -34,6 +34,7 @@ const Exchange* exchange = nullptr;
 PyObject *tensor_type, *grad_name, *untyped_storage_name, *nbytes_name, *data_ptr_name;
 
 constexpr int64_t widest_load = 16;  // fused_adamp/host.py, WIDEST_LOAD
+constexpr long version = 1;          // fused_adamp/host.py, _VERSION: counted up whenever the functions change
 
 // A reference that is given back at the end of its scope.
 class Owned {
@@ -244,6 +245,14 @@ class StateOf {
   bool in_order_ = true;
 };
 
+// A new reference to an entry of a parameter's state; null if there is none, with or without a Python error.
+PyObject* entry_of(PyObject* state, PyObject* name) {
+  if (PyDict_Check(state)) return new_reference(PyDict_GetItemWithError(state, name));
+  PyObject* entry = PyObject_GetItem(state, name);
+  if (!entry && PyErr_ExceptionMatches(PyExc_KeyError)) PyErr_Clear();
+  return entry;
+}
+
 // entries(params, grads, state, names, absent)
 PyObject* entries(PyObject*, PyObject* arguments) {
   PyObject *params, *grads, *state, *names, *absent;
@@ -264,17 +273,13 @@ PyObject* entries(PyObject*, PyObject* arguments) {
     PyObject *p = PyList_GetItem(params, i), *g = PyList_GetItem(grads, i);
     if (!g) return nullptr;
     const Owned own(new_reference(g == absent ? nullptr : state_of(p)));
-    if (g != absent && (!own || !PyDict_Check(own.get()))) {
-      if (PyErr_Occurred()) return nullptr;
-      Py_RETURN_NONE;
-    }
     for (Py_ssize_t k = 0; k < kinds; ++k) {
-      PyObject* entry = g == absent ? absent : PyDict_GetItemWithError(own.get(), PyTuple_GetItem(names, k));
+      PyObject* entry = g == absent ? new_reference(absent) : own ? entry_of(own.get(), PyTuple_GetItem(names, k)) : nullptr;
       if (!entry) {
         if (PyErr_Occurred()) return nullptr;
         Py_RETURN_NONE;
       }
-      PyList_SetItem(lists[k], i, new_reference(entry));
+      PyList_SetItem(lists[k], i, entry);
     }
   }
   return found.release();
@@ -305,6 +310,7 @@ int add_host_functions(PyObject* module) {
   nbytes_name = PyUnicode_InternFromString("nbytes");
   data_ptr_name = PyUnicode_InternFromString("data_ptr");
   if (!grad_name || !untyped_storage_name || !nbytes_name || !data_ptr_name) return -1;
+  if (PyModule_AddIntConstant(module, "host", version)) return -1;
   return PyModule_AddFunctions(module, functions);
 }
 

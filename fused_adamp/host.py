@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+_VERSION = 1  # csrc/host.cpp
 
 WIDEST_LOAD = 16
 """Bytes of one load of a thread of a GPU. csrc/host.cpp has it too."""
@@ -45,12 +46,12 @@ WIDEST_LOAD = 16
 
 @cache
 def compiled() -> Any:
-    """The module of the compiled functions; None if it is not built, or has none of them."""
+    """The module of the compiled functions; None if it is not built, has none of them, or those of other sources."""
     try:
         module = importlib.import_module("fused_adamp._C")
     except ImportError:
         return None
-    return module if hasattr(module, "marks") else None
+    return module if getattr(module, "host", None) == _VERSION else None
 
 
 class Marks(NamedTuple):
@@ -172,7 +173,7 @@ def entries(
     A parameter whose gradient is ABSENT has ABSENT in place of its state.
     """
     c = compiled()
-    if c is not None:
+    if c is not None and isinstance(state, dict):
         found: list[list[Any]] | None = c.entries(params, grads, state, names, ABSENT)
         return found
     none = dict[str, Any]()

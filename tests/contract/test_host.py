@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import defaultdict
+from collections import UserDict, defaultdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -187,13 +187,14 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("kind", [dict, defaultdict])
+@pytest.mark.parametrize("kind", [dict, defaultdict, UserDict])
+@pytest.mark.parametrize("entries", [dict, UserDict])
 @pytest.mark.parametrize("absent", [(), (1,)])
 @pytest.mark.parametrize("order", ORDERS)
-def test_state_is_looked_up_in_any_order(order: str, absent: tuple[int, ...], kind: Any) -> None:
+def test_state_is_looked_up_in_any_order(order: str, absent: tuple[int, ...], kind: Any, entries: Any) -> None:
     params = parameters(8)
-    state = {params[i]: {"step": 10 + i, "exp_avg": 20 + i, "other": None} for i in ORDERS[order]}
-    given = defaultdict(dict, state) if kind is defaultdict else state
+    state = {params[i]: entries({"step": 10 + i, "exp_avg": 20 + i, "other": None}) for i in ORDERS[order]}
+    given: Any = defaultdict(dict, state) if kind is defaultdict else kind(state)
     for i in absent:
         params[i].grad = None
     grads, _ = host.gradients(params[:4])
@@ -204,8 +205,9 @@ def test_state_is_looked_up_in_any_order(order: str, absent: tuple[int, ...], ki
     assert len(given) == len(ORDERS[order])
 
 
+@pytest.mark.parametrize("kind", [dict, UserDict])
 @pytest.mark.parametrize("lacks", ["the parameter", "an entry", "everything"])
-def test_missing_state_is_noticed(lacks: str) -> None:
+def test_missing_state_is_noticed(lacks: str, kind: Any) -> None:
     params = parameters(3)
     state: Any = defaultdict(dict, {p: {"step": 1, "exp_avg": 2} for p in params})
     if lacks == "everything":
@@ -213,7 +215,7 @@ def test_missing_state_is_noticed(lacks: str) -> None:
     elif lacks == "the parameter":
         del state[params[1]]
     else:
-        del state[params[1]]["step"]
+        state[params[1]] = kind({"exp_avg": 2})
     before = len(state)
     grads, _ = host.gradients(params)
     assert host.entries(params, grads, state, ("exp_avg", "step")) is None
