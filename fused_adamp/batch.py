@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Mapping, Sequence
+    from collections.abc import Container, Sequence
 
 __all__ = [
     "ABSENT",
@@ -111,8 +111,6 @@ class Rule(Protocol):
     """The optimizer as a backend sees it: its momentum rule, and the rule's numbers for a parameter group."""
 
     adaptive: ClassVar[bool]
-    options: ClassVar[Mapping[str, Any]]
-    """The entries of a parameter group that :meth:`scalars` reads are among these."""
 
     def scalars(self, group: dict[str, Any]) -> Scalars:
         """The group's hyperparameters, ready for a kernel."""

@@ -214,7 +214,7 @@ class DeviceBackend:
         if tables.seen_groups is not bucket.groups:
             tables.upload(tables.table, table_of(bucket))
             tables.seen_groups = bucket.groups
-        tables.set_scalars(batch)
+        tables.set_scalars([batch.rule.scalars(group) for group in batch.groups])
         return -1
 
     def _launch(self, batch: Batch, tables: Tables, kind: Kind, indices: list[int]) -> Launch:

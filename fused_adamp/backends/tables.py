@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fused_adamp.batch import ABSENT, COLUMNS, Scalars, Sharing
-from fused_adamp.host import WIDEST_LOAD, are_same, marks_of
+from fused_adamp.host import WIDEST_LOAD, marks_of
 from fused_adamp.tensors import rows_cols
 
 if TYPE_CHECKING:
@@ -92,8 +92,6 @@ class Tables:
         self.places = torch.empty(0, dtype=torch.int64, device="cpu")
         """The addresses as they were uploaded."""
         self.seen_scalars: tuple[list[list[float]], list[tuple[int, int]]] = [], []
-        self.seen_options: list[Any] = []
-        """The options of all groups that ``seen_scalars`` were made from; empty if one of them may change in place."""
         self.seen_groups: list[int] = []
         self.seen_members: dict[Kind, list[int]] = {}
         self.launches: list[Launch] = []
@@ -132,12 +130,8 @@ class Tables:
         self.upload(self.addresses, self.places)
         self.seen = self.seen | moved
 
-    def set_scalars(self, batch: Batch) -> None:
+    def set_scalars(self, rows: list[Scalars]) -> None:
         """Uploads hyperparameters, a row per group, if a number has changed; always copies those that are tensors."""
-        options = [group.get(name) for group in batch.groups for name in batch.rule.options]
-        if are_same(options, self.seen_options):
-            return
-        rows = [batch.rule.scalars(group) for group in batch.groups]
         tensors, numbers = dict[tuple[int, int], Tensor](), list(map(list[Any], rows))
         for i, row in enumerate(rows):
             for j, number in enumerate(row):
@@ -151,14 +145,6 @@ class Tables:
             self.seen_scalars = numbers, [*tensors]
         if tensors:
             torch._foreach_copy_(self.cells, [*tensors.values()])
-        self.seen_options = options if all(map(_is_constant, options)) else []
-
-
-def _is_constant(option: Any) -> bool:
-    """Whether an option is the same as long as it is the same object."""
-    if isinstance(option, tuple):
-        return all(map(_is_constant, option))
-    return isinstance(option, (float, int, str, torch.dtype, type(None)))
 
 
 def marks_by_role(batch: Batch, *, state: bool) -> dict[str, Marks]:
