@@ -327,7 +327,7 @@ CPU_BACKEND = (
         CPU,
         "return marks(self.marks, tensors, settled=True) is self.marks",
         "return marks(self.marks, tensors, settled=True).layout is self.marks.layout",
-        (SITUATIONS, CONTRACT, MACHINE),
+        (Tests("tests/contract/test_situations.py", "test_moments_may_be_freed_and_restored and not triton"),),
     ),
     Mutant("hyperparameters of the first step", CPU, "if rows != scratch.rows:", "if not scratch.rows:", (CONTRACT,)),
     Mutant(
