@@ -322,13 +322,6 @@ HOST_PASSES = (
 )
 
 CPU_BACKEND = (
-    Mutant(
-        "listed state that has moved",
-        CPU,
-        "return marks(self.marks, tensors, settled=True) is self.marks",
-        "return marks(self.marks, tensors, settled=True).layout is self.marks.layout",
-        (Tests("tests/contract/test_situations.py", "test_moments_may_be_freed_and_restored and not triton"),),
-    ),
     Mutant("hyperparameters of the first step", CPU, "if rows != scratch.rows:", "if not scratch.rows:", (CONTRACT,)),
     Mutant(
         "found_inf moves weights",
