@@ -21,7 +21,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
-SOURCES = ["cpu.cpp", "cpu_bind.cpp", "cpu_plan.cpp", "cpu_stages.cpp", "cpu_tensors.cpp", "registration.cpp"]
+SOURCES = ["cpu.cpp", "cpu_bind.cpp", "cpu_plan.cpp", "cpu_stages.cpp", "cpu_tensors.cpp"]
+SOURCES += ["host.cpp", "registration.cpp"]
 KERNELS = "cpu_kernels.cpp"
 FLAGS = ["-std=c++17", "-O3", "-g0", "-Wall", "-fvisibility=hidden"]  # without debug symbols: a tenth of the size
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]  # vectorizable, and never fused by surprise

@@ -2,6 +2,7 @@
 #include <Python.h>
 
 #include "cpu.h"
+#include "host.h"
 
 // A bucket's tensors in one step, fused_adamp/batch.py, Batch. A list is empty if the members have none of that kind. The
 // tensors of a member without gradient have no elements. If all state of a kind is contiguous and has one dtype
@@ -41,5 +42,10 @@ STABLE_TORCH_LIBRARY_IMPL(fused_adamp, CompositeExplicitAutograd, m) {
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "Registers the operators of fused_adamp.", -1,
                                nullptr, nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
+  PyObject* made = PyModule_Create(&module);
+  if (made && fused_adamp::add_host_functions(made) < 0) {
+    Py_DECREF(made);
+    return nullptr;
+  }
+  return made;
 }

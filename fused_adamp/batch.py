@@ -200,6 +200,7 @@ class Members:
         has_own_tensors: whether a batch holds the tensors of parameters and state themselves. Else it holds views,
             which are new in every step.
         scratch: an object that the backend keeps between steps.
+        marks: where the tensors of the last batch lay, by their role: :func:`fused_adamp.host.marks_of`.
     """
 
     key: BucketKey
@@ -214,6 +215,7 @@ class Members:
     distributed: bool
     has_own_tensors: bool
     scratch: Any
+    marks: dict[str, Any]
 
 
 class Batch(NamedTuple):
@@ -227,7 +229,7 @@ class Batch(NamedTuple):
         steps, seeds, remainders: the members' other state; empty if they have none of that kind.
         groups: the optimizer's parameter groups.
         rule: the optimizer.
-        notes: a backend's cache of properties of these tensors, for its next call with the same batch.
+        notes: what has been found out about these tensors, for the next call with the same batch.
         scale: the factor of the gradients (AMP's unscaling, clipping), as a float64 tensor of one element on the
             bucket's device; None is 1.
         found_inf: a tensor of one element on the bucket's device. If it is not 0, nothing changes. None is 0.

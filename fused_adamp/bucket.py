@@ -44,6 +44,7 @@ class Bucket(Members):
     """Parameters with equal :class:`~fused_adamp.batch.BucketKey`. It holds none of their state.
 
     Attributes:
+        names: the keys of the members' state, those of :attr:`BucketKey.storage` first.
         layouts: how the members lie on the ranks.
         has_pieces: whether a parameter is several members.
         piece_counters: per key of :attr:`BucketKey.counters`, ``(P,)``: the count of each member that is not its
@@ -53,6 +54,7 @@ class Bucket(Members):
     def __init__(self, key: BucketKey, params: Sequence[Tensor]) -> None:
         """Builds the table. Raises what the allocator raises when memory runs out; changes nothing else."""
         self.key = key
+        self.names = (*key.storage, *key.counters)
         self._placements = [placement_of(p) for p in params]
         members = [
             (p, layout)
@@ -84,6 +86,7 @@ class Bucket(Members):
         self.decisions = torch.full((len(self.params),), UNDECIDED, dtype=torch.uint8, device=key.device)
         self.results = torch.full((len(self.params), len(RESULTS)), math.nan, dtype=torch.float64, device=key.device)
         self.has_own_tensors = all(layout.part == Rows() for layout in self.layouts)
+        self.marks = {}
         self.scratch = key.backend.scratch(self)
 
     @property

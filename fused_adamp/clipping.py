@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fused_adamp.batch import ABSENT
 from fused_adamp.gather import refit
+from fused_adamp.host import marks_of, present
 from fused_adamp.memory import Clipping, Seen
 from fused_adamp.sharded import agreement
 from fused_adamp.sharded.dtensor import local, local_gradient
@@ -17,6 +17,7 @@ from fused_adamp.tensors import promoted
 
 if TYPE_CHECKING:
     from fused_adamp.batch import Batch
+    from fused_adamp.host import Marks
     from fused_adamp.memory import Owner
     from fused_adamp.sharded.exchange import Outcome
 
@@ -87,7 +88,7 @@ def clip(
 
 def returned(clipping: Clipping, unscale: Tensor | None, batches: list[Batch]) -> Tensor:
     """The norm as users get it: a tensor of their own, 0-dim, in the dtype that the gradients' dtypes promote to."""
-    dtypes = dict.fromkeys(g.dtype for batch in batches for g in batch.grads if g is not ABSENT)
+    dtypes = {g.dtype: None for batch in batches for g in present(batch.grads, batch.grads)}
     return clipping.norm_over(unscale).to(promoted([*dtypes]), copy=True)
 
 
@@ -141,18 +142,26 @@ def norm_of_fakes(owner: Owner, norm_type: float, error_if_nonfinite: bool) -> T
     return torch.nn.utils.get_total_norm(grads, norm_type, error_if_nonfinite).to(promoted([g.dtype for g in grads]))
 
 
-def _gradients(batches: list[Batch]) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights that have a gradient, and their gradients; for DTensors also their local tensors.
+def _gradients(batches: list[Batch]) -> tuple[list[Tensor], list[Tensor], list[Marks]]:
+    """The weights that have a gradient, and their gradients; for DTensors also their local tensors. And their marks.
 
     A DTensor and its local tensor have separate version counters.
     """
-    params, grads = [], []
+    params, grads, places = [], [], []
     for batch in batches:
-        of = [p for p in batch.bucket.params if p.grad is not None]
+        bucket = batch.bucket
+        if bucket.has_own_tensors and not bucket.distributed and bucket.shared is None:
+            params += present(bucket.params, batch.grads)
+            grads += present(batch.grads, batch.grads)
+            places += [marks_of(batch, "p", batch.params), marks_of(batch, "g", batch.grads)]
+            continue
+        of = [p for p in bucket.params if p.grad is not None]
         gradients = [p.grad for p in of if p.grad is not None]
         params += of
         grads += gradients
-        if batch.bucket.distributed:
-            params += map(local, of)
-            grads += map(local, gradients)
-    return params, grads
+        of, gradients = list(map(local, of)), list(map(local, gradients))
+        if bucket.distributed:
+            params += of
+            grads += gradients
+        places += [marks_of(batch, "clipped p", of), marks_of(batch, "clipped g", gradients)]
+    return params, grads, places

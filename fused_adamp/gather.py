@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from itertools import chain, repeat
-from operator import is_, is_not
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from fused_adamp.backends import choose
 from fused_adamp.batch import ABSENT, FLOATING, Batch, BucketKey
 from fused_adamp.bucket import Bucket, fits, new_state, place_of
 from fused_adamp.fake import has_numbers
+from fused_adamp.host import are_same, are_tensors, entries, gradients, marks_of
 from fused_adamp.options import check_options
 from fused_adamp.sharded.dtensor import copy, local, local_gradient
 from fused_adamp.sharded.exchange import Exchange
@@ -48,7 +48,7 @@ def gather(owner: Owner, *, make_state: bool = True) -> list[Batch]:
     if not (
         groups == memory.seen_groups
         and generation() == memory.seen_generation
-        and all(map(is_, params, memory.seen_params))
+        and are_same(params, memory.seen_params)
         and all(p.grad is None for p in memory.unbucketed)
     ):
         fill_buckets(owner)
@@ -80,33 +80,27 @@ def refit(owner: Owner, batches: list[Batch]) -> list[Batch]:
 def _batch(owner: Owner, bucket: Bucket, make_state: bool) -> Batch | None:
     """The bucket's tensors in this step; None if no member has a gradient."""
     params, key, state, filled = bucket.params, bucket.key, owner.state, owner._memory.filled
-    grads: list[Any] = [p.grad for p in params]
     if bucket.distributed or bucket.shared is not None:
-        grads = [filled[p] if p in filled else local_gradient(p) for p in params]
-    names, none = [*key.storage, *key.counters], dict[str, Tensor]()
-    if all(map(is_not, grads, repeat(None))):
-        in_order = len(state) == len(params) and all(map(is_, state, params))  # no key is hashed
-        states = list(state.values() if in_order else map(state.get, params, repeat(none)))
-    elif all(map(is_, grads, repeat(None))):
-        return None
+        found = [filled[p] if p in filled else local_gradient(p) for p in params]
+        grads, count = [ABSENT if g is None else g for g in found], sum(g is not None for g in found)
     else:
-        absent = dict.fromkeys(names, ABSENT)
-        states = [absent if g is None else state.get(p, none) for p, g in zip(params, grads, strict=True)]
-        grads = [ABSENT if g is None else g for g in grads]
-    try:
-        tensors = {name: [of[name] for of in states] for name in names}
-    except KeyError:
+        grads, count = gradients(params)
+    if not count:
+        return None
+    names = bucket.names
+    lists = entries(params, grads, state, names)
+    if lists is None:
         if make_state:
             _make_state(owner)
             return _batch(owner, bucket, make_state)
         for p in params:
             check_state(p, state.get(p), key, Label(owner.param_groups, p))
-        tensors = {}
-    for name in key.counters.keys() & tensors:
-        if not all(map(isinstance, tensors[name], repeat(Tensor))):  # a number, as in old checkpoints
-            for of in states:
-                if not isinstance(of[name], Tensor):
-                    of[name] = torch.tensor(of[name], dtype=key.counters[name], device="cpu")
+    tensors = dict(zip(names, lists or (), strict=False))
+    for name in names[len(key.storage) :] if tensors else ():
+        if not are_tensors(tensors[name]):  # a number, as in old checkpoints
+            for p, number in zip(params, tensors[name], strict=True):
+                if not isinstance(number, Tensor):
+                    state[p][name] = torch.tensor(number, dtype=key.counters[name], device="cpu")
             return _batch(owner, bucket, make_state)
     if bucket.distributed:
         params = list(map(local, params))
@@ -337,15 +331,15 @@ def rounds_of(owner: Owner, batches: list[Batch]) -> list[list[set[int]]]:
     """Rounds, each a set of member indices per batch, in which no parameters share memory; empty if none share any.
 
     Parameters that share memory are stepped in the order of the parameter groups, as in torch.optim. The result is
-    cached as long as no address changes.
+    cached as long as no weight moves.
     """
     memory = owner._memory
-    addresses = [list(map(Tensor.data_ptr, batch.params)) for batch in batches]
-    if memory.rounds is None or addresses != memory.addresses:
+    weights = [marks_of(batch, "p", batch.params) for batch in batches]
+    if memory.rounds is None or not are_same(weights, memory.seen_weights):
         place = {p: i for i, p in enumerate(chain.from_iterable(g["params"] for g in owner.param_groups))}
         places = [[place[p] for p in batch.bucket.params] for batch in batches]
         memory.rounds = _find_rounds([batch.params for batch in batches], places)
-        memory.addresses = addresses
+        memory.seen_weights = weights
     return memory.rounds
 
 

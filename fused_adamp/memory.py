@@ -6,18 +6,20 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 from weakref import ref
 
 from torch import Tensor
 
 from fused_adamp.batch import Rule
-from fused_adamp.tensors import are_same
+from fused_adamp.host import are_same
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fused_adamp.bucket import Bucket
+    from fused_adamp.host import Marks
     from fused_adamp.options import Option
     from fused_adamp.sharded.exchange import Exchange, Outcome
 
@@ -25,28 +27,32 @@ __all__ = ["Clipping", "Memory", "Owner", "Seen"]
 
 
 class Seen(NamedTuple):
-    """Gradients and their weights, as they were: which gradients, all versions, all addresses."""
+    """Gradients and their weights, as they were: which gradients, all versions, where all lay."""
 
     gradients: list[ref[Tensor]]
-    marks: tuple[list[int], ...] | None
+    versions: list[int] | None
     """None where a tensor keeps no version, as those of inference mode."""
+    places: list[Marks]
 
     @classmethod
-    def of(cls, params: list[Tensor], grads: list[Tensor]) -> Seen:
-        return cls(list(map(ref, grads)), cls._marks(params, grads))
+    def of(cls, params: list[Tensor], grads: list[Tensor], places: list[Marks]) -> Seen:
+        return cls(list(map(ref, grads)), cls._versions(params, grads), places)
 
     @staticmethod
-    def _marks(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], ...] | None:
-        tensors = [*params, *grads]
+    def _versions(params: list[Tensor], grads: list[Tensor]) -> list[int] | None:
         try:
-            return [t._version for t in tensors], list(map(Tensor.data_ptr, tensors))
+            return [t._version for t in chain(params, grads)]
         except RuntimeError:
             return None
 
-    def still_holds(self, params: list[Tensor], grads: list[Tensor]) -> bool:
+    def still_holds(self, params: list[Tensor], grads: list[Tensor], places: list[Marks]) -> bool:
         """Whether these are the same gradients, and none of them and no weight has changed."""
-        same = are_same(self.gradients, grads)
-        return same and self.marks is not None and self.marks == self._marks(params, grads)
+        return (
+            are_same(self.places, places)
+            and are_same([its() for its in self.gradients], grads)
+            and self.versions is not None
+            and self.versions == self._versions(params, grads)
+        )
 
 
 class Clipping(NamedTuple):
@@ -100,7 +106,7 @@ class Memory:
         has_fakes: whether others are in no bucket, as they hold no numbers: :mod:`fused_adamp.fake`.
         seen_params, seen_groups, seen_generation: the inputs that the buckets were made from: the parameters, the
             options that choose a bucket, and :func:`fused_adamp.sharded.placement.generation`.
-        addresses, rounds: the weights' addresses, bucket by bucket, and the result of
+        seen_weights, rounds: the weights' marks, bucket by bucket, and the result of
             :func:`fused_adamp.gather.rounds_of` for them.
         clipping: the result of :meth:`ProjectedOptimizer.clip_grad_norm_` for the next step; None if there is none.
         grad_norm: :attr:`ProjectedOptimizer.grad_norm`.
@@ -120,7 +126,7 @@ class Memory:
         self.seen_params: list[Tensor] = []
         self.seen_groups: list[tuple[Any, ...]] = []
         self.seen_generation = 0
-        self.addresses: list[list[int]] = []
+        self.seen_weights: list[Marks] = []
         self.rounds: list[list[set[int]]] | None = None
         self.clipping: Clipping | None = None
         self.grad_norm: Tensor | None = None

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 from fused_adamp import clipping, gather
 from fused_adamp.backends import BACKENDS
 from fused_adamp.backends.cpu import empty_like
-from fused_adamp.batch import ABSENT, UNDECIDED, Scalars
+from fused_adamp.batch import UNDECIDED, Scalars
 from fused_adamp.checkpoint import check, to_ours
 from fused_adamp.fake import has_numbers, new_state, touch, traces_fakes
+from fused_adamp.host import present
 from fused_adamp.memory import Memory
 from fused_adamp.options import MAX_NORM, Range, check_options, max_grad_norm_of
 from fused_adamp.reference import Decision
@@ -162,8 +163,7 @@ class ProjectedOptimizer(Optimizer):
             raise
         memory.clipping, memory.grad_norm = None, norm
         for batch in batches:
-            stepped = [p for p, g in zip(batch.bucket.params, batch.grads, strict=True) if g is not ABSENT]
-            torch.autograd.graph.increment_version(stepped)
+            torch.autograd.graph.increment_version(present(batch.bucket.params, batch.grads))
 
     def _move(self) -> tuple[list[Batch], Tensor | None]:
         """Writes weights and state. Returns this step's batches and :attr:`grad_norm`."""
@@ -392,7 +392,7 @@ def _supports_amp_scaling(defaults: dict[str, Any]) -> bool:
 
 def number(value: Any) -> Any:
     """A hyperparameter as a float; a tensor that is not on the CPU as a 0-dim float64 tensor, without a sync."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
+    if type(value) is not float and isinstance(value, Tensor) and value.device.type != "cpu":  # most are floats
         return value.detach().double().reshape(())
     return float(value)
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from operator import is_
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from weakref import ref
 
     from torch import Tensor
 
-__all__ = ["are_same", "has_storage", "overlaps", "promoted", "rows_cols", "span_of"]
+__all__ = ["has_storage", "overlaps", "promoted", "rows_cols", "span_of"]
 
 
 def rows_cols(p: Tensor) -> tuple[int, int]:
@@ -50,11 +48,6 @@ def overlaps(t: Tensor) -> bool:
                 return t.numel() > 0
             end += (size - 1) * stride
     return False
-
-
-def are_same(seen: Sequence[ref[Tensor]], tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors are those that were seen. An id or an address may be that of another tensor by now."""
-    return len(seen) == len(tensors) and all(map(is_, [its() for its in seen], tensors))
 
 
 def promoted(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import weakref
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused_adamp.batch import COLUMNS, FLOATING, Sharing
-from fused_adamp.tensors import are_same
+from fused_adamp.host import Marks, marks
 
 if TYPE_CHECKING:
     from fused_adamp.batch import Batch, Members
@@ -46,23 +45,21 @@ def load() -> str | None:
 class _Listed(NamedTuple):
     """The addresses of the members' state under one key: one tensor to pass to the operator in place of P.
 
-    A step may use it if the members have the same tensors at the same addresses: :meth:`still_holds`.
+    A step may use it if the members' tensors lie as they did: :meth:`still_holds`.
     """
 
-    tensors: list[weakref.ref[Tensor]]
-    """The state tensors. All have the key's dtype and are contiguous."""
-    addresses: list[int]
+    marks: Marks
+    """Of the state tensors. All have the key's dtype and are contiguous."""
     table: Tensor
     """The addresses: ``(P,)`` int64."""
 
     @classmethod
     def of(cls, tensors: list[Tensor]) -> _Listed:
-        addresses = list(map(Tensor.data_ptr, tensors))
-        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        return cls(list(map(weakref.ref, tensors)), addresses, table)
+        found = marks(None, tensors, settled=True)
+        return cls(found, torch.frombuffer(found.addresses, dtype=torch.int64))
 
     def still_holds(self, tensors: list[Tensor]) -> bool:
-        return are_same(self.tensors, tensors) and list(map(Tensor.data_ptr, tensors)) == self.addresses
+        return marks(self.marks, tensors, settled=True) is self.marks
 
 
 @dataclass

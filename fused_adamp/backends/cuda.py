@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fused_adamp.backends.device import DeviceBackend
-from fused_adamp.backends.tables import LAYOUTS, WIDEST_LOAD
+from fused_adamp.backends.tables import LAYOUTS
+from fused_adamp.host import WIDEST_LOAD
 
 if TYPE_CHECKING:
     from fused_adamp.batch import Batch

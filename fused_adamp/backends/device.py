@@ -34,9 +34,8 @@ from fused_adamp.backends.tables import (
     FINDINGS,
     Kind,
     Launch,
-    Seen,
     Tables,
-    move_gradients,
+    marks_by_role,
     parts_of,
     place,
     table_of,
@@ -44,6 +43,7 @@ from fused_adamp.backends.tables import (
 )
 from fused_adamp.batch import ABSENT, SHARES
 from fused_adamp.bucket import first_stale
+from fused_adamp.host import present
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +83,8 @@ class Workspace:
 
     def advance(self, batch: Batch) -> None:
         """Begins a new epoch. Once a step may be captured, the device counts, since the host does not see replays."""
-        self.counts_on_device = self.counts_on_device or any(group["capturable"] for group in _stepped_groups(batch))
+        if not self.counts_on_device and any(group["capturable"] for group in batch.groups):
+            self.counts_on_device = any(group["capturable"] for group in _stepped_groups(batch))
         if self.counts_on_device:
             self.replays.add_(1)
         else:
@@ -198,9 +199,8 @@ class DeviceBackend:
 
     def first_stale(self, batch: Batch) -> int:
         if "stale" not in batch.notes:
-            seen = batch.bucket.scratch.eager.seen
-            fits = seen is not None and seen.fits(batch, state=batch.has_state)
-            batch.notes["stale"] = -1 if fits else first_stale(batch)
+            moved = batch.bucket.scratch.eager.moved(batch, state=batch.has_state)
+            batch.notes["stale"] = first_stale(batch) if moved is None else -1
         return int(batch.notes["stale"])
 
     def square_norm(self, batch: Batch) -> Tensor | None:
@@ -257,8 +257,10 @@ class DeviceBackend:
 
     def _refresh(self, batch: Batch, tables: Tables, *, state: bool = True) -> int:
         """Uploads tables that have changed, unless a member is stale; returns :meth:`first_stale`."""
-        bucket, seen = batch.bucket, tables.seen
-        if seen is None or not seen.fits(batch, state=state):
+        bucket, moved = batch.bucket, tables.moved(batch, state=state)
+        if moved:
+            tables.move(moved)
+        elif moved is None:
             stale = self.first_stale(batch)
             if stale >= 0:
                 return stale
@@ -266,13 +268,10 @@ class DeviceBackend:
             if members != tables.seen_members:  # gradients may lie elsewhere in every step; the jobs stay the same
                 tables.launches = [self._launch(batch, tables, kind, indices) for kind, indices in members.items()]
                 tables.seen_members = members
-            tables.seen = Seen.of(batch)
-        elif seen.gradients != (moved := list(map(Tensor.data_ptr, batch.grads))):
-            move_gradients(tables, batch, moved)
-            tables.seen = seen._replace(gradients=moved)
-        if bucket.groups != tables.seen_groups:
+            tables.seen = marks_by_role(batch, state=True)
+        if tables.seen_groups is not bucket.groups:
             tables.upload(tables.table, table_of(bucket))
-            tables.seen_groups = list(bucket.groups)
+            tables.seen_groups = bucket.groups
         tables.set_scalars([batch.rule.scalars(group) for group in batch.groups])
         return -1
 
@@ -343,5 +342,4 @@ def _captured(batch: Batch) -> bool:
 
 def _stepped_groups(batch: Batch) -> list[dict[str, Any]]:
     """The parameter groups with a member that has a gradient."""
-    members = {n for n, g in zip(batch.bucket.groups, batch.grads, strict=True) if g is not ABSENT}
-    return [batch.groups[n] for n in sorted(members)]
+    return [batch.groups[n] for n in sorted({*present(batch.bucket.groups, batch.grads)})]

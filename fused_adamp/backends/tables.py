@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import ref
 
 import torch
 from torch import Tensor
 
 from fused_adamp.batch import ABSENT, COLUMNS, Scalars, Sharing
-from fused_adamp.tensors import are_same, has_storage, rows_cols
+from fused_adamp.host import WIDEST_LOAD, marks_of
+from fused_adamp.tensors import rows_cols
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fused_adamp.batch import Batch, Members
+    from fused_adamp.host import Marks
 
-__all__ = ["Kind", "Launch", "Seen", "Tables", "collapse", "move_gradients", "parts_of", "place", "tiles_of"]
+__all__ = ["Kind", "Launch", "Tables", "collapse", "marks_by_role", "parts_of", "place", "tiles_of"]
 
 LAYOUTS = ("aligned", "flat", "strided")
 """How a parameter's tensors lie in memory. Aligned: rows follow each other, the first starts at a multiple of
@@ -45,9 +45,6 @@ the keys of this step's noise; and marks: the last epochs in which sums of measu
 PARTS = ("need", "shares", "row_shares", "verdict", "given", "given_step")
 """A parameter's addresses in :class:`~fused_adamp.batch.Shared`. At ``given`` are c of its rows if they are split, else
 the one c of its layer. ``given_step`` is the distance from row to row in numbers: 1 or 0."""
-
-WIDEST_LOAD = 16
-"""Bytes of one load of a thread."""
 
 VECTOR = 8
 """Elements of one load of a thread, at most."""
@@ -90,7 +87,8 @@ class Tables:
         self.scalars = torch.empty(0, len(Scalars._fields), dtype=torch.float64, device=device)
         self.cells: list[Tensor] = []
         """The scalars that come from tensors on the device."""
-        self.seen: Seen | None = None
+        self.seen: dict[str, Marks] = {}
+        """The marks of the tensors that the tables were made from, by role; empty if there are no tables yet."""
         self.places = torch.empty(0, dtype=torch.int64, device="cpu")
         """The addresses as they were uploaded."""
         self.seen_scalars: tuple[list[list[float]], list[tuple[int, int]]] = [], []
@@ -113,12 +111,32 @@ class Tables:
         self.upload(target, source)
         return target
 
+    def moved(self, batch: Batch, *, state: bool) -> dict[str, Marks] | None:
+        """The new marks, by role, of tensors that have only moved since the tables were made.
+
+        None if anything else has changed, so that the tables have to be made anew. State is compared if ``state``.
+        """
+        found, seen = marks_by_role(batch, state=state), self.seen
+        if found.keys() - seen.keys() or (state and len(found) < len(seen)):
+            return None
+        moved = {role: marks for role, marks in found.items() if marks is not seen[role]}
+        return moved if all(marks.layout is seen[role].layout for role, marks in moved.items()) else None
+
+    def move(self, moved: dict[str, Marks]) -> None:
+        """Uploads new addresses."""
+        for role, marks in moved.items():
+            column = torch.frombuffer(marks.addresses, dtype=torch.int64)  # that of ABSENT is 0
+            self.places[:, ADDRESSES.index(role)] = column
+        self.upload(self.addresses, self.places)
+        self.seen = self.seen | moved
+
     def set_scalars(self, rows: list[Scalars]) -> None:
         """Uploads hyperparameters, a row per group, if a number has changed; always copies those that are tensors."""
-        tensors = {
-            (i, j): number for i, row in enumerate(rows) for j, number in enumerate(row) if isinstance(number, Tensor)
-        }
-        numbers = [[0.0 if isinstance(number, Tensor) else number for number in row] for row in rows]
+        tensors, numbers = dict[tuple[int, int], Tensor](), list(map(list[Any], rows))
+        for i, row in enumerate(rows):
+            for j, number in enumerate(row):
+                if type(number) is not float and isinstance(number, Tensor):  # most are floats
+                    tensors[i, j], numbers[i][j] = number, 0.0
         if (numbers, [*tensors]) != self.seen_scalars:
             if len(numbers) != len(self.scalars):
                 self.scalars = self.scalars.new_empty(len(numbers), self.scalars.size(1))
@@ -129,80 +147,14 @@ class Tables:
             torch._foreach_copy_(self.cells, [*tensors.values()])
 
 
-class _Layout(NamedTuple):
-    """Strides, sizes and dtypes of tensors, without their addresses."""
-
-    strides: list[tuple[int, ...]]
-    sizes: list[torch.Size]
-    dtypes: list[torch.dtype]
-
-    @classmethod
-    def of(cls, tensors: list[Tensor]) -> _Layout:
-        return cls(list(map(Tensor.stride, tensors)), list(map(Tensor.size, tensors)), [t.dtype for t in tensors])
-
-
-class Seen(NamedTuple):
-    """The tensors that tables were made from. :meth:`fits` says whether the tables still hold."""
-
-    layout: _Layout
-    """The layout of weights and gradients."""
-    weights: list[int]
-    """Addresses, as in ``gradients`` and ``state``."""
-    gradients: list[int]
-    state: list[int]
-    tensors: list[ref[Tensor]]
-    """All state tensors."""
-    state_layout: _Layout
-
-    @classmethod
-    def of(cls, batch: Batch) -> Seen:
-        state = _state(batch)
-        weights, gradients, places = (list(map(Tensor.data_ptr, of)) for of in (batch.params, batch.grads, state))
-        return cls(_layout_of(batch), weights, gradients, places, list(map(ref, state)), _Layout.of(state))
-
-    def fits(self, batch: Batch, *, state: bool) -> bool:
-        """Whether the batch's tensors are as they were; gradients may have moved. State is compared if ``state``.
-
-        State does not change its layout while it is the same tensor at the same address.
-        """
-        gradients = list(map(Tensor.data_ptr, batch.grads))
-        return (
-            self.layout == _layout_of(batch)
-            and self.weights == list(map(Tensor.data_ptr, batch.params))
-            and (self.gradients == gradients or self._gradients_fit(gradients, batch.grads))
-            and (not state or self._state_fits(_state(batch)))
-        )
-
-    def _gradients_fit(self, addresses: list[int], gradients: list[Tensor]) -> bool:
-        """Whether each gradient that has moved has the old one's alignment, and lies inside its storage."""
-        return all(
-            (a - b) % WIDEST_LOAD == 0 and has_storage(g)
-            for a, b, g in zip(self.gradients, addresses, gradients, strict=True)
-            if a != b
-        )
-
-    def _state_fits(self, state: list[Tensor]) -> bool:
-        same = self.state == list(map(Tensor.data_ptr, state))
-        return same and (are_same(self.tensors, state) or self.state_layout == _Layout.of(state))
-
-
-def _state(batch: Batch) -> list[Tensor]:
-    return list(chain(*batch.moments, batch.steps, batch.seeds, batch.remainders))
-
-
-def _layout_of(batch: Batch) -> _Layout:
-    """The layout of a batch's weights and gradients, computed once per batch."""
-    if "layout" not in batch.notes:
-        batch.notes["layout"] = _Layout.of([*batch.params, *batch.grads])
-    layout: _Layout = batch.notes["layout"]
-    return layout
-
-
-def move_gradients(tables: Tables, batch: Batch, addresses: list[int]) -> None:
-    """Uploads the gradients' new addresses, one per member; their layout has not changed."""
-    present = [0 if g is ABSENT else address for g, address in zip(batch.grads, addresses, strict=True)]
-    tables.places[:, ADDRESSES.index("g")] = torch.tensor(present, dtype=torch.int64, device="cpu")
-    tables.upload(tables.addresses, tables.places)
+def marks_by_role(batch: Batch, *, state: bool) -> dict[str, Marks]:
+    """The marks of the batch's tensors; of weights and gradients alone unless ``state``."""
+    found = {"p": marks_of(batch, "p", batch.params), "g": marks_of(batch, "g", batch.grads)}
+    if state:
+        kinds = {"r": batch.remainders, "step": batch.steps, "seed": batch.seeds}
+        kinds |= dict(zip(("m", "v"), batch.moments, strict=False))
+        found |= {role: marks_of(batch, role, of, settled=True) for role, of in kinds.items() if of}
+    return found
 
 
 def table_of(bucket: Members) -> Tensor:

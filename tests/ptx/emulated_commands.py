@@ -1,4 +1,4 @@
-"""The commands, where the emulator stands in for a GPU: the backend is listed, and its cases pass. See emulated_steps.py."""
+"""The commands, where the emulator stands in for a GPU. See emulated_steps.py."""
 
 from __future__ import annotations
 

@@ -29,8 +29,10 @@ ORACLE = Tests("tests/numerics/test_oracle.py")
 RANKS = Tests("tests/sharding/test_sharding.py")
 AGREEMENT = Tests("tests/sharding/test_sharding_contract.py")
 SHARES = Tests("tests/sharding/test_shares.py")
+HOSTS = Tests("tests/contract/test_host.py")
 
 OPTIMIZER, GATHER, CLIP = "fused_adamp/optimizer.py", "fused_adamp/gather.py", "fused_adamp/clipping.py"
+HOST, TABLES = "fused_adamp/host.py", "fused_adamp/backends/tables.py"
 MEMORY, VALIDATE, OPTIONS = "fused_adamp/memory.py", "fused_adamp/validate.py", "fused_adamp/options.py"
 CHECKPOINT, BUCKET, CPU = "fused_adamp/checkpoint.py", "fused_adamp/bucket.py", "fused_adamp/backends/cpu.py"
 EXCHANGE, AGREE, STEP = (f"fused_adamp/sharded/{name}.py" for name in ("exchange", "agreement", "step"))
@@ -75,8 +77,8 @@ FRONT_END = (
     Mutant(
         "versions stay",
         OPTIMIZER,
-        "            torch.autograd.graph.increment_version(stepped)\n",
-        "            assert stepped is not None\n",
+        "            torch.autograd.graph.increment_version(present(batch.bucket.params, batch.grads))\n",
+        "            assert present is not None\n",
         (CONTRACT, TORCH),
     ),
     Mutant(
@@ -140,7 +142,7 @@ FRONT_END = (
     Mutant(
         "changed parameters are not seen",
         GATHER,
-        "        and all(map(is_, params, memory.seen_params))\n",
+        "        and are_same(params, memory.seen_params)\n",
         "",
         (CONTRACT, MACHINE),
     ),
@@ -157,7 +159,7 @@ FRONT_END = (
     Mutant(
         "moved weights are not seen",
         GATHER,
-        "if memory.rounds is None or addresses != memory.addresses:",
+        "if memory.rounds is None or not are_same(weights, memory.seen_weights):",
         "if memory.rounds is None:",
         (SITUATIONS, MACHINE),
     ),
@@ -192,7 +194,7 @@ FRONT_END = (
     Mutant(
         "old counts are not taken",
         GATHER,
-        "        if not all(map(isinstance, tensors[name], repeat(Tensor))):",
+        "        if not are_tensors(tensors[name]):",
         "        if False:",
         (CONTRACT, SITUATIONS, FORMATS),
     ),
@@ -225,15 +227,15 @@ FRONT_END = (
     Mutant(
         "addresses are not compared",
         MEMORY,
-        "[t._version for t in tensors], list(map(Tensor.data_ptr, tensors))",
-        "[t._version for t in tensors], []",
+        "            are_same(self.places, places)\n            and are_same(",
+        "            are_same(",
         (CLIPPING, MACHINE),
     ),
     Mutant(
         "versions are not compared",
         MEMORY,
-        "return [t._version for t in tensors], list(",
-        "return [t._version * 0 for t in tensors], list(",
+        "return [t._version for t in",
+        "return [t._version * 0 for t in",
         (CLIPPING,),
     ),
     Mutant("tensors with gaps that overlap", VALIDATE, "    if overlaps(p):\n", "    if False:\n", (REFUSALS,)),
@@ -321,14 +323,40 @@ FRONT_END = (
     ),
 )
 
-CPU_BACKEND = (
+HOST_PASSES = (
+    Mutant("another alignment is no change", HOST, "(a - b) % WIDEST_LOAD == 0 and ", "", (HOSTS,)),
+    Mutant("a small storage is no change", HOST, " and has_storage(t)\n", "\n", (HOSTS,)),
+    Mutant("a freed storage is known", HOST, "        return _unknown()\n    fits", "        pass\n    fits", (HOSTS,)),
+    Mutant("strides are not compared", HOST, "list(map(Tensor.stride, tensors))", "[()]", (HOSTS,)),
+    Mutant("dtypes are not compared", HOST, ", [t.dtype for t in tensors])", ")", (HOSTS,)),
     Mutant(
-        "listed state that has moved",
-        CPU,
-        "return are_same(self.tensors, tensors) and list(map(Tensor.data_ptr, tensors)) == self.addresses",
-        "return are_same(self.tensors, tensors)",
-        (SITUATIONS, CONTRACT, MACHINE),
+        "settled tensors are not the same ones",
+        HOST,
+        "settled and same and are_same([its() for its in layout.tensors], tensors)",
+        "settled and same",
+        (HOSTS,),
     ),
+    Mutant(
+        "an alignment of old in C++",
+        "csrc/host.cpp",
+        "(address - addresses[i]) % widest_load || ",
+        "",
+        (HOSTS,),
+    ),
+    Mutant("strides in C++", "csrc/host.cpp", " || words[1 + view.ndim + d] != view.strides[d]", "", (HOSTS,)),
+    Mutant("any parameter's state in C++", "csrc/host.cpp", "if (key == p) return value;", "return value;", (HOSTS,)),
+    Mutant("uploaded addresses are forgotten", TABLES, "        self.seen = self.seen | moved\n", "", (HOSTS,)),
+    Mutant(
+        "moved tensors stay where they were",
+        TABLES,
+        "        self.upload(self.addresses, self.places)\n        self.seen",
+        "        self.seen",
+        (HOSTS,),
+    ),
+    Mutant("replaced state is not seen", TABLES, "    if state:\n", "    if state and False:\n", (HOSTS,)),
+)
+
+CPU_BACKEND = (
     Mutant("hyperparameters of the first step", CPU, "if rows != scratch.rows:", "if not scratch.rows:", (CONTRACT,)),
     Mutant(
         "found_inf moves weights",
@@ -621,4 +649,4 @@ SHARDED = (
     ),
 )
 
-MUTANTS = (*FRONT_END, *CPU_BACKEND, *SHARDED)
+MUTANTS = (*FRONT_END, *HOST_PASSES, *CPU_BACKEND, *SHARDED)
