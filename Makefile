@@ -27,7 +27,7 @@ test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emula
 	nice $(BIN)/python -m pytest -m "" tests/ptx/test_triton_compile.py
 
 mutants: $(VENV)/test.done build  ## plant small faults, one at a time: which tests find them (two hours on two cores)
-	nice $(BIN)/python tests/support/mutation.py tests/support/host_mutants.py tests/ptx/kernel_mutants.py
+	nice $(BIN)/python tests/support/mutation.py tests/support/host_mutants.py tests/ptx/kernel_mutants.py tests/ptx/cuda_mutants.py
 
 test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9 too (about a minute)
 	test -d $(VENV)/triton39 || $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps \

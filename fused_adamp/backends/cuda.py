@@ -152,13 +152,10 @@ def nvrtc_version() -> tuple[int, int]:
 
 def versions() -> dict[str, str | None]:
     """NVRTC's version, and that of the newest CUDA whose code the driver loads; ``missing`` says why there is none."""
-    missing = load()
-    nvrtc = None if missing else ".".join(map(str, nvrtc_version()))
-    return {
-        "nvrtc": nvrtc,
-        "driver": None if missing or not _driver_version() else str(_driver_version()),
-        "missing": missing,
-    }
+    if missing := load():
+        return {"nvrtc": None, "driver": None, "missing": missing}
+    driver = _driver_version()
+    return {"nvrtc": ".".join(map(str, nvrtc_version())), "driver": str(driver) if driver else None, "missing": None}
 
 
 def _driver_version() -> int:
