@@ -38,12 +38,11 @@ constexpr int threads = 256, warps = threads / 32;
 constexpr unsigned all_lanes = 0xffffffff;
 constexpr int few = 8, many = 128 / sizeof(N);  // elements of a row that a thread works on
 
-// Accesses to a tensor that a thread has in flight. sm_120 has less bandwidth to keep busy, and would spill.
-#if __CUDA_ARCH__ >= 1200
-constexpr int at_once = width > 4 ? 1 : width > 1 ? few / width / 2 : 2;
-#else
-constexpr int at_once = width > 1 ? few / width : 4;
-#endif
+// Accesses to a tensor that a thread has in flight; and when it updates rows. Half of them where registers would spill:
+// sm_120, which has less bandwidth to keep busy, and rows on sm_100.
+constexpr int most_at_once = width > 1 ? few / width : 4, half_at_once = most_at_once > 1 ? most_at_once / 2 : 1;
+constexpr int at_once = __CUDA_ARCH__ >= 1200 ? half_at_once : most_at_once;
+constexpr int rows_at_once = __CUDA_ARCH__ >= 1000 ? half_at_once : most_at_once;
 
 // Numbers from and to their storage.
 

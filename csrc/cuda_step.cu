@@ -424,15 +424,15 @@ __device__ void update_rows(const Tile& t) {
   for (int begin = 0; begin < t.rows; begin += team.rows) {
     const int row = begin + team.row, first = row * t.cols, cols = row < t.rows ? t.cols : 0;
     double s[2] = {0, 0};
-    for (int start = 0, piece = 0; start < cols; start += team.size * width * at_once, piece += at_once) {
-      Numbers<width> x[at_once];
+    for (int start = 0, piece = 0; start < cols; start += team.size * width * rows_at_once, piece += rows_at_once) {
+      Numbers<width> x[rows_at_once];
 #pragma unroll
-      for (int k = 0; k < at_once; ++k) {
+      for (int k = 0; k < rows_at_once; ++k) {
         const int c = start + (k * team.size + team.lane) * width;
         if (c < cols) x[k].load(t, first + c);
       }
 #pragma unroll
-      for (int k = 0; k < at_once; ++k) {
+      for (int k = 0; k < rows_at_once; ++k) {
         const int c = start + (k * team.size + team.lane) * width;
         if (c >= cols) continue;
         x[k].advance();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kernel_mutants import under as under_triton
 from mutation import Mutant, Tests
 
 STEP = "csrc/cuda_step.cu"
@@ -12,8 +11,8 @@ TILE = "csrc/cuda_tile.h"
 
 
 def under(plan: str, file: str, which: str = "") -> Tests:
-    found = under_triton(plan, file, which)
-    return found._replace(environment=(*found.environment, ("FUSED_ADAMP_EMULATED", "cuda")))
+    environment = ("FUSED_ADAMP_PLAN", plan), ("FUSED_ADAMP_EMULATED", "cuda"), ("PTX_SEEDS", "3")
+    return Tests(f"tests/ptx/{file}", which, environment)
 
 
 USUAL = "(clipped_step and AdamP) or more_parameters or infinite_gradients or (compiled_steps and equal)"
