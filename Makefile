@@ -40,6 +40,7 @@ lint: $(VENV)/test.done
 
 types: $(VENV)/test.done
 	$(BIN)/mypy
+	MYPYPATH=tests/support:tests/sharding:tests/numerics $(BIN)/mypy --follow-imports silent --allow-untyped-calls --ignore-missing-imports tests/gpu bench/gpu.py
 
 bench: $(VENV)/bench.done build  ## the full benchmark against torch, clovaai and pytorch_optimizer
 	mkdir -p out

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-RUNS = {"triton": triton_backend._Run, "cuda": cuda_backend._Run}
+RUNS: dict[str, Any] = {"triton": triton_backend._Run, "cuda": cuda_backend._Run}
 """By backend, the class of its launches."""
 MODELS = ("resnet50", "vit_b16", "gpt2", "llama_1b", "llama_8b_layer")
 QUICK_MODELS = ("gpt2",)

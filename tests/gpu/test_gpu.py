@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU under both plans: numbers, size, repeatability, streams, waiting and compilation."""
+"""Both GPU backends under both plans: numbers, size, repeatability, streams, waiting and compilation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import test_shares
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import fused_adamp
-from fused_adamp.backends import jobs
+from fused_adamp.backends import BACKENDS, ENVIRONMENT, jobs
+from fused_adamp.backends import cuda as cuda_backend
 from fused_adamp.backends import triton as triton_backend
 from fused_adamp.batch import Need, Sharing
 from fused_adamp.reference import Decision, adamp_ref
@@ -32,41 +33,53 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device: nothing here was checked", allow_module_level=True)
 
 PLANS = ("one_pass", "split")
-TILE = 1 << triton_backend._LOG_TILE
-CASES = cases() + [case for case in cases(TILE) if shapes()[case.shape] != shapes(TILE)[case.shape]]
-"""Sizes around the widest row that a tile takes whole are in the first, around a block of registers in the second."""
+TILES = {"triton": 1 << triton_backend._LOG_TILE, "cuda": cuda_backend._TILE}
+"""By backend, the elements of a tile."""
+COMPILED: dict[str, dict[Any, Any]] = {"triton": triton_backend._compiled, "cuda": cuda_backend._loaded}
+"""By backend, the kernels that it has compiled and loaded."""
+CASES = {
+    name: cases() + [case for case in cases(tile) if shapes()[case.shape] != shapes(tile)[case.shape]]
+    for name, tile in TILES.items()
+}
+"""Sizes around the widest row that a tile takes whole are in the first, around a tile in the second."""
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=PLANS)
-def plan(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Forces each plan in turn."""
-    monkeypatch.setenv(jobs.PLAN, request.param)
-    return str(request.param)
+@pytest.fixture(params=product(TILES, PLANS), ids=" ".join)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Forces each backend and each plan in turn; the backend's name."""
+    name, plan = request.param
+    (chosen,) = (b for b in BACKENDS if b.name == name)
+    if reason := chosen.unavailable(torch.device("cuda", torch.cuda.current_device())):
+        pytest.skip(f"{name}: {reason}")
+    monkeypatch.setenv(jobs.PLAN, plan)
+    monkeypatch.setenv(ENVIRONMENT, name)
+    return str(name)
 
 
-def _compiled_together(plan: str, case: Case) -> str:
+def _compiled_together(backend: str, plan: str, case: Case) -> str:
     """Names what a case's kernels are compiled for, so that parallel test processes do not compile the same ones."""
     rule = "AdamP" if case.optimizer == "AdamP" else f"SGDP momentum {bool(case.options.get('momentum'))}"
     storage = case.options.get("state_dtype"), case.options.get("rounding")
-    return f"{plan} {rule} {case.dtype} {case.gradient_dtype} {case.layout} {storage}"
+    return f"{backend} {plan} {rule} {case.dtype} {case.gradient_dtype} {case.layout} {storage}"
 
 
 @pytest.mark.parametrize(
-    ("plan", "case"),
+    ("backend", "case"),
     [
         pytest.param(
-            plan,
+            (name, plan),
             case,
-            id=f"{plan} {case} tile {case.tile}",
-            marks=pytest.mark.xdist_group(_compiled_together(plan, case)),
+            id=f"{name} {plan} {case} tile {case.tile}",
+            marks=pytest.mark.xdist_group(_compiled_together(name, plan, case)),
         )
-        for plan, case in product(PLANS, CASES)
+        for name, plan in product(TILES, PLANS)
+        for case in CASES[name]
     ],
-    indirect=["plan"],
+    indirect=["backend"],
 )
-def test_every_step_equals_the_reference(plan: str, case: Case) -> None:
-    outcome = check(case, "triton", "cuda")
+def test_every_step_equals_the_reference(backend: str, case: Case) -> None:
+    outcome = check(case, backend, "cuda")
     assert outcome.passed(), outcome
     if "delta" not in case.options:
         assert {theirs for _, theirs in outcome.decisions} == {case.decision}, "the case is not what it says"
@@ -86,7 +99,7 @@ LARGE = {
 @pytest.mark.xdist_group("large")
 @pytest.mark.parametrize(("shape", "slices"), LARGE.values(), ids=LARGE)
 def test_a_parameter_of_more_than_two_to_the_31_elements(
-    plan: str, shape: tuple[int, ...], slices: tuple[slice, ...]
+    backend: str, shape: tuple[int, ...], slices: tuple[slice, ...]
 ) -> None:
     torch.cuda.empty_cache()
     needed = 6 * torch.bfloat16.itemsize * math.prod(shape)  # weight, gradient, two moments, room for two more
@@ -97,7 +110,7 @@ def test_a_parameter_of_more_than_two_to_the_31_elements(
     g = _quarter_turn(p.detach()) if p.ndim == 2 else torch.randn_like(p.detach())
     p.grad = g
     options = {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "delta": 0.1, "wd_ratio": 0.1}
-    optimizer = fused_adamp.AdamP([p], **options, backend="triton")  # type: ignore[arg-type]
+    optimizer = fused_adamp.AdamP([p], **options, backend=backend)  # type: ignore[arg-type]
     before = [(p.detach()[part].double(), g[part].double()) for part in slices]
     optimizer.step()
     decision = Decision.CHANNEL if p.ndim == 2 else Decision.NONE
@@ -138,8 +151,8 @@ MODEL: tuple[tuple[tuple[int, ...], Decision, str], ...] = (
 """Shape, decision and layout: the edges of tiles and every path through the kernels."""
 
 
-def _model(seed: int, optimizer: str = "AdamP", backend: str = "triton") -> ProjectedOptimizer:
-    """An optimizer on the device whose parameters have gradients, not stepped yet."""
+def _model(seed: int, optimizer: str = "AdamP", backend: str | None = None) -> ProjectedOptimizer:
+    """An optimizer on the device whose parameters have gradients, not stepped yet; None: the backend that is forced."""
     generator = torch.Generator().manual_seed(seed)
     params = []
     for shape, decision, layout in MODEL:
@@ -161,7 +174,7 @@ def _results(optimizer: ProjectedOptimizer) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
-def test_a_small_model_equals_the_reference(plan: str, optimizer: str) -> None:
+def test_a_small_model_equals_the_reference(backend: str, optimizer: str) -> None:
     """All kinds of parameters in one launch; also what runs under compute-sanitizer below."""
     ours, reference = _model(0, optimizer), _model(0, optimizer, "reference")
     for _ in range(2):
@@ -172,7 +185,7 @@ def test_a_small_model_equals_the_reference(plan: str, optimizer: str) -> None:
         torch.testing.assert_close(a, b.to(a.device), rtol=2e-5, atol=2e-6)
 
 
-def test_results_are_bitwise_equal_over_a_hundred_runs(plan: str) -> None:
+def test_results_are_bitwise_equal_over_a_hundred_runs(backend: str) -> None:
     optimizer = _model(0)
     params = optimizer.param_groups[0]["params"]
     weights = [p.detach().clone() for p in params]
@@ -190,7 +203,7 @@ def test_results_are_bitwise_equal_over_a_hundred_runs(plan: str) -> None:
         assert all(map(torch.equal, first, run())), f"run {number} differs from the first"
 
 
-def test_two_streams_do_not_disturb_each_other(plan: str) -> None:
+def test_two_streams_do_not_disturb_each_other(backend: str) -> None:
     steps, seeds = 20, (1, 2)
     alone = []
     for seed in seeds:
@@ -213,7 +226,7 @@ def test_two_streams_do_not_disturb_each_other(plan: str) -> None:
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # said once when it is switched on
 @pytest.mark.parametrize("change", ["nothing", "lr", "gradients elsewhere", "a gradient missing"])
 @pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
-def test_later_steps_do_not_synchronize(plan: str, optimizer: str, change: str) -> None:
+def test_later_steps_do_not_synchronize(backend: str, optimizer: str, change: str) -> None:
     model = _model(0, optimizer)
     model.step()
     (group,) = model.param_groups
@@ -235,27 +248,27 @@ def test_later_steps_do_not_synchronize(plan: str, optimizer: str, change: str) 
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_another_learning_rate_does_not_recompile(plan: str) -> None:
+def test_another_learning_rate_does_not_recompile(backend: str) -> None:
     model = _model(0)
     model.step()
-    compiled = len(triton_backend._compiled)
+    compiled = len(COMPILED[backend])
     assert compiled > 0
     for lr in (1e-3, 1.0, 0, 1e-5):
         model.param_groups[0]["lr"] = lr
         model.step()
-    assert len(triton_backend._compiled) == compiled
+    assert len(COMPILED[backend]) == compiled
 
 
 # Parameters on several ranks, of which this is one.
 
 
-def _shared(optimizer: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> tuple[ProjectedOptimizer, Batch]:
+def _shared(optimizer: str, backend: str) -> tuple[ProjectedOptimizer, Batch]:
     """A model that is said to lie on several ranks, each parameter in its way, and what others have told of it."""
     torch.manual_seed(0)
     model = _model(0, optimizer, backend)
     vectors = [p.ndim < 2 for p in model.param_groups[0]["params"]]
     sharings = [Sharing.SHARED if vector else Sharing(i % 3) for i, vector in enumerate(vectors)]
-    bucket = test_shares.sharded(monkeypatch, model, backend, sharings)
+    bucket = test_shares.sharded(model, backend, sharings)
     assert bucket.shared is not None
     for i, (vector, sharing) in enumerate(zip(vectors, sharings, strict=True)):
         bucket.shared.needs[i] = Need.SQUARE if vector or not sharing else Need.TEST | Need.DOT
@@ -267,10 +280,8 @@ def _shared(optimizer: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> tu
 
 
 @pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
-def test_shares_and_steps_by_verdicts_equal_the_reference(
-    plan: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = [_shared(optimizer, backend, monkeypatch) for backend in ("triton", "reference")]
+def test_shares_and_steps_by_verdicts_equal_the_reference(backend: str, optimizer: str) -> None:
+    runs = [_shared(optimizer, name) for name in (backend, "reference")]
     for _, batch in runs:
         batch.bucket.key.backend.measure(batch)
         assert batch.bucket.key.backend.step(batch) == -1
@@ -286,8 +297,8 @@ def test_shares_and_steps_by_verdicts_equal_the_reference(
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_measuring_and_stepping_by_verdicts_does_not_synchronize(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, batch = _shared("AdamP", "triton", monkeypatch)
+def test_measuring_and_stepping_by_verdicts_does_not_synchronize(backend: str) -> None:
+    _, batch = _shared("AdamP", backend)
     for number in range(3):
         if number == 1:
             torch.cuda.synchronize()
@@ -316,7 +327,7 @@ def _set_gradients(optimizer: ProjectedOptimizer, number: int, factor: float = 1
 
 
 @pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
-def test_a_clipped_step_equals_the_reference(plan: str, optimizer: str) -> None:
+def test_a_clipped_step_equals_the_reference(backend: str, optimizer: str) -> None:
     ours, reference = _model(0, optimizer), _model(0, optimizer, "reference")
     for number in range(3):
         expected = torch.nn.utils.get_total_norm([p.grad for p in ours.param_groups[0]["params"]])
@@ -328,7 +339,7 @@ def test_a_clipped_step_equals_the_reference(plan: str, optimizer: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_clipping_does_not_synchronize(plan: str) -> None:
+def test_clipping_does_not_synchronize(backend: str) -> None:
     model = _model(0)
     for number in range(3):
         if number == 1:
@@ -342,7 +353,7 @@ def test_clipping_does_not_synchronize(plan: str) -> None:
 
 
 @pytest.mark.parametrize("clip", [False, True])
-def test_a_grad_scaler_s_steps_equal_the_reference(plan: str, clip: bool) -> None:
+def test_a_grad_scaler_s_steps_equal_the_reference(backend: str, clip: bool) -> None:
     """With one overflow, which moves nothing and halves the scale."""
     ours, reference = _model(0), _model(0, backend="reference")
     scalers = [torch.amp.GradScaler("cuda", init_scale=2.0**10) for _ in range(2)]
@@ -368,13 +379,13 @@ def test_a_grad_scaler_s_steps_equal_the_reference(plan: str, clip: bool) -> Non
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("optimizer", ["AdamP", "SGDP"])
 def test_ten_replays_of_a_captured_training_step_equal_eager_ones(
-    plan: str, optimizer: str, clip: bool, rounding: str
+    backend: str, optimizer: str, clip: bool, rounding: str
 ) -> None:
     """Bit for bit, with a learning rate that changes between replays, and eager steps among them."""
     dtype = torch.float32 if rounding == "nearest" else torch.bfloat16
     targets = [torch.randn(shape, device="cuda") for shape, _, _ in MODEL]
     rates = [1e-2 / (number + 1) for number in range(12)]
-    settings = {"weight_decay": 0.1, "rounding": rounding, "backend": "triton"}
+    settings = {"weight_decay": 0.1, "rounding": rounding, "backend": backend}
     settings |= {"momentum": 0.9} if optimizer == "SGDP" else {}
 
     def make(capturable: bool) -> tuple[ProjectedOptimizer, Tensor]:
@@ -419,7 +430,7 @@ def test_ten_replays_of_a_captured_training_step_equal_eager_ones(
 
 
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-def test_a_capture_without_capturable_is_refused(plan: str) -> None:
+def test_a_capture_without_capturable_is_refused(backend: str) -> None:
     optimizer = _model(0)
     optimizer.step()
     before = [t.clone() for t in _results(optimizer)]
@@ -430,14 +441,14 @@ def test_a_capture_without_capturable_is_refused(plan: str) -> None:
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(plan: str, tool: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_compute_sanitizer_finds_nothing(backend: str, tool: str, capfd: pytest.CaptureFixture[str]) -> None:
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not on PATH: memory accesses and races were not checked")
     # torch asks the driver for what it may lack; that is no error of a kernel.
     options = ["--report-api-errors", "no"] if tool == "memcheck" else []
     sanitizer = [program, "--tool", tool, "--error-exitcode", "99", "--target-processes", "all", *options]
-    case = f"test_a_small_model_equals_the_reference and {plan}"
+    case = f"test_a_small_model_equals_the_reference and {backend} and {os.environ[jobs.PLAN]}"
     run = subprocess.run(
         [
             *sanitizer,
