@@ -72,13 +72,12 @@ __device__ void announce(uint64_t* flag, uint64_t epoch) {
   if (thread() == 0) publish(flag, epoch);
 }
 
-// Waits until `announce` has set the flag. Jobs wait only for jobs drawn earlier, so there is no deadlock.
+// Thread 0 waits until `announce` has set the flag; the others must meet a barrier before they read what is announced. Jobs
+// wait only for jobs drawn earlier, so there is no deadlock.
 __device__ void wait(const uint64_t* flag, uint64_t epoch) {
-  if (thread() == 0) {
-    while (!is_published(flag, epoch)) {
-    }
+  if (thread() != 0) return;
+  while (!is_published(flag, epoch)) {
   }
-  __syncthreads();
 }
 
 struct Plus {

@@ -257,6 +257,7 @@ def _warn(message: str) -> None:
 class CudaBackend(DeviceBackend):
     name = "cuda"
     block = 1 << 11
+    measures_alone = True
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda" or torch.version.hip:

@@ -105,6 +105,8 @@ class DeviceBackend:
     mixes_moments = False  # a kernel is compiled for one dtype of state
     block: ClassVar[int]
     """Elements that a program holds in registers at once. A smaller tile takes as long."""
+    measures_alone: ClassVar[bool] = False
+    """Whether update measures a parameter of one tile by itself."""
 
     # A subclass supplies these.
 
@@ -277,16 +279,19 @@ class DeviceBackend:
 
     def _launch(self, batch: Batch, tables: Tables, kind: Kind, indices: list[int]) -> Launch:
         plan = plan_for(batch.bucket, indices)
-        jobs = (one_pass if plan == "one_pass" else split)(Order.of(batch.bucket, self.block), indices)
+        jobs = (one_pass if plan == "one_pass" else split)(self._order(batch), indices)
         active = tables.uploaded(torch.tensor(indices, dtype=torch.int32, device="cpu"))
         tickets = torch.zeros(len(TICKETS), dtype=torch.int64, device=tables.device)
         uploaded = tuple(map(tables.uploaded, jobs))
         return Launch(self.spec(batch, *kind), plan, indices, active, tickets, uploaded, blocks_of(indices), [])
 
+    def _order(self, batch: Batch) -> Order:
+        return Order.of(batch.bucket, self.block, measures_alone=self.measures_alone)
+
     def jobs_ahead(self, batch: Batch, tables: Tables, launch: Launch) -> Tensor:
         """The jobs, ``(n, 3)`` int32 on the device, of the norm; for a bucket that ranks share, of its shares."""
         if not launch.ahead:
-            order = Order.of(batch.bucket, self.block)
+            order = self._order(batch)
             jobs = order.square if batch.bucket.shared is None else order.share
             launch.ahead.append(tables.uploaded(torch.cat([*map(jobs, launch.indices)])))
         return launch.ahead[0]

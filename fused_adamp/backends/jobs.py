@@ -49,7 +49,8 @@ class Order(NamedTuple):
         counts, first: the tiles of each parameter, and the first of them.
         sizes: the elements of a tile.
         elements: the elements of each parameter.
-        projected, local: whether it has two or more dimensions, and lies on this rank alone.
+        projected: whether it has two or more dimensions.
+        measured: whether it has jobs that measure it.
     """
 
     counts: list[int]
@@ -57,20 +58,24 @@ class Order(NamedTuple):
     sizes: list[int]
     elements: list[int]
     projected: list[bool]
-    local: list[bool]
+    measured: list[bool]
 
     @classmethod
-    def of(cls, bucket: Members, block: int) -> Order:
-        """``block``: the elements that a program holds at once. A tile with fewer takes as long."""
+    def of(cls, bucket: Members, block: int, *, measures_alone: bool) -> Order:
+        """``block``: the elements that a program holds at once. A tile with fewer takes as long.
+
+        ``measures_alone``: update measures a parameter of one tile by itself.
+        """
         names = "first_tile", "tile_rows", "tile_cols", "rows", "cols", "projected", "sharing"
         columns = (bucket.table[:, COLUMNS.index(name)] for name in names)
         first, tile_rows, tile_cols, rows, cols, projected, sharing = columns
-        sizes, local = (tile_rows * tile_cols).clamp(min=block), sharing == Sharing.LOCAL
-        numbers = (tiles_of(bucket.table), first, sizes, rows * cols, projected != 0, local)
+        counts, sizes = tiles_of(bucket.table), (tile_rows * tile_cols).clamp(min=block)
+        measured = (projected != 0) & (sharing == Sharing.LOCAL) & (counts > int(measures_alone))
+        numbers = (counts, first, sizes, rows * cols, projected != 0, measured)
         return cls(*(column.tolist() for column in numbers))
 
     def measure(self, i: int) -> Tensor:
-        return self.jobs("measure", i, _RUN if self.projected[i] and self.local[i] else None)
+        return self.jobs("measure", i, _RUN if self.measured[i] else None)
 
     def dot(self, i: int) -> Tensor:
         return self.jobs("dot", i, _DOT_RUN if self.projected[i] and self.counts[i] > 1 else None)

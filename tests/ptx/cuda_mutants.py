@@ -49,11 +49,18 @@ MUTANTS = (
     Mutant("wait: for nothing", BLOCK, "while (!is_published(flag, epoch))", "while (false)", (ONE_PASS,)),
     Mutant("wait: for any later epoch", ORDER, "return seen == epoch;", "return seen != 0;", (ONE_PASS,)),
     Mutant(
-        "wait: one thread alone",
-        BLOCK,
-        "    }\n  }\n" + BARRIER + "}\n\nstruct Plus",
-        "    }\n  }\n}\n\nstruct Plus",
-        (ONE_PASS,),
+        "enter_step: nobody meets the thread that has waited",
+        STEP,
+        "      b.key[1] = uint32_t(a.counters[x].key >> 32);\n    }\n  }\n" + BARRIER,
+        "      b.key[1] = uint32_t(a.counters[x].key >> 32);\n    }\n  }\n",
+        BOTH,
+    ),
+    Mutant(
+        "decide: nobody meets the thread that has waited",
+        STEP,
+        "? 1.0 : s.wd_ratio));\n  }\n" + BARRIER,
+        "? 1.0 : s.wd_ratio));\n  }\n",
+        BOTH,
     ),
     Mutant("an old count goes on", ORDER, '"l"(epoch << 32)', '"l"(epoch & 0)', (ONE_PASS,), times=2),
     Mutant(
