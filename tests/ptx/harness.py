@@ -10,11 +10,13 @@ the seed, unless the schedule fixes them.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unittest import mock
 
@@ -307,9 +309,17 @@ class Emulated(NamedTuple):
 
 @cache
 def nvrtc_ptx(kernel: str, spec: cuda.Spec, capability: int) -> str:
-    """The PTX of a kernel of csrc/cuda_step.cu."""
+    """The PTX of a kernel of csrc/cuda_step.cu, kept in the emulator's cache."""
     macros = [f"{name}={value}" for name, value in cuda.options(kernel, spec).items()]
-    return compiler.made(cuda.source(), "cuda_step.cu", *macros, target=f"compute_{capability}").ptx
+    key = repr((cuda.source(), macros, capability, cuda.nvrtc_version(), Path(compiler.__file__).read_text()))
+    path = emulator.cache_folder() / "nvrtc" / f"{kernel}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.ptx"
+    if not path.exists():
+        made = compiler.made(cuda.source(), "cuda_step.cu", *macros, target=f"compute_{capability}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(made.ptx)
+        unfinished.rename(path)
+    return path.read_text()
 
 
 class _Driver:

@@ -245,6 +245,15 @@ def test_a_launch_gets_addresses_and_32_bit_numbers(core: Core) -> None:
             assert isinstance(argument, ctypes.c_int32 if number else int), of
 
 
+def test_cuda_core_passes_addresses_in_64_bits_and_numbers_in_32() -> None:
+    """Its own packing of a kernel's arguments, which needs no GPU."""
+    handler = pytest.importorskip("cuda.core._kernel_arg_handler")
+    packed = handler.ParamHolder((1 << 46, ctypes.c_int32(-5)))
+    address, number = ctypes.cast(packed.ptr, ctypes.POINTER(ctypes.c_void_p))[:2]
+    assert ctypes.c_uint64.from_address(address).value == 1 << 46
+    assert ctypes.c_int32.from_address(number).value == -5
+
+
 def test_a_kernel_is_loaded_once(core: Core, compilations: list[Any]) -> None:
     ours = optimizer()
     for _ in range(3):
