@@ -116,6 +116,7 @@ def options(kernel: str, spec: Spec) -> dict[str, Any]:
     return {f"FUSED_ADAMP_{name}": value for name, value in macros.items()}
 
 
+@cache
 def _core() -> Any:
     """NVIDIA's cuda.core, whose older versions are called experimental."""
     try:
@@ -292,7 +293,12 @@ class _Run(NamedTuple):
         core = _core()
         stream = core.Stream.from_handle(torch.cuda.current_stream().cuda_stream)
         given = [a.data_ptr() if isinstance(a, Tensor) else ctypes.c_int32(a) for a in self.arguments]
-        core.launch(stream, core.LaunchConfig(grid=self.grid, block=_THREADS), self.kernel, *given)
+        core.launch(stream, _shape(self.grid), self.kernel, *given)
+
+
+@lru_cache(maxsize=1024)
+def _shape(blocks: int) -> Any:
+    return _core().LaunchConfig(grid=blocks, block=_THREADS)
 
 
 _loaded: dict[Any, Any] = {}

@@ -28,6 +28,8 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(cuda.CACHE, str(tmp_path / "kernels"))
     cuda._warn.cache_clear()
     cuda._unsupported.cache_clear()
+    cuda._core.cache_clear()
+    cuda._shape.cache_clear()
     monkeypatch.setattr(cuda, "_loaded", {})
 
 
