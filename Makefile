@@ -61,6 +61,9 @@ gpu:  ## on a CUDA machine: build, GPU tests, benchmark and profile in nine minu
 gpu-dry-run: $(VENV)/test.done build  ## the same command's machinery on the CPU, in Triton's interpreter
 	$(BIN)/python -m bench.gpu --dry-run
 
+docs: $(VENV)/docs.done  ## build the site into out/site; a broken link is an error (seconds)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 build: $(VENV)/build.done  ## install the package in place, with its extension where there is a compiler
 
 clean:  ## remove everything that was made
@@ -79,4 +82,4 @@ $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo train test test-exhaustive test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean
+.PHONY: help demo train test test-exhaustive test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run docs build clean
