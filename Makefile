@@ -78,6 +78,12 @@ $(VENV)/torch.done: constraints.txt
 	$(PIP) --upgrade 'pip>=25.1' setuptools torch
 	touch $@
 
+$(VENV)/docs.done: constraints.txt pyproject.toml  # without torch
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) --group docs
+	touch $@
+
 $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@

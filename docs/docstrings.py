@@ -78,6 +78,6 @@ class Docstrings(griffe.Extension):
         if obj.docstring:
             text = obj.docstring.value
             if "{options}" in text:
-                lines = [f"{name}: {meaning}".replace("\n", "\n        ") for name, meaning in options(obj.name).items()]
-                text = text.replace("{options}", "\n    ".join(lines))
+                lines = (f"{name}: {meaning}" for name, meaning in options(obj.name).items())
+                text = text.replace("{options}", "\n    ".join(line.replace("\n", "\n        ") for line in lines))
             obj.docstring.value = markdown(text)

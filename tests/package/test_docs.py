@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib
 import importlib.util
 import inspect
 import io
@@ -28,6 +29,7 @@ import fused_adamp.adamp
 import fused_adamp.sgdp
 from fused_adamp import SGDP, AdamP
 from fused_adamp.batch import Scalars
+from fused_adamp.options import options_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md", *GUIDES]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "bench/README.md", *GUIDES]
 RUNNABLE = [page for page in PAGES if "```python" in (ROOT / page).read_text()]
 
 AWAITED = {"docs/frameworks.md"}  # its links are checked once it is there
@@ -62,6 +64,16 @@ def test_docstrings(module: object) -> None:
     results = doctest.testmod(module)  # type: ignore[arg-type]
     assert results.attempted > 0
     assert results.failed == 0
+
+
+@pytest.mark.parametrize("cls", [AdamP, SGDP])
+def test_the_site_has_the_options_of_the_docstrings(cls: type[torch.optim.Optimizer], monkeypatch: Any) -> None:
+    """`make docs` reads the table of options without importing the package, and so does not run it."""
+    pytest.importorskip("griffe")
+    pytest.importorskip("latex2mathml")
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    static = importlib.import_module("docstrings").options(cls.__name__)
+    assert static == {name: option.meaning for name, option in options_of(cls.__name__).items()}
 
 
 # Code that runs.
