@@ -61,8 +61,9 @@ gpu:  ## on a CUDA machine: build, GPU tests, benchmark and profile in nine minu
 gpu-dry-run: $(VENV)/test.done build  ## the same command's machinery on the CPU, in Triton's interpreter
 	$(BIN)/python -m bench.gpu --dry-run
 
+# With --quiet, mkdocs would not see the warnings that --strict turns into errors.
 docs: $(VENV)/docs.done  ## build the site into out/site; a broken link is an error (seconds)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 build: $(VENV)/build.done  ## install the package in place, with its extension where there is a compiler
 
