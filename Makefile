@@ -62,6 +62,10 @@ gpu:  ## on a CUDA machine: build, GPU tests, benchmark and profile in nine minu
 gpu-dry-run: $(VENV)/test.done build  ## the same command's machinery on the CPU, in Triton's interpreter
 	$(BIN)/python -m bench.gpu --dry-run
 
+# With --quiet, mkdocs would not see the warnings that --strict turns into errors.
+docs: $(VENV)/docs.done  ## build the site into out/site; a broken link is an error (seconds)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 build: $(VENV)/build.done  ## install the package in place, with its extension where there is a compiler
 
 clean:  ## remove everything that was made
@@ -76,8 +80,14 @@ $(VENV)/torch.done: constraints.txt
 	$(PIP) --upgrade 'pip>=25.1' setuptools torch
 	touch $@
 
+$(VENV)/docs.done: constraints.txt pyproject.toml  # without torch
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) --group docs
+	touch $@
+
 $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo train test test-exhaustive test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run build clean
+.PHONY: help demo train test test-exhaustive test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run docs build clean

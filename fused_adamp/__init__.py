@@ -11,4 +11,4 @@ from fused_adamp.sharded.flat_slice import mark_slice
 
 __all__ = ["SGDP", "AdamP", "Decision", "__version__", "adamp_ref", "mark_slice", "sgdp_ref"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -191,7 +191,8 @@ OPTIONS: dict[str, Option] = {
     "momentum": Option(
         0,
         Range(0, 1, False, "pass a decay rate of at least 0 and below 1: at 1, decay is infinite"),
-        "in [0, 1); 1 would divide the decay by zero.",
+        """in [0, 1). Pass a value such as 0.9: at 0, the default as in the authors' package, there is almost nothing
+for the projection to remove. 1 would divide the decay by zero.""",
         _SGDP,
     ),
     "dampening": Option(0, Range(0, 1, True, "pass the part of the gradient to leave out"), "in [0, 1].", _SGDP),

@@ -117,8 +117,9 @@ def sgdp_ref(
 
     Args:
         p, g, momentum_buffer: weight, gradient and momentum, of one shape; ``None`` for ``momentum=0``.
-        lr, momentum, dampening, weight_decay, eps, delta, wd_ratio, nesterov, maximize, project_buffer, projection,
-            channel_dim: as in :class:`fused_adamp.SGDP`; or ``projection`` is a function that decides and projects.
+        lr, momentum, dampening, weight_decay, eps, delta, wd_ratio: as in :class:`fused_adamp.SGDP`.
+        nesterov, maximize, project_buffer, projection, channel_dim: as there; or ``projection`` is a function that
+            decides and projects.
 
     Returns:
         The decision: of the cosine test, or the one that ``projection`` fixes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import fused_adamp
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +115,51 @@ def test_one_wheel_serves_every_later_torch_and_python(how: str, tmp_path: Path)
     assert foreign, "the extension uses torch"
     assert all(s.startswith(("aoti_torch_", "torch_")) for s in foreign), foreign
     assert {s for s in symbols if s.startswith(("Py", "_Py"))} <= {*PYTHON.split()}
+
+
+def test_a_wheel_installs_and_runs_where_there_is_no_compiler(tmp_path: Path) -> None:
+    """By pip, in an environment of its own, which takes torch from this one."""
+    if not (ROOT / "fused_adamp/_C.abi3.so").exists():
+        pytest.skip("the extension is not built")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f"#!/usr/bin/env bash\n{COMPILERS['built before']}\n")
+    compiler.chmod(0o755)
+    with _wheel(tmp_path, FUSED_ADAMP_REQUIRE_EXTENSION="1", CC=str(compiler), CXX=str(compiler)) as wheel:
+        path, names = str(wheel.filename), {*wheel.namelist()}
+    sources = {f"fused_adamp/kernels/{file.name}" for file in (ROOT / "kernels").glob("*.py")}
+    sources |= {f"fused_adamp/csrc/{file.name}" for file in (ROOT / "csrc").glob("cuda_*")}
+    assert {"fused_adamp/_C.abi3.so", *sources} <= names
+    environment = tmp_path / "environment"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin/python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", path]
+    subprocess.run(install, check=True, capture_output=True)
+    (site,) = environment.glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
+    run = subprocess.run(
+        [python, "-m", "fused_adamp", "doctor", "--json"],
+        env={"PATH": str(environment / "bin"), "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+    )
+    found = json.loads(run.stdout)
+    assert found["fused_adamp"] == fused_adamp.__version__
+    assert found["extension"]["missing"] is None
+    assert found["devices"][0]["default"] == "cpu"
+
+
+def test_one_version_everywhere() -> None:
+    """pyproject.toml, CITATION.cff and the newest heading of the changelog have the package's version and its date."""
+    (project,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    cited = re.search(r"^version: (.*)\ndate-released: (.*)$", citation, re.MULTILINE)
+    released = re.search(r"^## (\d.*) - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert cited
+    assert released
+    assert project == fused_adamp.__version__
+    assert released.groups() == cited.groups() == (project, cited[2])
 
 
 def test_import_brings_nothing_but_this_package() -> None:
