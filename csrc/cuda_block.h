@@ -39,8 +39,6 @@ struct Block {
   Coefficients<N> c;
   N decay;
   N scale;  // of gradients whose sums are shared, which the sums are of
-  double projection;  // c of weight_update, where the whole tile has one
-  const double* row_projections;  // c of each of the tile's rows, if that is given; else null
   uint32_t key[2];
   uint32_t message;
   int32_t need;

@@ -28,9 +28,9 @@ __device__ void copy(T& to, const T* from) {
   if (thread() < words) reinterpret_cast<uint64_t*>(&to)[thread()] = reinterpret_cast<const uint64_t*>(from)[thread()];
 }
 
-// Reads what all stages need of parameter x. There, x is tested if the cosine test on this rank decides on it.
+// Reads what all stages need of parameter x. x is tested if the cosine test on this rank decides on it. No thread may still
+// read the last job's parameter: whoever draws a job meets a barrier.
 __device__ void enter(const Memory& a, int64_t x) {
-  __syncthreads();  // no thread reads the last job's parameter any more
   copy(b.row, a.table + x);
   copy(b.at, a.addresses + x);
   if (strided) copy(b.strides, a.strides + x);
@@ -387,10 +387,9 @@ __device__ void dot(const Memory& a, const Job& job, bool waits) {
 
 // The update.
 
-// Steps elements [begin, end) of a tile, n at a time, whose projection is known.
+// Steps elements [begin, end) of a tile, n at a time, whose projection is known: c, or one for each row.
 template <int n, int at_once>
-__device__ void update_elements(const Tile& t, int begin, int end) {
-  N c = N(b.projection);
+__device__ void update_elements(const Tile& t, int begin, int end, N c, const double* by_row) {
 #pragma unroll 1
   for (int e = begin + thread() * n; e < end; e += threads * n * at_once) {
     Numbers<n> x[at_once];
@@ -402,7 +401,7 @@ __device__ void update_elements(const Tile& t, int begin, int end) {
     for (int k = 0; k < at_once; ++k) {
       const int at = e + k * threads * n;
       if (at >= end) continue;
-      if (shares && b.row_projections) c = N(b.row_projections[at / t.cols]);
+      if (shares && by_row) c = N(by_row[at / t.cols]);
       x[k].advance();
       x[k].store_second_moment(t, at);
       if (!R::adaptive && b.project_buffer && b.decision != Decision::none) {
@@ -477,15 +476,9 @@ __device__ void update_tile(const Memory& a, int64_t x, int64_t index) {
     dot_tile(t, s);
     c = projection(s[0], s[1], b.scalars.eps);
   }
-  __syncthreads();  // the last tile has read what is written now
-  if (thread() == 0) {
-    b.projection = c;
-    b.row_projections = by_row;
-  }
-  __syncthreads();
   const int whole = whole_vectors(t);
-  update_elements<width, at_once>(t, 0, whole);
-  if (width > 1) update_elements<1, 1>(t, whole, t.size());
+  update_elements<width, at_once>(t, 0, whole, N(c), by_row);
+  if (width > 1) update_elements<1, 1>(t, whole, t.size(), N(c), by_row);
 }
 
 // Measures or updates, as the job says. In the kernel of one pass, it `waits` for the stages before. A parameter of one tile is
@@ -576,7 +569,6 @@ FUSED_ADAMP_KERNEL one_pass_kernel(FUSED_ADAMP_ARGUMENTS, int32_t n_jobs, int32_
   if (*found_inf != 0) return;
   const Memory a = FUSED_ADAMP_MEMORY;
   for (;;) {
-    __syncthreads();
     const int32_t i = int32_t(broadcast(thread() == 0 ? draw(&a.tickets->ticket, a.epoch) : 0));
     if (i >= n_jobs) return;
     const Job job = jobs[i];

@@ -99,16 +99,20 @@ def test_kernels_with_weaker_order_are_found(strong: str, weak: str) -> None:
         changed.append(ptx.count(strong))
         return ptx.replace(strong, weak)
 
-    harness = Harness(Schedule(seed=1, resident=3, programs=3, policy="by chance"), transform=transform)
-    with harness.installed():
-        params = [Parameter(torch.randn(shape)) for shape, _ in MODEL]
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer = AdamP(params, lr=0.1, backend=BACKEND)
-        for _ in range(3):
-            optimizer.step()
-    assert sum(changed) > 0
-    assert any(finding.split("\n")[1].strip().startswith("race at") for finding in harness.take())
+    for seed in range(8):  # a race needs an interleaving that shows it
+        schedule = Schedule(seed=seed, resident=3, programs=3, policy="by chance", tiles=1)
+        harness = Harness(schedule, transform=transform)
+        with harness.installed():
+            params = [Parameter(torch.randn(shape)) for shape, _ in MODEL]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer = AdamP(params, lr=0.1, backend=BACKEND)
+            for _ in range(3):
+                optimizer.step()
+        assert sum(changed) > 0
+        if any(finding.split("\n")[1].strip().startswith("race at") for finding in harness.take()):
+            return
+    pytest.fail("no race was found")
 
 
 def test_more_parameters_than_one_program_prepares() -> None:
@@ -118,6 +122,18 @@ def test_more_parameters_than_one_program_prepares() -> None:
         for optimizer in (ours, theirs):
             optimizer.step()
         assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("row", [0, 31, 32, 70, 199])
+def test_one_row_decides_for_all(row: int) -> None:
+    """Wherever it lies in a tile, and in whichever warp."""
+    params = model((((200, 8), Decision.CHANNEL),))
+    grad_of(params[0])[row] = params[0].detach()[row]
+    ours, theirs = pair(SGDP, params, **SGDP_)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert_same(ours, theirs)
+    assert [*ours.decisions().values()] != [Decision.CHANNEL]
 
 
 # Scaling and clipping.

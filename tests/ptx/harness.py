@@ -24,7 +24,7 @@ import compiler
 import emulator
 import torch
 
-from fused_adamp.backends import cuda
+from fused_adamp.backends import cuda, jobs
 from fused_adamp.backends import triton as backend
 from fused_adamp.backends.device import ARGUMENTS, DeviceBackend
 from fused_adamp.batch import ABSENT
@@ -65,6 +65,8 @@ class Schedule(NamedTuple):
     """CTAs that run at once."""
     policy: str | None = None
     """One of the emulator's ``POLICIES``."""
+    tiles: int | None = None
+    """Tiles of a job of the CUDA C++ kernels, at most."""
     jitter: int = 0
     """Seed of the errors of approximate instructions, the same for all kernels, since one GPU runs them; 0: none."""
     capability: int = 90
@@ -117,7 +119,9 @@ class Harness:
         yield mock.patch.object(cuda, "_run", self._run(NvrtcLauncher))
         yield mock.patch.object(cuda, "_resident", self._programs)
         yield mock.patch.object(cuda, "_TILE", TILE)
-        yield mock.patch.object(cuda.CudaBackend, "block", 4 * TILE)
+        tiles = self.schedule.tiles or self.chance.choice((1, 4))
+        yield mock.patch.object(cuda.CudaBackend, "block", 4 * TILE // tiles)
+        yield mock.patch.object(jobs, "_DOT_RUN", 4 * TILE)
 
     def _on_triton(self) -> Iterator[Any]:
         """The changes to the Triton backend and to Triton."""
