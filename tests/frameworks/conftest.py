@@ -1,0 +1,41 @@
+"""Makes the examples importable and the frameworks quiet."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": "disabled", "DO_NOT_TRACK": "1"}
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "frameworks"))
+
+
+def _let_torchvision_load() -> list[torch.library.Library]:
+    """The registry's torchvision is built for CUDA. Beside torch for CPUs its operators do not load, and it asks for two.
+
+    No example calls them.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return []
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return [library]
+    return []
+
+
+LIBRARIES = _let_torchvision_load()  # they go with their last reference
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """The examples' tensors are tiny."""
