@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-pytest.importorskip("fastai", reason="fastai is not installed")
+pytest.importorskip("fastai", reason="fastai is not installed", exc_type=ImportError)
 import train_fastai as example  # noqa: E402
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from tolerances import assert_close, assert_identical
 from torch.nn import functional
 
-pytest.importorskip("lightning", reason="lightning is not installed")
+pytest.importorskip("lightning", reason="lightning is not installed", exc_type=ImportError)
 import train_fabric  # noqa: E402
 import train_lightning  # noqa: E402
 from lightning.pytorch.plugins import MixedPrecision  # noqa: E402

@@ -11,7 +11,7 @@ import torch
 from tolerances import assert_close
 from torch.nn import functional
 
-timm = pytest.importorskip("timm", reason="timm is not installed")
+timm = pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
 import train_timm as example  # noqa: E402
 from timm.optim import create_optimizer_v2, param_groups_weight_decay  # noqa: E402
 

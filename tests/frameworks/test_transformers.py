@@ -8,7 +8,7 @@ import checks
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
 import train_transformers as example  # noqa: E402
 
 if TYPE_CHECKING:
