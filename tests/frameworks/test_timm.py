@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from copy import deepcopy
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import checks
@@ -19,8 +21,6 @@ import fused_adamp  # noqa: E402
 from fused_adamp import checkpoint  # noqa: E402
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor, nn
 
 
@@ -70,13 +70,17 @@ def test_groups_values_and_checkpoints_are_those_of_timm(ours: str, theirs: str,
             other.load_state_dict(deepcopy(checkpoint.export(mine.state_dict(), "timm")))
 
 
-def test_the_recipe_for_groups_gives_those_of_timm() -> None:
+def test_the_recipes_for_groups_give_those_of_timm() -> None:
     """docs/from-timm.md: the class token and the position embedding have three dimensions and do not decay."""
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, num_heads=2, depth=2)
-    theirs = create_optimizer_v2(model, "adamp", weight_decay=0.05)
-    groups = param_groups_weight_decay(model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay())
-    assert described(model, groups) == described(model, theirs.param_groups)
-    assert [len(group["params"]) for group in groups] == [22, 10]
+    page = (Path(__file__).parents[2] / "docs" / "from-timm.md").read_text()
+    without_timm, with_timm = re.findall(r"^(listed = (?:.*\n)*?groups = .*\n)", page, re.MULTILINE)
+    model = example.build_model()
+    theirs = described(model, create_optimizer_v2(model, "adamp", weight_decay=0.05).param_groups)
+    assert [len(names) for names, _, _ in theirs] == [22, 10]
+    for recipe in (without_timm, with_timm):
+        namespace = {"model": model, "param_groups_weight_decay": param_groups_weight_decay}
+        exec(recipe, namespace)
+        assert described(model, namespace["groups"]) == theirs
 
 
 def test_a_name_with_an_underscore_is_timms_own() -> None:
