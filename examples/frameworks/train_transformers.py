@@ -6,8 +6,8 @@ Three things to know:
   `weight_decay` among the optimizer's arguments is ignored. So is `lr` in `TrainingArguments`: give it here.
 - `max_grad_norm` goes to the optimizer, which clips within its step. 0 in `TrainingArguments` switches off the
   Trainer's own clipping, which takes another pass over the gradients (and is 1.0 by default).
-- GPT-2's Conv1D stores its weight as (in, out), so that its channels are dimension 1. `GPT2Trainer` tells the optimizer.
-  Models of nn.Linear, such as Llama or BERT, need no subclass: pass the same arguments to `Trainer`.
+- GPT-2's Conv1D stores its weight as (in, out), so that its channels are dimension 1. `GPT2Trainer` says so. Models
+  of nn.Linear, such as Llama or BERT, need no subclass: pass the same arguments to `Trainer`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 pytest.importorskip("accelerate", reason="accelerate is not installed", exc_type=ImportError)
-import train_accelerate as example  # noqa: E402
+import train_accelerate as example
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -8,8 +8,10 @@ import checks
 import pytest
 import torch
 
-pytest.importorskip("composer", reason="mosaicml is not installed, or does not load beside this torch", exc_type=ImportError)
-import train_composer as example  # noqa: E402
+pytest.importorskip(
+    "composer", reason="mosaicml is not installed, or does not load beside this torch", exc_type=ImportError
+)
+import train_composer as example
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 pytest.importorskip("fastai", reason="fastai is not installed", exc_type=ImportError)
-import train_fastai as example  # noqa: E402
+import train_fastai as example
 
 if TYPE_CHECKING:
     from pathlib import Path

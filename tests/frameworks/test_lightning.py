@@ -11,11 +11,11 @@ from tolerances import assert_close, assert_identical
 from torch.nn import functional
 
 pytest.importorskip("lightning", reason="lightning is not installed", exc_type=ImportError)
-import train_fabric  # noqa: E402
-import train_lightning  # noqa: E402
-from lightning.pytorch.plugins import MixedPrecision  # noqa: E402
+import train_fabric
+import train_lightning
+from lightning.pytorch.plugins import MixedPrecision
 
-import fused_adamp  # noqa: E402
+import fused_adamp
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,7 +48,9 @@ def test_resume(example: ModuleType, tmp_path: Path) -> None:
 def mixed(precision: str) -> dict[str, Any]:
     """The trainer's arguments. Without a GPU, 16-mixed has to be asked for by its plugin."""
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    return {"plugins": MixedPrecision("16-mixed", "cpu", scaler)} if precision == "16-mixed" else {"precision": precision}
+    return (
+        {"plugins": MixedPrecision("16-mixed", "cpu", scaler)} if precision == "16-mixed" else {"precision": precision}
+    )
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])

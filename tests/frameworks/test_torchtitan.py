@@ -14,12 +14,12 @@ from tolerances import assert_close
 pytest.importorskip("torchtitan", reason="torchtitan is not installed", exc_type=ImportError)
 if not dist.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
-import train_torchtitan as example  # noqa: E402
-from torchtitan.config import Optimizer as OptimizerConfig  # noqa: E402
-from torchtitan.distributed.utils import clip_grad_norm_  # noqa: E402
-from torchtitan.models.llama3 import get_train_spec  # noqa: E402
+import train_torchtitan as example
+from torchtitan.config import Optimizer as OptimizerConfig
+from torchtitan.distributed.utils import clip_grad_norm_
+from torchtitan.models.llama3 import get_train_spec
 
-import fused_adamp  # noqa: E402
+import fused_adamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -38,3 +38,21 @@ def test_values(tmp_path: Path) -> None:
 
 def test_resume(tmp_path: Path) -> None:
     checks.check_resume(example, tmp_path)
+
+
+def test_weight_decay_and_learning_rate_come_from_one_place_each(tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), weight_decay=0.1, learning_rate=1.0, use_cpu=True, report_to="none"
+    )
+    options = {"lr": 1e-3, "weight_decay": 0.5}
+    trainer = transformers.Trainer(
+        example.build_model(), arguments, optimizer_cls_and_kwargs=(fused_adamp.AdamP, options)
+    )
+    groups = trainer.create_optimizer().param_groups
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0], "that of the arguments"
+    assert {group["lr"] for group in groups} == {1e-3}, "that of the optimizer"
+
+
+def test_the_trainer_takes_no_name_but_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="adamp"):
+        transformers.TrainingArguments(str(tmp_path), optim="adamp")

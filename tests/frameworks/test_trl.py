@@ -10,7 +10,7 @@ import torch
 from tolerances import assert_identical
 
 pytest.importorskip("trl", reason="trl is not installed", exc_type=ImportError)
-import train_trl as example  # noqa: E402
+import train_trl as example
 
 if TYPE_CHECKING:
     from pathlib import Path
