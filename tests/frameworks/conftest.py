@@ -17,7 +17,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "WANDB_MODE": 
 
 
 def _let_torchvision_load() -> list[torch.library.Library]:
-    """torchvision is published for CUDA. Beside torch for CPUs its operators do not load, and its import asks for two.
+    """Torchvision is published for CUDA. Beside torch for CPUs its operators do not load, and its import asks for two.
 
     No example calls them.
     """

@@ -11,6 +11,8 @@ import torch
 transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
 import train_transformers as example  # noqa: E402
 
+import fused_adamp  # noqa: E402
+
 if TYPE_CHECKING:
     from pathlib import Path
 
