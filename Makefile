@@ -36,7 +36,7 @@ test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9
 		--target $(VENV)/triton39 'triton==3.9.*'
 	FUSED_ADAMP_VARIANTS=few PYTHONPATH=$(VENV)/triton39 $(BIN)/python -m pytest tests/ptx/test_triton_compile.py
 
-test-frameworks: $(VENV)/frameworks.done build  ## examples/frameworks in Hugging Face, Lightning, timm, ... (three minutes, once they are installed)
+test-frameworks: $(VENV)/frameworks.done build  ## examples/frameworks in Hugging Face, Lightning, timm, ... (a minute, once they are installed)
 	PYTHONPATH=. $(VENV)/frameworks/bin/python -m pytest -c tests/frameworks/pytest.ini tests/frameworks
 
 lint: $(VENV)/test.done

@@ -68,7 +68,8 @@ def check_values(
     for (name, p), q in zip(trained.named_parameters(), model.parameters(), strict=True):
         assert_close(p, q, name)
         assert not p.requires_grad or not torch.equal(p, first[name]), f"{name} was not trained"
-    assert set(optimizer.decisions().values()) - {None}, "no parameter was stepped"
+    backends = {bucket.key.backend.name for bucket in optimizer.buckets}
+    assert backends == {"cpu"}, f"the steps were those of {backends}, to compare with the reference"
 
     unclipped, _, _ = example.train(folder / "unclipped", STEPS, max_grad_norm=None)
     farthest = max(

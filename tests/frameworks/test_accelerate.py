@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-pytest.importorskip("accelerate", reason="accelerate is not installed", exc_type=ImportError)
+pytest.importorskip("accelerate", reason="accelerate is not installed, or does not load", exc_type=ImportError)
 import train_accelerate as example
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-pytest.importorskip("fastai", reason="fastai is not installed", exc_type=ImportError)
+pytest.importorskip("fastai.learner", reason="fastai is not installed, or does not load", exc_type=ImportError)
 import train_fastai as example
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from tolerances import assert_close, assert_identical
 from torch.nn import functional
 
-pytest.importorskip("lightning", reason="lightning is not installed", exc_type=ImportError)
+pytest.importorskip("lightning", reason="lightning is not installed, or does not load", exc_type=ImportError)
 import train_fabric
 import train_lightning
 from lightning.pytorch.plugins import MixedPrecision

@@ -13,7 +13,7 @@ import torch
 from tolerances import assert_close
 from torch.nn import functional
 
-timm = pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
+timm = pytest.importorskip("timm", reason="timm is not installed, or does not load", exc_type=ImportError)
 import train_timm as example  # noqa: E402
 from timm.optim import create_optimizer_v2, param_groups_weight_decay  # noqa: E402
 

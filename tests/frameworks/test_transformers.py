@@ -8,7 +8,9 @@ import checks
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="transformers is not installed", exc_type=ImportError)
+transformers = pytest.importorskip(
+    "transformers", reason="transformers is not installed, or does not load", exc_type=ImportError
+)
 import train_transformers as example  # noqa: E402
 
 import fused_adamp  # noqa: E402
