@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INSTALL := -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python $(INSTALL)
+FRAMEWORKS_PIP := $(VENV)/frameworks/bin/python $(INSTALL)
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
@@ -33,6 +35,9 @@ test-triton39: $(VENV)/test.done build  ## compile a few kernels with Triton 3.9
 	test -d $(VENV)/triton39 || $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps \
 		--target $(VENV)/triton39 'triton==3.9.*'
 	FUSED_ADAMP_VARIANTS=few PYTHONPATH=$(VENV)/triton39 $(BIN)/python -m pytest tests/ptx/test_triton_compile.py
+
+test-frameworks: $(VENV)/frameworks.done build  ## examples/frameworks in Hugging Face, Lightning, timm, ... (a minute, once they are installed)
+	PYTHONPATH=. $(VENV)/frameworks/bin/python -m pytest -c tests/frameworks/pytest.ini tests/frameworks
 
 lint: $(VENV)/test.done
 	$(BIN)/ruff check
@@ -86,8 +91,17 @@ $(VENV)/docs.done: constraints.txt pyproject.toml  # without torch
 	$(PIP) --group docs
 	touch $@
 
+# An environment of its own: frameworks ask for many packages, and some for versions that others refuse.
+$(VENV)/frameworks.done: examples/frameworks/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)/frameworks
+	$(FRAMEWORKS_PIP) --upgrade 'pip>=25.1' setuptools torch
+	sed 's/#.*//' $< | while read -r packages; do \
+		test -z "$$packages" || (set -f; $(FRAMEWORKS_PIP) $$packages) || echo "not installed: $$packages"; \
+	done
+	touch $@
+
 $(VENV)/%.done: $(VENV)/torch.done pyproject.toml
 	$(PIP) --group $*
 	touch $@
 
-.PHONY: help demo train test test-exhaustive test-ptx mutants test-triton39 lint types bench bench-sharded bench-smoke gpu gpu-dry-run docs build clean
+.PHONY: help demo train test test-exhaustive test-ptx mutants test-triton39 test-frameworks lint types bench bench-sharded bench-smoke gpu gpu-dry-run docs build clean
