@@ -21,12 +21,12 @@ test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (te
 test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (hours)
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/ptx
 
-test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, under both plans (hours)
-	for plan in one_pass split; do \
-		FUSED_ADAMP_PLAN=$$plan nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py || exit 1; \
-	done
-	nice $(BIN)/python -m pytest -m "" tests/ptx/test_instructions.py tests/ptx/test_machine.py tests/ptx/test_protocol.py tests/ptx/test_triton.py
-	nice $(BIN)/python -m pytest -m "" tests/ptx/test_triton_compile.py
+test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, both backends and plans (hours)
+	for backend in cuda triton; do for plan in one_pass split; do \
+		FUSED_ADAMP_EMULATED=$$backend FUSED_ADAMP_PLAN=$$plan nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py || exit 1; \
+	done; done
+	nice $(BIN)/python -m pytest -m "" tests/ptx/test_instructions.py tests/ptx/test_machine.py tests/ptx/test_protocol.py tests/ptx/test_triton.py tests/ptx/test_cuda.py
+	nice $(BIN)/python -m pytest -m "" tests/ptx/test_triton_compile.py tests/ptx/test_cuda_compile.py
 
 mutants: $(VENV)/test.done build  ## plant small faults, one at a time: which tests find them (two hours on two cores)
 	nice $(BIN)/python tests/support/mutation.py tests/support/host_mutants.py tests/ptx/kernel_mutants.py tests/ptx/cuda_mutants.py

@@ -266,8 +266,7 @@ __device__ void share(const Memory& a, const Job& job) {
   enter(a, x);
   if (!b.need) return;
   if (thread() == 0) b.scale = N(*a.scale);
-  if (b.need & need_dot) enter_step(a, x, 1);
-  __syncthreads();
+  enter_step(a, x, 1);
   const bool by_rows = b.need & (need_test | need_dot);
 #pragma unroll 1
   for (int i = 0; i < job.n; ++i) {

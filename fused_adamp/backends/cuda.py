@@ -66,14 +66,15 @@ class Spec(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Elements of one access of a thread.
+        """Elements of one access of a thread: 16 bytes of the widest dtype, so that a warp fills sectors of memory.
 
         It says which elements a thread holds, and so in which order a row is summed: the same for weights in float32 as
         for those in bfloat16 with a remainder.
         """
         if self.layout != "aligned":
             return 1
-        return WIDEST_LOAD // (4 if self.rounding == "remainder" else self.p.itemsize)
+        weight = torch.float32 if self.rounding == "remainder" else self.p
+        return WIDEST_LOAD // max(dtype.itemsize for dtype in (weight, self.g, self.state))
 
 
 # From the source to a kernel.

@@ -20,13 +20,14 @@ def under(plan: str, file: str, which: str = "") -> Tests:
     return Tests(f"tests/ptx/{file}", which, environment)
 
 
-USUAL = "(clipped_step and AdamP) or more_parameters or infinite_gradients or (compiled_steps and equal)"
+USUAL = "(clipped_step and AdamP) or more_parameters or infinite_gradients or compiled_steps or one_row"
 ONE_PASS = under("one_pass", "emulated_steps.py", USUAL)
 SPLIT = under("split", "emulated_steps.py", USUAL)
 BOTH = (ONE_PASS, SPLIT)
 RANGE = under("one_pass", "emulated_range.py")
 REPLAYS = under("one_pass", "emulated_graphs.py")
 SHARES = under("split", "emulated_shares.py")
+ALL_SHARES = SHARES._replace(environment=(*SHARES.environment, ("PYTEST_ADDOPTS", "-m ''")))  # exhaustive ones too
 FLAT = under("one_pass", "emulated_table.py", "prime or 1111 or leave")
 STRIDED = under("split", "emulated_table.py", "transposed")
 CASES_OF_SGDP = under("split", "emulated_table.py", "SGDP")
@@ -217,8 +218,8 @@ MUTANTS = (
     Mutant(
         "a remainder changes the order of sums",
         "fused_adamp/backends/cuda.py",
-        '4 if self.rounding == "remainder" else self.p.itemsize',
-        "self.p.itemsize",
+        'torch.float32 if self.rounding == "remainder" else self.p',
+        "self.p",
         (REMAINDER,),
         equivalent="sums in double differ in their last bits then, and the projection is rounded to float32",
     ),
@@ -239,7 +240,11 @@ MUTANTS = (
         (SHARES,),
     ),
     Mutant(
-        "rows of other ranks are projected by ours", STEP, "b.row.sharing == Sharing::split ||", "false ||", (SHARES,)
+        "rows of other ranks are projected by ours",
+        STEP,
+        "b.row.sharing == Sharing::split ||",
+        "false ||",
+        (ALL_SHARES,),
     ),
     Mutant(
         "a given projection for all rows",

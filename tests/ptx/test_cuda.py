@@ -54,14 +54,17 @@ def test_a_block_works_on_a_tile(rows: int, cols: int) -> None:
     [
         ({}, 4),
         ({"p": torch.float64}, 2),
-        ({"p": torch.bfloat16}, 8),
-        ({"p": torch.bfloat16, "rounding": "remainder"}, 4),
-        ({"p": torch.float16}, 8),
+        ({"p": torch.bfloat16, "g": torch.bfloat16}, 4),
+        ({"p": torch.bfloat16, "g": torch.bfloat16, "state": torch.bfloat16}, 8),
+        ({"p": torch.float16, "g": torch.float16, "state": torch.float16}, 8),
+        ({"p": torch.float16, "state": torch.float16}, 4),
+        ({"state": torch.bfloat16}, 4),
+        ({"p": torch.bfloat16, "g": torch.bfloat16, "state": torch.bfloat16, "rounding": "remainder"}, 4),
         ({"layout": "flat"}, 1),
         ({"layout": "strided"}, 1),
     ],
 )
-def test_a_thread_accesses_16_bytes_of_the_weight(changes: dict[str, Any], width: int) -> None:
+def test_a_thread_accesses_16_bytes_of_the_widest_dtype(changes: dict[str, Any], width: int) -> None:
     """But with a remainder, as many elements as of a float32 weight: the sums are the same then."""
     assert SPEC._replace(**changes).width == width
 
