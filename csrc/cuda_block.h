@@ -1,4 +1,4 @@
-// The threads of a block: what they share, how they wait for each other, and how they add up numbers.
+// The threads of a block: their shared memory, how they wait for each other, and how they add up numbers.
 #pragma once
 
 #include "cuda_order.h"
@@ -29,7 +29,7 @@ struct Memory {
   int32_t n_active;
 };
 
-// What the threads of a block share: the job's parameter, and what is passed between threads.
+// The shared memory of a block: the job's parameter, and numbers on their way between threads.
 struct Block {
   DeviceTableRow row;
   Addresses at;

@@ -1,4 +1,4 @@
-// What a kernel is compiled for, and numbers from and to their storage.
+// The properties that a kernel is compiled for, and numbers from and to their storage.
 //
 // Macros: FUSED_ADAMP_P, _G and _STATE name types in memory; _LAYOUT is 0 (aligned), 1 (flat) or 2 (strided); _WIDTH is the
 // number of elements of a thread's widest access; _ADAPTIVE, _BUFFER, _STOCHASTIC, _REMAINDER and _SHARED are 0 or 1.

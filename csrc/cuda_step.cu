@@ -298,7 +298,7 @@ __device__ bool is_given() {
                     (b.row.sharing == Sharing::shared && b.decision == Decision::layer));
 }
 
-// Decides on the parameter: by the group's forced view, by the cosine test at this step's scale, or by the verdict of all ranks.
+// Decides on the parameter: by the group's forced view, by the cosine test at this step's scale, or by all ranks' verdict.
 // `waits`: it may have to wait until the parameter's tiles have been measured.
 __device__ void decide(const Memory& a, int64_t x, bool waits) {
   if (waits && b.tested && b.row.all_tiles > 1) wait(&a.counters[x].concluded, a.epoch);

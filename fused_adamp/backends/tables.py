@@ -53,7 +53,7 @@ STRIDES = 1 + 5 * (1 + INNER)
 
 
 Kind = tuple[torch.dtype, torch.dtype, torch.dtype | None, str]
-"""What chooses a kernel: dtypes of weight, gradient and state (None: there is none yet), and one of LAYOUTS."""
+"""The properties that choose a kernel: dtypes of weight, gradient and state (None: none yet), and one of LAYOUTS."""
 
 
 class Launch(NamedTuple):

@@ -40,6 +40,11 @@ class Made(NamedTuple):
     log: str
 
 
+def room(size: int) -> bytes:
+    """Bytes for NVRTC to write into: two at least, since Python shares all bytes objects of length 1."""
+    return b" " * max(size, 2)
+
+
 def made(source: str, name: str, *defined: str, target: str = "compute_90") -> Made:
     """Compiles a source, with these macros defined; ``name`` is its name in messages.
 
@@ -55,7 +60,7 @@ def made(source: str, name: str, *defined: str, target: str = "compute_90") -> M
         return values[0] if values else None
 
     def log() -> str:
-        text = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+        text = room(nvrtc.nvrtcGetProgramLogSize(program)[1])
         nvrtc.nvrtcGetProgramLog(program, text)
         return str(text.rstrip(b"\0 "), "utf-8")
 
@@ -69,11 +74,12 @@ def made(source: str, name: str, *defined: str, target: str = "compute_90") -> M
         *(f"-D{macro}" for macro in defined),
     ]
     done(nvrtc.nvrtcCompileProgram(program, len(options), [option.encode() for option in options]))
-    text = b" " * done(nvrtc.nvrtcGetPTXSize(program))
+    text = room(done(nvrtc.nvrtcGetPTXSize(program)))
     done(nvrtc.nvrtcGetPTX(program, text))
-    code = b" " * done(nvrtc.nvrtcGetCUBINSize(program))
-    if code:
+    size = done(nvrtc.nvrtcGetCUBINSize(program))
+    code = room(size)
+    if size:
         done(nvrtc.nvrtcGetCUBIN(program, code))
-    found = Made(str(text.rstrip(b"\0 "), "utf-8"), code, log())
+    found = Made(str(text.rstrip(b"\0 "), "utf-8"), code[:size], log())
     done(nvrtc.nvrtcDestroyProgram(program))
     return found

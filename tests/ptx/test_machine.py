@@ -269,3 +269,9 @@ def test_bad_launches() -> None:
         kernel.launch((1,), [0, 0, 0], Memory(), block=(2048,))
     with pytest.raises(ValueError, match="no entry function absent"):
         Kernel(compiler.ptx("faults.cu"), "absent")
+
+
+def test_the_compiler_writes_to_no_object_that_python_shares() -> None:
+    """A log of one byte, say, in a bytes object of length 1, of which Python has one for each value."""
+    compiler.made('extern "C" __global__ void nothing() {}', "nothing.cu")
+    assert [bytes([value])[0] for value in range(256)] == list(range(256))
