@@ -9,10 +9,6 @@ namespace fused_adamp {
 template <int bytes>
 struct Word;
 template <>
-struct Word<1> {
-  using Type = uint8_t;
-};
-template <>
 struct Word<2> {
   using Type = uint16_t;
 };

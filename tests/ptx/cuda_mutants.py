@@ -27,7 +27,6 @@ BOTH = (ONE_PASS, SPLIT)
 RANGE = under("one_pass", "emulated_range.py")
 REPLAYS = under("one_pass", "emulated_graphs.py")
 SHARES = under("split", "emulated_shares.py")
-ALL_SHARES = SHARES._replace(environment=(*SHARES.environment, ("PYTEST_ADDOPTS", "-m ''")))  # exhaustive ones too
 FLAT = under("one_pass", "emulated_table.py", "prime or 1111 or leave")
 STRIDED = under("split", "emulated_table.py", "transposed")
 CASES_OF_SGDP = under("split", "emulated_table.py", "SGDP")
@@ -244,7 +243,7 @@ MUTANTS = (
         STEP,
         "b.row.sharing == Sharing::split ||",
         "false ||",
-        (ALL_SHARES,),
+        (SHARES,),
     ),
     Mutant(
         "a given projection for all rows",

@@ -216,6 +216,25 @@ def test_parts_are_rounded_by_chance_as_the_whole_is(make: Any) -> None:
 
 
 @every_alignment
+def test_rows_move_by_the_projections_that_all_ranks_have_worked_out(whole: Shapes) -> None:
+    """Not by those of this rank's part of the rows: p - (s u + (w - s c) p) grows by s c p with c."""
+    moved, c = [], torch.linspace(0.1, 0.5, 9, dtype=torch.float64)
+    for factor in (0.0, 1.0):
+        torch.manual_seed(0)  # of the state
+        optimizer, batch = shared_model(whole)
+        shared, p = batch.bucket.shared, params_of(optimizer)[1]
+        assert shared is not None
+        first = int(batch.bucket.table[1, COLUMNS.index("first_row")])
+        shared.verdicts[1, 0] = Decision.CHANNEL
+        shared.row_projections[first : first + 9] = factor * c
+        before = p.detach().double()
+        assert batch.bucket.key.backend.step(batch) == -1
+        moved.append(p.detach().double())
+    size = ADAMP["lr"] / (1 - 0.9 ** float(optimizer.state[p]["step"]))
+    torch.testing.assert_close(moved[1] - moved[0], size * c[:, None] * before, rtol=1e-4, atol=1e-5)
+
+
+@every_alignment
 def test_infinite_gradients_move_no_shared_weight(whole: Shapes) -> None:
     optimizer, batch = shared_model(whole)
     before = copy.deepcopy(tensors(optimizer))
