@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from decode import LANES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable
 
     from decode import Module
 
@@ -54,15 +54,12 @@ def _ranges(module: Module) -> dict[str, tuple[int, int]]:
             reads[n] |= 1 << number[i.guard]
     blocks = _blocks(module)
     live_in, live_out = _live(module, blocks, reads, writes)
-    first: dict[int, int] = {}
-    last: dict[int, int] = {}
-    uses = [(reads[n] | writes[n], n) for n in range(len(code))]
-    uses += [(live, begin) for live, (begin, _) in zip(live_in, blocks, strict=True)]
-    uses += [(live, end - 1) for live, (_, end) in zip(live_out, blocks, strict=True)]
-    for registers, n in uses:
-        for register in _bits(registers):
-            first[register] = min(first.get(register, n), n)
-            last[register] = max(last.get(register, n), n)
+    held = [reads[n] | writes[n] for n in range(len(code))]
+    for inside, outside, (begin, end) in zip(live_in, live_out, blocks, strict=True):
+        held[begin] |= inside
+        held[end - 1] |= outside
+    first = _firsts(enumerate(held))
+    last = _firsts(reversed(list(enumerate(held))))
     names = list(module.registers)
     return {names[register]: (first[register], last[register]) for register in first}
 
@@ -105,8 +102,15 @@ def _live(
     return live_in, live_out
 
 
-def _bits(registers: int) -> Iterator[int]:
-    while registers:
-        low = registers & -registers
-        yield low.bit_length() - 1
-        registers ^= low
+def _firsts(sets: Iterable[tuple[int, int]]) -> dict[int, int]:
+    """By register, the number that comes first with a set that has it."""
+    found: dict[int, int] = {}
+    seen = 0
+    for n, registers in sets:
+        left = registers & ~seen
+        seen |= left
+        while left:
+            low = left & -left
+            found[low.bit_length() - 1] = n
+            left ^= low
+    return found
