@@ -79,7 +79,7 @@ struct Layout {
 };
 
 // How a parameter passes through the stages: cpu_plan.cpp.
-enum class Plan { none, settled, one_tile, split, speculative, share, finish };
+enum class Plan { none, settled, one_tile, split, speculative, columns, share, finish };
 
 struct Parameter {
   const TableRow* table;
@@ -100,12 +100,14 @@ struct Parameter {
   bool is_double;          // computed in double, else in float
   bool dense;              // tiles lie in memory row by row; else
   bool gathered[role_count] = {};  // those of these roles are gathered into scratch
+  bool columns;            // and rows lie side by side in all of them
   FormatIndex format;      // of the kernels
   bool staged;             // not stored in that format: blocks pass through the stage
   Plan plan;
   Operand operand[role_count];
   std::unique_ptr<Layout> layout;    // null: all tensors are contiguous
-  char* shrink = nullptr;            // speculative, one number per row
+  char* shrink = nullptr;            // speculative and columns, one number per row
+  ViewSums* row_sums = nullptr;      // columns, per job those of its rows
 
   // In a bucket of which some parameters lie on several ranks.
   int needs = 0;  // Need

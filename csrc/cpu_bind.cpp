@@ -62,6 +62,16 @@ bool is_contiguous(int64_t dim, const int64_t* sizes, const int64_t* strides) {
   return true;
 }
 
+// Whether all of a parameter's tensors lie in the same order of its dimensions, without gaps.
+bool is_permuted(const TensorRef (&tensor)[role_count]) {
+  const TensorRef& p = tensor[role_p];
+  int64_t last = 0;
+  for (int64_t d = 0; d < p.dim; ++d) last += (p.sizes[d] - 1) * p.strides[d];
+  bool same = last == p.numel - 1;
+  for (const TensorRef& t : tensor) same &= !t.exists || std::equal(p.strides, p.strides + p.dim, t.strides);
+  return same;
+}
+
 // Sets the parameter's layout. Dimensions after dim 0 are merged if all of its tensors allow it. The algorithm allows any
 // order of a row's elements that is the same for all tensors, so dimensions are sorted by p's strides first.
 void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
@@ -71,6 +81,10 @@ void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
   for (int r = 0; x.dense && r < role_count; ++r)
     x.dense = !tensor[r].exists || is_contiguous(dim, sizes, tensor[r].strides);
   if (x.dense) return;  // as most are
+  // Without a test, a projection or random bits, elements in the order of memory are as good as any.
+  const bool any_order = x.table->local() && !x.tested && x.settled == Decision::none && !x.seed;
+  x.dense = any_order && !tensor[role_p].overlaps() && is_permuted(tensor);
+  if (x.dense) return;
   const int64_t outer = dim >= 2 ? 1 : 0;  // a vector is one row
   std::vector<int64_t> order;
   for (int64_t d = outer; d < dim; ++d)
@@ -117,6 +131,22 @@ void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
     x.gathered[r] = !dense;
     x.dense &= dense;
   }
+}
+
+// Whether rows lie side by side in all tensors of a parameter with a layout, at the same distances, and u follows from the
+// state as it is stored.
+bool has_columns(const Parameter& x) {
+  const TableRow& t = *x.table;
+  const bool follows = x.rule != sgd_project_buffer && !x.seed;
+  if (!t.local() || !follows || t.rows < 16 || t.segments() > 1 || is_short<float>(t.rows, t.cols)) return false;
+  const Layout& layout = *x.layout;
+  bool found = layout.inner_sizes.size() == 1;
+  for (int r = 0; found && r < role_count; ++r) {
+    if (!x.operand[r].data) continue;
+    found = layout.row_stride[r] == 1 && layout.inner[r][0] == layout.inner[role_p][0];
+    if (r == role_m || r == role_v) found &= x.operand[r].type == (x.is_double ? storage_f64 : storage_f32);
+  }
+  return found;
 }
 
 // Sets the format of the kernels, and whether blocks are staged since no kernel is compiled for the tensors' storage.
@@ -260,6 +290,7 @@ int64_t Step::bind(const Arguments& a) {
     }
     choose_format(x, set.halves);
     collapse(x, tensor);
+    x.columns = !x.dense && has_columns(x);
     for (int r = 0; !x.dense && r < role_count; ++r)  // rows in a row never share memory
       if (r != role_g && tensor[r].exists && tensor[r].overlaps()) return i;
     elements_ += p.numel;

@@ -86,6 +86,23 @@ void transpose(const Element* from, int64_t from_stride, Element* to, int64_t to
   }
 }
 
+// Copies runs of elements that lie side by side. Short ones in pieces of 16 bytes, the last of which may overlap the one
+// before: a memcpy of unknown size is a call, which costs more than nine elements.
+template <class Element>
+void copy_runs(const Element* from, int64_t from_stride, Element* to, int64_t to_stride, int64_t runs, int64_t length) {
+  constexpr int64_t piece = 16 / sizeof(Element), longest = 16 * piece;
+  for (int64_t run = 0; run < runs; ++run, from += from_stride, to += to_stride) {
+    if (length > longest) {
+      std::memcpy(to, from, length * sizeof(Element));
+    } else if (length < piece) {
+      for (int64_t i = 0; i < length; ++i) to[i] = from[i];
+    } else {
+      for (int64_t i = 0; i < length - piece; i += piece) std::memcpy(to + i, from + i, 16);
+      std::memcpy(to + length - piece, from + length - piece, 16);
+    }
+  }
+}
+
 // Copies a tile out of a tensor, or back.
 template <class Element, bool back>
 void copy(const Axis* axes, size_t count, Element* tensor, Element* tile) {
@@ -94,6 +111,10 @@ void copy(const Axis* axes, size_t count, Element* tensor, Element* tile) {
     if (count == 2 && a.tile == 1 && b.tensor == 1) {
       return back ? transpose(tile, b.tile, tensor, a.tensor, b.size, a.size)
                   : transpose(tensor, a.tensor, tile, b.tile, a.size, b.size);
+    }
+    if (count == 2 && b.tile == 1 && b.tensor == 1) {
+      return back ? copy_runs(tile, a.tile, tensor, a.tensor, a.size, b.size)
+                  : copy_runs(tensor, a.tensor, tile, a.tile, a.size, b.size);
     }
     for (int64_t i = 0; i < axes->size; ++i)
       copy<Element, back>(axes + 1, count - 1, tensor + i * axes->tensor, tile + i * axes->tile);
@@ -146,6 +167,9 @@ void copy(const Parameter& x, int role, const Tile& tile, char* scratch) {
   }
 }
 
+// From one element of a row to the next, where rows lie side by side.
+int64_t column_stride(const Parameter& x) { return x.layout->inner[role_p][0]; }
+
 // Which of a tile's tensors a stage reads.
 constexpr int only_g = 1 << role_g, p_and_g = only_g | 1 << role_p | 1 << role_remainder, everything = (1 << role_count) - 1;
 
@@ -155,13 +179,14 @@ class TileAccess {
  public:
   TileAccess(const Parameter& x, const Tile& tile, const Scratch& scratch, int roles)
       : parameter_(x), tile_(tile), storage_{} {
-    const int64_t first = tile.row * x.table->cols + tile.col;
+    const bool columns = x.plan == Plan::columns;
+    const int64_t first = columns ? tile.row + tile.col * column_stride(x) : tile.row * x.table->cols + tile.col;
     for (int role = 0; role < role_count; ++role) {
       const Operand& o = x.operand[role];
       if (!o.data || !(roles >> role & 1)) continue;
       storage_.type[role] = o.type;
       storage_.staged[role] = o.type != (sizeof(T) == 8 ? storage_f64 : storage_f32);
-      if (!x.gathered[role]) {
+      if (columns || !x.gathered[role]) {
         storage_.data[role] = o.data + first * itemsize(o.type);
       } else {
         storage_.data[role] = scratch.gathered(role);

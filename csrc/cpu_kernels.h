@@ -68,6 +68,9 @@ struct TileData {
   typename F::Number* stage;    // room for blocks of numbers on their way from and to the storage
 };
 
+// The most rows that advance_columns works on at once: their sums stay in the second-level cache.
+constexpr int64_t most_rows = 4096;
+
 // Elements of a block, which is added up in T and passes through the stage as a whole; and blocks that the stage holds.
 template <class T>
 constexpr int64_t block_size = 4096 / sizeof(T);
@@ -148,6 +151,13 @@ struct RuleKernels {
   // Short rows that were updated with the shrink `was` of each and should have been with `is`. If `was` is not recoverable,
   // sweep has not moved the row. Bytes as for finish.
   void (*finish_rows)(TileData<F>, int64_t rows, int64_t cols, Coefficients<T>, const T* was, const T* is);
+  // Rows that lie side by side: element (row, col) is at [row + col * stride]. Null where u does not follow from the state:
+  // where that is rounded, or projected with the update.
+  //
+  // Advances the state and adds up the sums of each row; weights stay. Reads p g m v, writes m v (24).
+  void (*advance_columns)(TileData<F>, int64_t stride, int64_t rows, int64_t cols, Coefficients<T>, double least, ViewSums*);
+  // Moves weights whose state has advanced, by the shrink of each row. Bytes as for finish.
+  void (*move_columns)(TileData<F>, int64_t stride, int64_t rows, int64_t cols, Coefficients<T>, const T* shrink);
 };
 
 template <class F, class T = typename F::Number>

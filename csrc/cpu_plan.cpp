@@ -1,11 +1,12 @@
 // One AdamP or SGDP step over a bucket on the CPU.
 //
-// A parameter's tiles pass through stages, by one of four plans:
+// A parameter's tiles pass through stages, by one of five plans:
 //
 //   settled      update                                the decision needs no test: a vector, delta = 0, a forced projection
 //   one_tile     measure, decide, update               at once, in cache
 //   split        measure, decide, dot, update          any storage
 //   speculative  predict, sweep, decide, finish        weight and state keep what was computed
+//   columns      advance, decide, move                 rows lie side by side, as in a transposed matrix
 //
 // A parameter that lies on several ranks is decided by all of them together, between two operators: `measure` shares its
 // sums, `step` is given the verdict, which settles the decision.
@@ -21,6 +22,8 @@
 //   predict  measure of the first rows: if one fails, the channels cannot be projected           reads p g
 //   sweep    measure and update in one, as if the prediction were the decision                    reads p g m v, writes p m v
 //   finish   corrects weights if the prediction was wrong; most often it was right               reads p m v, writes p
+//   advance  measure, dot and momentum, of the rows of several tiles                              reads p g m v, writes m v
+//   move     projection, weight decay, weight                                                    reads p m v, writes p
 //   share    g.g, measure or dot, as the parameter's needs ask                                    reads g, p g or p g m v
 //
 // The prediction looks at this step's tensors only, so a step depends on nothing but its arguments. Every (stage, tile) is a
@@ -63,6 +66,15 @@ int64_t predicted_tiles(const TableRow& t) {
   return std::min((16 + t.tile_rows - 1) / t.tile_rows, t.tiles());
 }
 
+// Enough columns for 131072 elements, whose sums are added up in double from job to job, but no more than 32 jobs of the same
+// rows: one thread adds these up.
+ColumnJobs column_jobs(const TableRow& t) {
+  constexpr int64_t step = block_size<float> / 16;  // columns that a kernel adds up at once
+  const int64_t rows = std::min(t.rows, most_rows), most = std::min<int64_t>(32, std::max<int64_t>(1, rows * t.cols / 131072));
+  const int64_t cols = (t.cols + most * step - 1) / (most * step) * step, per_row = (t.cols + cols - 1) / cols;
+  return {rows, cols, per_row, (t.rows + rows - 1) / rows * per_row};
+}
+
 namespace {
 
 // Whether the old weight can be recovered from the new one and the state, as speculation requires: both must be stored as
@@ -77,6 +89,7 @@ bool recovers(const Parameter& x) {
 
 Plan plan_for_step(const Parameter& x) {
   if (x.swept && *x.swept != Swept::no) return Plan::finish;
+  if (x.columns) return Plan::columns;
   if (!x.tested) return spans_tiles(x, x.settled) && !spans_ranks(x, x.settled) ? Plan::split : Plan::settled;
   if (x.table->tiles() <= 1) return Plan::one_tile;
   return recovers(x) ? Plan::speculative : Plan::split;
@@ -127,6 +140,10 @@ void Step::schedule() {
       case Plan::speculative:
         proceed(x);
         break;
+      case Plan::columns:
+        add(x, Stage::advance, column_jobs(*x->table).count);
+        add(x, Stage::move, column_jobs(*x->table).count);
+        break;
       case Plan::share:
         add(x, Stage::share, tiles_of(x));
         break;
@@ -150,11 +167,14 @@ int64_t Step::threads() const {
 void Step::prepare() {
   schedule();
   const auto shrink_bytes = [](const Parameter& x) -> int64_t {
-    const bool here = x.plan == Plan::speculative && x.table->local();
+    const bool here = (x.plan == Plan::speculative && x.table->local()) || x.plan == Plan::columns;
     return here ? (x.table->rows * (x.is_double ? 8 : 4) + 63) / 64 * 64 : 0;
   };
+  const auto row_sums_bytes = [](const Parameter& x) -> int64_t {
+    return x.plan == Plan::columns ? x.table->rows * column_jobs(*x.table).per_row * sizeof(ViewSums) : 0;
+  };
   int64_t bytes = threads() * scratch_bytes();
-  for (int64_t i = 0; i < count_; ++i) bytes += shrink_bytes(parameters_[i]);
+  for (int64_t i = 0; i < count_; ++i) bytes += shrink_bytes(parameters_[i]) + row_sums_bytes(parameters_[i]);
   memory_.reset(new char[bytes + 64]);
   scratch_ = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) / 64 * 64);
   char* shrink = scratch_ + threads() * scratch_bytes();
@@ -162,6 +182,8 @@ void Step::prepare() {
     Parameter& x = parameters_[i];
     if (shrink_bytes(x)) x.shrink = shrink;
     shrink += shrink_bytes(x);
+    if (row_sums_bytes(x)) x.row_sums = reinterpret_cast<ViewSums*>(shrink);
+    shrink += row_sums_bytes(x);
     x.predict_channel = predicted_tiles(*x.table) > 0;
     x.predicted = !x.predict_channel;
   }
@@ -237,7 +259,7 @@ void Step::step() {
     if (x.step) x.t = *x.step;
     *x.decision = uint8_t(tiles_of(&x) || !x.table->local() ? x.settled : Decision::none);
     if (x.table->local()) x.results[0] = x.results[1] = std::nan("");
-    if (x.plan != Plan::split && spans_tiles(x, x.settled)) project_views(x);
+    if (x.plan != Plan::split && x.plan != Plan::columns && spans_tiles(x, x.settled)) project_views(x);
   }
   compute_coefficients();
   run();

@@ -181,6 +181,42 @@ void finish(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, co
   }
 }
 
+// The part of a parameter that a job of the plan for columns works on.
+Tile columns_at(const TableRow& t, const ColumnJobs& jobs, int64_t job) {
+  const int64_t row = job / jobs.per_row * jobs.rows, col = job % jobs.per_row * jobs.cols;
+  return {row, std::min(jobs.rows, t.rows - row), col, std::min(jobs.cols, t.cols - col)};
+}
+
+// Adds up the sums of all jobs, row by row and tile by tile. Keeps the shrink that the projection of each row asks for.
+template <class T>
+void add_jobs(const Parameter& x, const ColumnJobs& jobs) {
+  const TableRow& t = *x.table;
+  const Coefficients<T>& c = coefficients_of<T>(x);
+  const T decay = T(decay_of(x, Decision::channel));
+  for (int64_t row = 0; row < t.rows; ++row) {
+    ViewSums sums;
+    const int64_t first = row / jobs.rows * jobs.rows, rows = std::min(jobs.rows, t.rows - first);
+    for (int64_t job = 0; job < jobs.per_row; ++job) sums.add(x.row_sums[first * jobs.per_row + job * rows + row - first]);
+    TileSums& to = x.tiles[row / t.tile_rows];
+    if (row % t.tile_rows == 0) to = TileSums();
+    to.add<T>(sums, x.test, double(t.cols));
+    const T projected = T(projection(sums.pu, sums.sums.pp, double(c.eps)));
+    reinterpret_cast<T*>(x.shrink)[row] = decay - c.step_size * projected;
+  }
+}
+
+// Moves weights by the decision.
+template <class F, class T = typename F::Number>
+void move(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile) {
+  const Decision decision = decision_of(x);
+  const Coefficients<T>& c = coefficients_of<T>(x);
+  const double projected = decision == Decision::layer ? x.tiles->projection : 0;
+  T every[most_rows];
+  std::fill_n(every, tile.rows, T(decay_of(x, decision)) - c.step_size * T(projected));
+  const T* shrink = decision == Decision::channel ? reinterpret_cast<const T*>(x.shrink) + tile.row : every;
+  k.rule[x.rule].move_columns(data, column_stride(x), tile.rows, tile.cols, c, shrink);
+}
+
 // Threads wait here only for jobs that other threads are running right now.
 void wait_for(const std::atomic<bool>& flag) {
   for (int spins = 0; !flag.load(std::memory_order_acquire); ++spins) {
@@ -277,6 +313,26 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
       const TileAccess<F> access(x, tile, scratch, everything);
       finish(k, x, access.data, tile, scratch, sums);
       access.store_weight();
+      break;
+    }
+    case Stage::advance: {
+      const ColumnJobs jobs = column_jobs(t);
+      const Tile part = columns_at(t, jobs, job);
+      ViewSums* const to = x.row_sums + part.row * jobs.per_row + part.col / jobs.cols * part.rows;
+      k.rule[x.rule].advance_columns(TileAccess<F>(x, part, scratch, everything).data, column_stride(x), part.rows, part.cols,
+                                     coefficients_of<T>(x), least_square(x.test.eps2), to);
+      if (!is_last(x.measured_tiles, jobs.count)) break;
+      add_jobs<T>(x, jobs);
+      *x.decision = uint8_t(decide(x));
+      if (decision_of(x) == Decision::layer) project_views(x);
+      x.decided.store(true, std::memory_order_release);
+      break;
+    }
+    case Stage::move: {
+      wait_for(x.decided);
+      const ColumnJobs jobs = column_jobs(t);
+      const Tile part = columns_at(t, jobs, jobs.count - 1 - job);  // backwards: the last columns are still in cache
+      move(k, x, TileAccess<F>(x, part, scratch, everything).data, part);
       break;
     }
     case Stage::share: {

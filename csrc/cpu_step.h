@@ -24,7 +24,16 @@ struct Arguments {
 };
 
 // Updates, sums and the like of one tile: cpu_stages.cpp.
-enum class Stage { update, measure_update, measure, dot, update_measured, predict, sweep, finish, share };
+enum class Stage {
+  update, measure_update, measure, dot, update_measured, predict, sweep, finish, advance, move, share
+};
+
+// How a parameter whose rows lie side by side is shared out: jobs of up to `rows` rows by `cols` columns, the columns of some
+// rows one after the other.
+struct ColumnJobs {
+  int64_t rows, cols, per_row;
+  int64_t count;
+};
 
 // One stage of one parameter: a run of jobs, one per tile.
 struct Segment {
@@ -92,6 +101,7 @@ bool spans_ranks(const Parameter& x, Decision view);
 bool spans_tiles(const Parameter& x, Decision view);
 bool keeps_shrink(const TableRow& t);
 int64_t predicted_tiles(const TableRow& t);
+ColumnJobs column_jobs(const TableRow& t);
 
 // cpu_stages.cpp.
 TileSums sum_tiles(const Parameter& x);

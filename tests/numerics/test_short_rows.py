@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from tolerances import assert_close, assert_identical
+from doubles import Double, bits_are_those_of_one_thread, build, steps_are_those_of_double
+from tolerances import assert_close
 from torch import Tensor, nn
-from trajectory import KINDS, MOMENTS, RULES, gradient
-
-from fused_adamp import SGDP, AdamP, adamp_ref, sgdp_ref
+from trajectory import KINDS, RULES, gradient
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from fused_adamp.reference import Decision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,51 +35,6 @@ STORAGES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "stochastic": (torch.bfloat16, {"rounding": "stochastic"}),
     "bfloat16 state": (torch.float32, {"state_dtype": torch.bfloat16}),
 }
-
-
-class Double:
-    """A parameter's trajectory in float64."""
-
-    def __init__(self, rule: str, w: Tensor, **options: Any) -> None:
-        self.rule, self.options = rule, RULES[rule][1] | {"delta": 0.1, "eps": 1e-8} | options
-        self.w = w.detach().double().clone()
-        self.moments = [torch.zeros_like(self.w) for _ in MOMENTS[rule]]
-        self.steps = 0
-
-    def step(self, g: Tensor) -> Decision:
-        self.steps += 1
-        if self.rule == "AdamP":
-            m, v = self.moments
-            return adamp_ref(self.w, g.double(), m, v, self.steps, **self.options)
-        return sgdp_ref(self.w, g.double(), *self.moments, **self.options)
-
-
-def build(rule: str, params: list[nn.Parameter], backend: str, **options: Any) -> AdamP | SGDP:
-    cls, defaults = RULES[rule]
-    return cls(params, **defaults, **options, backend=backend)
-
-
-def steps_are_those_of_double(
-    rule: str, weights: list[Tensor], gradient_of: Callable[[Tensor, int], Tensor], backend: str, **options: Any
-) -> set[Decision]:
-    """Three steps, in float32 from the same gradients; the decisions that were seen."""
-    params = [nn.Parameter(w.clone()) for w in weights]
-    doubles = [Double(rule, w, **options) for w in weights]
-    optimizer = build(rule, params, backend, **options)
-    seen = set()
-    for t in range(3):
-        wanted = []
-        for p, double in zip(params, doubles, strict=True):
-            p.grad = gradient_of(double.w, t).to(p.dtype)
-            wanted.append(double.step(p.grad))
-        optimizer.step()
-        seen |= set(wanted)
-        for p, double, decision in zip(params, doubles, wanted, strict=True):
-            assert optimizer.decisions()[p] == decision, tuple(p.shape)
-            assert_close(p, double.w, f"{tuple(p.shape)}, step {t}")
-            for name, moment in zip(MOMENTS[rule], double.moments, strict=True):
-                assert_close(optimizer.state[p][name], moment, f"{name} of {tuple(p.shape)}")
-    return seen
 
 
 @EVERY_RULE
@@ -198,20 +150,7 @@ def test_one_row_of_another_size(rule: str, p_size: float, g_size: float, eps: f
 @EVERY_RULE
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_change_no_bit(rule: str, kind: str, backend: str) -> None:
-    results = []
-    weights = [torch.randn(shape) for shape in LARGE if shape[1] in {1, 4, 9}]
-    grads = [gradient(w, kind) for w in weights]
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        params = [nn.Parameter(w.clone()) for w in weights]
-        optimizer = build(rule, params, backend)
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        optimizer.step()
-        results.append([p.detach() for p in params])
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert_identical(a, b)
+    bits_are_those_of_one_thread(rule, [torch.randn(shape) for shape in LARGE if shape[1] in {1, 4, 9}], kind, backend)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -25,6 +25,7 @@ TABLE = Tests("tests/numerics/test_backends.py")
 LIMITS = Tests("tests/numerics/test_limits.py")
 RANGE = Tests("tests/numerics/test_range.py")
 SHORT_ROWS = Tests("tests/numerics/test_short_rows.py")
+COLUMNS = Tests("tests/numerics/test_columns.py")
 ORACLE = Tests("tests/numerics/test_oracle.py")
 RANKS = Tests("tests/sharding/test_sharding.py")
 AGREEMENT = Tests("tests/sharding/test_sharding_contract.py")
@@ -432,6 +433,55 @@ CPU_BACKEND = (
         "step_key((*x.seed)++)",
         "step_key(*x.seed)",
         (PRECISION,),
+    ),
+    Mutant(
+        "columns at any distance",
+        "csrc/cpu_bind.cpp",
+        "found = layout.row_stride[r] == 1 && layout.inner[r][0] == layout.inner[role_p][0];",
+        "found = layout.row_stride[r] == 1;",
+        (COLUMNS,),
+    ),
+    Mutant(
+        "columns of rounded state",
+        "csrc/cpu_bind.cpp",
+        "if (r == role_m || r == role_v) found &=",
+        "if (r == role_m) found &=",
+        (TABLE, PRECISION, COLUMNS),
+    ),
+    Mutant(
+        "columns draw their numbers",
+        "csrc/cpu_bind.cpp",
+        "const bool follows = x.rule != sgd_project_buffer && !x.seed;",
+        "const bool follows = x.rule != sgd_project_buffer;",
+        (PRECISION,),
+    ),
+    Mutant(
+        "one job's sums of a row",
+        "csrc/cpu_stages.cpp",
+        "for (int64_t job = 0; job < jobs.per_row; ++job) sums.add(",
+        "for (int64_t job = 0; job < 1; ++job) sums.add(",
+        (COLUMNS,),
+    ),
+    Mutant(
+        "the first rows' shrink for all",
+        "csrc/cpu_stages.cpp",
+        "reinterpret_cast<const T*>(x.shrink) + tile.row : every;",
+        "reinterpret_cast<const T*>(x.shrink) : every;",
+        (COLUMNS,),
+    ),
+    Mutant(
+        "a permuted weight is flat beside any gradient",
+        "csrc/cpu_bind.cpp",
+        "same &= !t.exists || std::equal(p.strides, p.strides + p.dim, t.strides);",
+        "same &= true;",
+        (COLUMNS, PROJECTION),
+    ),
+    Mutant(
+        "gaps are flat",
+        "csrc/cpu_bind.cpp",
+        "bool same = last == p.numel - 1;",
+        "bool same = true;",
+        (COLUMNS, PROJECTION),
     ),
     Mutant("another hash", "csrc/precision.h", "return z ^ z >> 31;", "return z ^ z >> 30;", (PRECISION,)),
     Mutant(

@@ -1,0 +1,163 @@
+"""Rows that lie side by side in memory, as in a transposed matrix, which the CPU takes column by column."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from doubles import Double, bits_are_those_of_one_thread, build, steps_are_those_of_double
+from tolerances import assert_close, assert_identical
+from torch import Tensor, nn
+from trajectory import KINDS, RULES, gradient
+
+from fused_adamp import Decision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
+
+SHAPES = [(16, 64), (17, 65), (33, 200), (100, 129), (700, 190), (4_099, 70), (65, 4_500)]
+"""Rows and columns: at what takes the path, parts of a vector, several jobs by rows and by columns."""
+
+
+def with_gaps(x: Tensor) -> Tensor:
+    """Columns that lie further apart than they are long."""
+    return x.new_zeros(x.size(1), x.size(0) + 3)[:, : x.size(0)].t().copy_(x)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda x: x.t().contiguous().t(),
+    "with gaps": with_gaps,
+    "in a line": lambda x: x.contiguous(),
+}
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", ["transposed", "with gaps"])
+def test_every_shape(rule: str, kind: str, layout: str, backend: str) -> None:
+    weights = [LAYOUTS[layout](torch.randn(shape)) for shape in SHAPES]
+    seen = steps_are_those_of_double(rule, weights, lambda w, _: LAYOUTS[layout](gradient(w, kind)), backend)
+    assert len(seen) == 1
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("gradients", LAYOUTS)
+@pytest.mark.parametrize("weights", LAYOUTS)
+def test_layouts_of_weight_and_gradient(rule: str, weights: str, gradients: str, backend: str) -> None:
+    values = [LAYOUTS[weights](torch.randn(shape)) for shape in SHAPES[2:5]]
+    seen = steps_are_those_of_double(rule, values, lambda w, t: LAYOUTS[gradients](gradient(w, KINDS[t])), backend)
+    assert len(seen) == 3
+
+
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamP with nesterov": ("AdamP", {"nesterov": True}),
+    "AdamP without a test": ("AdamP", {"delta": 0.0}),
+    "AdamP, no projection": ("AdamP", {"projection": "none"}),
+    "AdamP by channel": ("AdamP", {"projection": "channel"}),
+    "AdamP by layer": ("AdamP", {"projection": "layer"}),
+    "SGDP with nesterov": ("SGDP", {"nesterov": True, "dampening": 0.0}),
+    "SGDP without momentum": ("SGDP", {"momentum": 0.0, "dampening": 0.0}),
+    "SGDP by layer": ("SGDP", {"projection": "layer"}),
+    "SGDP, projected buffer": ("SGDP", {"project_buffer": True}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(case: str, dtype: torch.dtype, backend: str) -> None:
+    rule, options = OPTIONS[case]
+    weights = [LAYOUTS["transposed"](torch.randn(shape, dtype=dtype)) for shape in SHAPES[1:5]]
+    steps_are_those_of_double(
+        rule, weights, lambda w, t: LAYOUTS["transposed"](gradient(w, KINDS[t])), backend, **options
+    )
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("kind", ["layer", "free"])
+@pytest.mark.parametrize("place", [0, 0.5, 0.97])
+def test_one_row_among_many(rule: str, place: float, kind: str, backend: str) -> None:
+    """All rows pass the test but a few."""
+
+    def mixed(w: Tensor, _: int) -> Tensor:
+        g = gradient(w, "channel")
+        first = int(place * len(w))
+        g[first : first + 2] = gradient(w[first : first + 2], kind)
+        return LAYOUTS["transposed"](g)
+
+    steps_are_those_of_double(rule, [LAYOUTS["transposed"](torch.randn(shape)) for shape in SHAPES[3:]], mixed, backend)
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("g_size", [1e-30, 1e-12, 1e18])
+@pytest.mark.parametrize("p_size", [1e-12, 1.0, 1e18])
+@pytest.mark.parametrize("eps", [1e-8, 1e-15])
+def test_one_row_of_another_size(rule: str, p_size: float, g_size: float, eps: float, backend: str) -> None:
+    """Its squares, or products of them, may leave float32: they are added up again in double."""
+    for shape in SHAPES[:5]:
+        w = torch.randn(shape)
+        g = gradient(w.double(), "free").float()
+        row = shape[0] // 2
+        w[row] *= p_size
+        g[row] *= g_size
+        double = Double(rule, w, eps=eps)
+        wanted = double.step(g)
+        p = nn.Parameter(LAYOUTS["transposed"](w))
+        p.grad = LAYOUTS["transposed"](g)
+        optimizer = build(rule, [p], backend, eps=eps)
+        optimizer.step()
+        assert optimizer.decisions()[p] == wanted, shape
+        others = torch.arange(shape[0]) != row
+        for part in (others, ~others):
+            size = max(1.0, double.w[part].abs().max().item())
+            assert_close(p[part] / size, double.w[part] / size, f"{shape}")
+
+
+@EVERY_RULE
+def test_a_nan_stays_in_its_row(rule: str, backend: str) -> None:
+    """No view passes: cosines with a NaN pass no test. Only its own elements become NaN."""
+    p = nn.Parameter(LAYOUTS["transposed"](torch.randn(100, 129)))
+    g = gradient(p, "channel")
+    g[60, 7] = torch.nan
+    p.grad = LAYOUTS["transposed"](g)
+    optimizer = build(rule, [p], backend)
+    optimizer.step()
+    assert optimizer.decisions()[p] == Decision.NONE
+    assert_identical(p.isnan(), g.isnan())
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_change_no_bit(rule: str, kind: str, backend: str) -> None:
+    weights = [LAYOUTS["transposed"](torch.randn(shape)) for shape in [(700, 900), (4_099, 200)]]
+    bits_are_those_of_one_thread(rule, weights, kind, backend)
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("kind", KINDS)
+def test_channel_dim_is_the_transposed_matrix(rule: str, kind: str, backend: str) -> None:
+    w = torch.randn(130, 300)
+    p, q = nn.Parameter(w.clone()), nn.Parameter(w.clone().t())
+    g = LAYOUTS["transposed"](gradient(w.t(), kind))
+    p.grad, q.grad = g.t(), g
+    build(rule, [p], backend, channel_dim=1).step()
+    build(rule, [q], backend).step()
+    assert_identical(p.detach().t(), q.detach())
+
+
+def test_without_a_test_the_order_of_elements_is_free(backend: str) -> None:
+    """A permuted weight without projection is stepped as a flat one, bit for bit."""
+    w, g = torch.randn(6, 5, 40, 30), torch.randn(6, 5, 40, 30)
+    results = []
+    for order in [(0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)]:
+        back = [order.index(d) for d in range(4)]
+        p = nn.Parameter(w.permute(order).clone(memory_format=torch.contiguous_format).permute(back))
+        p.grad = g.permute(order).contiguous().permute(back)
+        build("AdamP", [p], backend, projection="none").step()
+        results.append(p.detach())
+    for other in results[1:]:
+        assert_identical(other, results[0])
