@@ -167,8 +167,13 @@ void copy(const Parameter& x, int role, const Tile& tile, char* scratch) {
   }
 }
 
-// From one element of a row to the next, where rows lie side by side.
-int64_t column_stride(const Parameter& x) { return x.layout->inner[role_p][0]; }
+// A tile whose rows lie side by side, and where its first element is in all tensors of the parameter.
+Columns columns_of(const Parameter& x, const Tile& tile) {
+  return {tile.rows, tile.cols / x.width, x.width, x.layout->inner[role_p][0]};
+}
+int64_t first_of_columns(const Parameter& x, const Tile& tile) {
+  return tile.row * x.width + tile.col / x.width * x.layout->inner[role_p][0];
+}
 
 // Which of a tile's tensors a stage reads.
 constexpr int only_g = 1 << role_g, p_and_g = only_g | 1 << role_p | 1 << role_remainder, everything = (1 << role_count) - 1;
@@ -180,7 +185,7 @@ class TileAccess {
   TileAccess(const Parameter& x, const Tile& tile, const Scratch& scratch, int roles)
       : parameter_(x), tile_(tile), storage_{} {
     const bool columns = x.plan == Plan::columns;
-    const int64_t first = columns ? tile.row + tile.col * column_stride(x) : tile.row * x.table->cols + tile.col;
+    const int64_t first = columns ? first_of_columns(x, tile) : tile.row * x.table->cols + tile.col;
     for (int role = 0; role < role_count; ++role) {
       const Operand& o = x.operand[role];
       if (!o.data || !(roles >> role & 1)) continue;

@@ -763,78 +763,117 @@ FUSED_ADAMP_KERNEL void move(TileData<F> t, int64_t first, int64_t size, Coeffic
 
 // The sums of columns [first, end) of a row, with products in double, after its state has advanced.
 template <class R, class F, class T>
-FUSED_ADAMP_OUTLINE ViewSums sum_row_again(const TileData<F>& t, int64_t stride, int64_t row, int64_t first, int64_t end,
+FUSED_ADAMP_OUTLINE ViewSums sum_row_again(const TileData<F>& t, const Columns& s, int64_t row, int64_t first, int64_t end,
                                            const Coefficients<T>& c) {
-  DoubleAccumulator<T> pg, gg, pp, pu;
+  ViewSums total;
   for (int64_t col = first; col < end; ++col) {
-    const Block<F> b = open<with_p | with_g | with_state<R>>(t, col * stride + row, 1);
-    const auto p = b.load_p(0, Part{1}), g = b.load_g(0, Part{1});
-    State<R, F> s(b, 0, Part{1});
-    if constexpr (!R::buffer) advance<R>(g, s.m, s.v, c);
-    const auto scaled = c.scale * g;
-    pg.add(Index<0>{}, p, scaled);
-    gg.add(Index<0>{}, scaled, scaled);
-    pp.add(Index<0>{}, p, p);
-    pu.add(Index<0>{}, p, direction<R>(g, s.m, s.v, c));
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, col * s.stride + row * s.width, s.width);
+    total.add(sum_again<R, true>(b, s.width, c, static_cast<const T*>(nullptr), static_cast<const T*>(nullptr)));
   }
-  return {{pg.sum(), gg.sum(), pp.sum()}, pu.sum()};
+  return total;
 }
 
-// As many columns are added up in T as a lane of Accumulator adds up of a block, the rest in double.
-template <class R, class F, class T = typename F::Number>
-FUSED_ADAMP_KERNEL void advance_columns(TileData<F> t, int64_t stride, int64_t rows, int64_t cols, Coefficients<T> c,
-                                        double least, ViewSums* sums) {
-  constexpr int64_t step = block_size<T> / Accumulator<T>::lanes, room = most_rows + Vec<T>::lanes;
+// Sums of many rows, added up in T.
+template <class T>
+struct SumsOfRows {
+  static constexpr int64_t room = most_rows + Accumulator<T>::lanes;
   alignas(64) T pg[room], gg[room], pp[room], pu[room];
+
+  FUSED_ADAMP_INLINE void clear(int64_t rows) {
+    for (T* sum : {pg, gg, pp, pu}) memset(sum, 0, (rows + Accumulator<T>::lanes) * sizeof(T));
+  }
+  FUSED_ADAMP_INLINE ViewSums operator[](int64_t row) const { return {{pg[row], gg[row], pp[row]}, pu[row]}; }
+};
+
+// Advances a column of one element of each row: a row in each lane.
+template <class R, class F, class T>
+FUSED_ADAMP_INLINE void advance_column(const TileData<F>& t, int64_t begin, int64_t rows, const Coefficients<T>& c,
+                                       SumsOfRows<T>& sums) {
   const auto add = [](T* sum, Vec<T> x, Vec<T> y) { fma(x, y, Vec<T>::load(sum, Whole{})).store(sum, Whole{}); };
-  for (int64_t row = 0; row < rows; ++row) sums[row] = ViewSums();
-  for (int64_t first = 0; first < cols; first += step) {
-    const int64_t end = cols - first < step ? cols : first + step;
-    for (T* sum : {pg, gg, pp, pu}) memset(sum, 0, (rows + Vec<T>::lanes) * sizeof(T));
-    for (int64_t col = first; col < end; ++col) {
-      for_each_block<T>(rows, [&](int64_t row, int64_t n) {
-        const Block<F> b = open<with_p | with_g | with_state<R>>(t, col * stride + row, n);
-        for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
-          prefetch<R>(b, i);
-          const auto p = b.load_p(i, extent), g = b.load_g(i, extent);
-          State<R, F> s(b, i, extent);
-          advance<R>(g, s.m, s.v, c);
-          s.store_to(b, i, extent);
-          const auto scaled = c.scale * g;
-          add(pg + row + i, p, scaled);
-          add(gg + row + i, scaled, scaled);
-          add(pp + row + i, p, p);
-          add(pu + row + i, p, direction<R>(g, s.m, s.v, c));
-        });
-        close<with_state<R>>(t, b, col * stride + row, n);
-      });
+  for_each_block<T>(rows, [&](int64_t row, int64_t n) {
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin + row, n);
+    for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
+      prefetch<R>(b, i);
+      const auto p = b.load_p(i, extent), g = b.load_g(i, extent);
+      State<R, F> s(b, i, extent);
+      advance<R>(g, s.m, s.v, c);
+      s.store_to(b, i, extent);
+      const auto scaled = c.scale * g;
+      add(sums.pg + row + i, p, scaled);
+      add(sums.gg + row + i, scaled, scaled);
+      add(sums.pp + row + i, p, p);
+      add(sums.pu + row + i, p, direction<R>(g, s.m, s.v, c));
+    });
+    close<with_state<R>>(t, b, begin + row, n);
+  });
+}
+
+// As advance_column, for several elements of each row: blocks of these are short rows.
+template <class R, class F, class T>
+FUSED_ADAMP_INLINE void advance_wide_column(const TileData<F>& t, int64_t begin, int64_t rows, int64_t width,
+                                            const Coefficients<T>& c, RowBlock<T>& x, SumsOfRows<T>& sums) {
+  const auto add = [](T* sum, Vec<T> part) { (Vec<T>::load(sum, Whole{}) + part).store(sum, Whole{}); };
+  for_each_block_of_rows<T>(rows, width, [&](int64_t row, int64_t count) {
+    const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin + row * width, count * width);
+    advance_block<R, move_later>(b, count * width, c, T(0), T(0), x);
+    close<with_state<R>>(t, b, begin + row * width, count * width);
+    x.template pad<true>(count, width);
+    for (int64_t i = 0; i < count; i += Vec<T>::lanes) {
+      const LaneSums<T> s = sum_lanes<true, false>(x, i * width, width);
+      add(sums.pg + row + i, s.pg);
+      add(sums.gg + row + i, s.gg);
+      add(sums.pp + row + i, s.pp);
+      add(sums.pu + row + i, s.pu);
     }
-    for (int64_t row = 0; row < rows; ++row) {
-      ViewSums s{{pg[row], gg[row], pp[row]}, pu[row]};
-      if (std::is_same<T, float>::value && !representable(s, least)) {
-        const ViewSums again = sum_row_again<R>(t, stride, row, first, end, c);
-        if (!representable({s.sums}, least)) s.sums = again.sums;
-        s.pu = again.pu;
+  });
+}
+
+// As many elements of a row are added up in T as a lane of Accumulator adds up of a block, the rest in double.
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void advance_columns(TileData<F> t, Columns s, Coefficients<T> c, double least, ViewSums* total) {
+  const int64_t most = block_size<T> / Accumulator<T>::lanes / s.width, step = most > 1 ? most : 1;
+  SumsOfRows<T> sums;
+  RowBlock<T> x;
+  for (int64_t row = 0; row < s.rows; ++row) total[row] = ViewSums();
+  for (int64_t first = 0; first < s.count; first += step) {
+    const int64_t end = s.count - first < step ? s.count : first + step;
+    sums.clear(s.rows);
+    for (int64_t col = first; col < end; ++col) {
+      if (s.width == 1) {
+        advance_column<R>(t, col * s.stride, s.rows, c, sums);
+      } else {
+        advance_wide_column<R>(t, col * s.stride, s.rows, s.width, c, x, sums);
       }
-      sums[row].add(s);
+    }
+    for (int64_t row = 0; row < s.rows; ++row) {
+      ViewSums part = sums[row];
+      if (std::is_same<T, float>::value && !representable(part, least)) {
+        const ViewSums again = sum_row_again<R>(t, s, row, first, end, c);
+        if (!representable({part.sums}, least)) part.sums = again.sums;
+        part.pu = again.pu;
+      }
+      total[row].add(part);
     }
   }
 }
 
 template <class R, class F, class T = typename F::Number>
-FUSED_ADAMP_KERNEL void move_columns(TileData<F> t, int64_t stride, int64_t rows, int64_t cols, Coefficients<T> c,
-                                     const T* shrink) {
-  for (int64_t col = 0; col < cols; ++col) {
-    for_each_block<T>(rows, [&](int64_t row, int64_t n) {
-      const Block<F> b = open<with_p | with_g | with_state<R>>(t, col * stride + row, n);
+FUSED_ADAMP_KERNEL void move_columns(TileData<F> t, Columns s, Coefficients<T> c, const T* shrink) {
+  alignas(64) T each[RowBlock<T>::size];
+  for (int64_t col = 0; col < s.count; ++col) {
+    for_each_block_of_rows<T>(s.rows, s.width, [&](int64_t row, int64_t count) {
+      const int64_t begin = col * s.stride + row * s.width, n = count * s.width;
+      const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin, n);
+      if (s.width > 1) spread(shrink + row, count, s.width, each);
+      const T* const by = s.width > 1 ? each : shrink + row;
       for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
         const auto g = b.load_g(i, extent);
         State<R, F> s(b, i, extent);
         if constexpr (!R::buffer) advance<R>(g, s.m, s.v, c);
         const auto u = direction<R>(g, s.m, s.v, c);
-        b.store_p(i, extent, weight_update(b.load_p(i, extent), u, c.step_size, Vec<T>::load(shrink + row + i, extent)));
+        b.store_p(i, extent, weight_update(b.load_p(i, extent), u, c.step_size, Vec<T>::load(by + i, extent)));
       });
-      close<with_p>(t, b, col * stride + row, n);
+      close<with_p>(t, b, begin, n);
     });
   }
 }

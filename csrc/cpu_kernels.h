@@ -68,6 +68,12 @@ struct TileData {
   typename F::Number* stage;    // room for blocks of numbers on their way from and to the storage
 };
 
+// Rows that lie side by side: `count` columns, each of which holds `width` elements of every row. Element i of a row in a column
+// is at [column * stride + row * width + i].
+struct Columns {
+  int64_t rows, count, width, stride;
+};
+
 // The most rows that advance_columns works on at once: their sums stay in the second-level cache.
 constexpr int64_t most_rows = 4096;
 
@@ -151,13 +157,13 @@ struct RuleKernels {
   // Short rows that were updated with the shrink `was` of each and should have been with `is`. If `was` is not recoverable,
   // sweep has not moved the row. Bytes as for finish.
   void (*finish_rows)(TileData<F>, int64_t rows, int64_t cols, Coefficients<T>, const T* was, const T* is);
-  // Rows that lie side by side: element (row, col) is at [row + col * stride]. Null where u does not follow from the state:
-  // where that is rounded, or projected with the update.
+  // Rows that lie side by side: Columns. Null where u does not follow from the state: where that is rounded, or projected with
+  // the update.
   //
   // Advances the state and adds up the sums of each row; weights stay. Reads p g m v, writes m v (24).
-  void (*advance_columns)(TileData<F>, int64_t stride, int64_t rows, int64_t cols, Coefficients<T>, double least, ViewSums*);
+  void (*advance_columns)(TileData<F>, Columns, Coefficients<T>, double least, ViewSums*);
   // Moves weights whose state has advanced, by the shrink of each row. Bytes as for finish.
-  void (*move_columns)(TileData<F>, int64_t stride, int64_t rows, int64_t cols, Coefficients<T>, const T* shrink);
+  void (*move_columns)(TileData<F>, Columns, Coefficients<T>, const T* shrink);
 };
 
 template <class F, class T = typename F::Number>

@@ -66,13 +66,13 @@ int64_t predicted_tiles(const TableRow& t) {
   return std::min((16 + t.tile_rows - 1) / t.tile_rows, t.tiles());
 }
 
-// Enough columns for 131072 elements, whose sums are added up in double from job to job, but no more than 32 jobs of the same
-// rows: one thread adds these up.
-ColumnJobs column_jobs(const TableRow& t) {
-  constexpr int64_t step = block_size<float> / 16;  // columns that a kernel adds up at once
-  const int64_t rows = std::min(t.rows, most_rows), most = std::min<int64_t>(32, std::max<int64_t>(1, rows * t.cols / 131072));
-  const int64_t cols = (t.cols + most * step - 1) / (most * step) * step, per_row = (t.cols + cols - 1) / cols;
-  return {rows, cols, per_row, (t.rows + rows - 1) / rows * per_row};
+// Enough columns for 131072 elements, but no more than 32 jobs of the same rows: one thread adds up their sums.
+ColumnJobs column_jobs(const Parameter& x) {
+  const TableRow& t = *x.table;
+  const int64_t rows = std::min(t.rows, most_rows), all = t.cols / x.width;
+  const int64_t most = std::min<int64_t>(32, std::max<int64_t>(1, rows * t.cols / 131072));
+  const int64_t columns = (all + most - 1) / most, per_row = (all + columns - 1) / columns;
+  return {rows, columns, per_row, (t.rows + rows - 1) / rows * per_row};
 }
 
 namespace {
@@ -89,7 +89,7 @@ bool recovers(const Parameter& x) {
 
 Plan plan_for_step(const Parameter& x) {
   if (x.swept && *x.swept != Swept::no) return Plan::finish;
-  if (x.columns) return Plan::columns;
+  if (x.width) return Plan::columns;
   if (!x.tested) return spans_tiles(x, x.settled) && !spans_ranks(x, x.settled) ? Plan::split : Plan::settled;
   if (x.table->tiles() <= 1) return Plan::one_tile;
   return recovers(x) ? Plan::speculative : Plan::split;
@@ -141,8 +141,8 @@ void Step::schedule() {
         proceed(x);
         break;
       case Plan::columns:
-        add(x, Stage::advance, column_jobs(*x->table).count);
-        add(x, Stage::move, column_jobs(*x->table).count);
+        add(x, Stage::advance, column_jobs(*x).count);
+        add(x, Stage::move, column_jobs(*x).count);
         break;
       case Plan::share:
         add(x, Stage::share, tiles_of(x));
@@ -171,7 +171,7 @@ void Step::prepare() {
     return here ? (x.table->rows * (x.is_double ? 8 : 4) + 63) / 64 * 64 : 0;
   };
   const auto row_sums_bytes = [](const Parameter& x) -> int64_t {
-    return x.plan == Plan::columns ? x.table->rows * column_jobs(*x.table).per_row * sizeof(ViewSums) : 0;
+    return x.plan == Plan::columns ? x.table->rows * column_jobs(x).per_row * sizeof(ViewSums) : 0;
   };
   int64_t bytes = threads() * scratch_bytes();
   for (int64_t i = 0; i < count_; ++i) bytes += shrink_bytes(parameters_[i]) + row_sums_bytes(parameters_[i]);

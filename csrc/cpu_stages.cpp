@@ -181,10 +181,11 @@ void finish(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, co
   }
 }
 
-// The part of a parameter that a job of the plan for columns works on.
-Tile columns_at(const TableRow& t, const ColumnJobs& jobs, int64_t job) {
-  const int64_t row = job / jobs.per_row * jobs.rows, col = job % jobs.per_row * jobs.cols;
-  return {row, std::min(jobs.rows, t.rows - row), col, std::min(jobs.cols, t.cols - col)};
+// The tile of a job of the plan for columns.
+Tile columns_at(const Parameter& x, const ColumnJobs& jobs, int64_t job) {
+  const TableRow& t = *x.table;
+  const int64_t row = job / jobs.per_row * jobs.rows, cols = jobs.columns * x.width, col = job % jobs.per_row * cols;
+  return {row, std::min(jobs.rows, t.rows - row), col, std::min(cols, t.cols - col)};
 }
 
 // Adds up the sums of all jobs, row by row and tile by tile. Keeps the shrink that the projection of each row asks for.
@@ -214,7 +215,7 @@ void move(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, cons
   T every[most_rows];
   std::fill_n(every, tile.rows, T(decay_of(x, decision)) - c.step_size * T(projected));
   const T* shrink = decision == Decision::channel ? reinterpret_cast<const T*>(x.shrink) + tile.row : every;
-  k.rule[x.rule].move_columns(data, column_stride(x), tile.rows, tile.cols, c, shrink);
+  k.rule[x.rule].move_columns(data, columns_of(x, tile), c, shrink);
 }
 
 // Threads wait here only for jobs that other threads are running right now.
@@ -316,10 +317,10 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
       break;
     }
     case Stage::advance: {
-      const ColumnJobs jobs = column_jobs(t);
-      const Tile part = columns_at(t, jobs, job);
-      ViewSums* const to = x.row_sums + part.row * jobs.per_row + part.col / jobs.cols * part.rows;
-      k.rule[x.rule].advance_columns(TileAccess<F>(x, part, scratch, everything).data, column_stride(x), part.rows, part.cols,
+      const ColumnJobs jobs = column_jobs(x);
+      const Tile part = columns_at(x, jobs, job);
+      ViewSums* const to = x.row_sums + part.row * jobs.per_row + job % jobs.per_row * part.rows;
+      k.rule[x.rule].advance_columns(TileAccess<F>(x, part, scratch, everything).data, columns_of(x, part),
                                      coefficients_of<T>(x), least_square(x.test.eps2), to);
       if (!is_last(x.measured_tiles, jobs.count)) break;
       add_jobs<T>(x, jobs);
@@ -330,8 +331,8 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
     }
     case Stage::move: {
       wait_for(x.decided);
-      const ColumnJobs jobs = column_jobs(t);
-      const Tile part = columns_at(t, jobs, jobs.count - 1 - job);  // backwards: the last columns are still in cache
+      const ColumnJobs jobs = column_jobs(x);
+      const Tile part = columns_at(x, jobs, jobs.count - 1 - job);  // backwards: the last columns are still in cache
       move(k, x, TileAccess<F>(x, part, scratch, everything).data, part);
       break;
     }

@@ -28,10 +28,10 @@ enum class Stage {
   update, measure_update, measure, dot, update_measured, predict, sweep, finish, advance, move, share
 };
 
-// How a parameter whose rows lie side by side is shared out: jobs of up to `rows` rows by `cols` columns, the columns of some
-// rows one after the other.
+// How a parameter whose rows lie side by side is shared out: jobs of up to `rows` rows by `columns` columns, all columns of some
+// rows before the next.
 struct ColumnJobs {
-  int64_t rows, cols, per_row;
+  int64_t rows, columns, per_row;
   int64_t count;
 };
 
@@ -101,7 +101,7 @@ bool spans_ranks(const Parameter& x, Decision view);
 bool spans_tiles(const Parameter& x, Decision view);
 bool keeps_shrink(const TableRow& t);
 int64_t predicted_tiles(const TableRow& t);
-ColumnJobs column_jobs(const TableRow& t);
+ColumnJobs column_jobs(const Parameter& x);
 
 // cpu_stages.cpp.
 TileSums sum_tiles(const Parameter& x);

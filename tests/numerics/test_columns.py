@@ -41,7 +41,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("layout", ["transposed", "with gaps"])
 def test_every_shape(rule: str, kind: str, layout: str, backend: str) -> None:
     weights = [LAYOUTS[layout](torch.randn(shape)) for shape in SHAPES]
-    seen = steps_are_those_of_double(rule, weights, lambda w, _: LAYOUTS[layout](gradient(w, kind)), backend)
+    seen = steps_are_those_of_double(rule, weights, lambda w, _: LAYOUTS[layout](gradient(w, kind).float()), backend)
     assert len(seen) == 1
 
 
@@ -50,8 +50,28 @@ def test_every_shape(rule: str, kind: str, layout: str, backend: str) -> None:
 @pytest.mark.parametrize("weights", LAYOUTS)
 def test_layouts_of_weight_and_gradient(rule: str, weights: str, gradients: str, backend: str) -> None:
     values = [LAYOUTS[weights](torch.randn(shape)) for shape in SHAPES[2:5]]
-    seen = steps_are_those_of_double(rule, values, lambda w, t: LAYOUTS[gradients](gradient(w, KINDS[t])), backend)
+    seen = steps_are_those_of_double(
+        rule, values, lambda w, t: LAYOUTS[gradients](gradient(w, KINDS[t]).float()), backend
+    )
     assert len(seen) == 3
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (5, 33, 4, 4), (40, 100, 1, 2), (3, 700, 9, 7), (9, 4_099, 2, 5)])
+def test_deconvolutions(rule: str, shape: tuple[int, ...], kind: str, backend: str) -> None:
+    """Of (input channels, output channels, height, width): a row's elements lie in runs of a kernel each."""
+    w = torch.randn(shape)
+    flat = w.transpose(0, 1).flatten(1)
+    g = gradient(flat.double(), kind).float().view_as(w.transpose(0, 1)).transpose(0, 1).contiguous()
+    p, double = nn.Parameter(w.clone()), Double(rule, flat)
+    optimizer = build(rule, [p], backend, channel_dim=1)
+    for _ in range(2):
+        p.grad = g
+        wanted = double.step(g.transpose(0, 1).flatten(1))
+        optimizer.step()
+        assert optimizer.decisions()[p] == wanted
+        assert_close(p.transpose(0, 1).flatten(1), double.w, f"{shape}")
 
 
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -42,9 +42,9 @@ def build(rule: str, params: list[nn.Parameter], backend: str, **options: Any) -
 def steps_are_those_of_double(
     rule: str, weights: list[Tensor], gradient_of: Callable[[Tensor, int], Tensor], backend: str, **options: Any
 ) -> set[Decision]:
-    """Three steps, in float32 from the same gradients; the decisions that were seen."""
-    params = [nn.Parameter(w.clone()) for w in weights]
+    """Three steps of the weights, where they lie, from the same gradients; the decisions that were seen."""
     doubles = [Double(rule, w, **options) for w in weights]
+    params = list(map(nn.Parameter, weights))
     optimizer = build(rule, params, backend, **options)
     seen = set()
     for t in range(3):

@@ -437,8 +437,8 @@ CPU_BACKEND = (
     Mutant(
         "columns at any distance",
         "csrc/cpu_bind.cpp",
-        "found = layout.row_stride[r] == 1 && layout.inner[r][0] == layout.inner[role_p][0];",
-        "found = layout.row_stride[r] == 1;",
+        "found = layout.row_stride[r] == width && layout.inner[r][0] == layout.inner[role_p][0];",
+        "found = layout.row_stride[r] == width;",
         (COLUMNS,),
     ),
     Mutant(
