@@ -75,7 +75,9 @@ class Settings:
     walk: int = 6_000  # steps of a random walk
 
 
-QUICK = Settings(width=32, depth=1, heads=2, context=32, batch=4, steps=40, others=((1e-2, 0.5),), seeds=2, draws=500, walk=300)
+QUICK = Settings(
+    32, depth=1, heads=2, context=32, batch=4, steps=40, others=((1e-2, 0.5),), seeds=2, draws=500, walk=300
+)
 
 
 def build_optimizer(name: str, model: nn.Module, norms: Norms, lr: float, decay: float) -> torch.optim.Optimizer:
@@ -99,7 +101,7 @@ class Course:
         self.values: dict[str, list[list[float]]] = defaultdict(lambda: [[] for _ in range(PHASES)])
 
     def measure(self, phase: int, before: Tensor, state: dict[str, Tensor] | None) -> None:
-        """Cosine and turn of the last step; with AdamP's state, also the part of the update that is or would be removed."""
+        """Cosine and turn of the last step; with AdamP's state, also what it removes or would remove."""
         assert self.p.grad is not None
         old, new = (w.double().flatten() for w in (before, self.p.detach()))
         ratio = cosine(self.p.grad.reshape(1, -1), before.reshape(1, -1), EPS).item() * math.sqrt(old.numel()) / DELTA
@@ -174,10 +176,8 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 def pass_rates(rows: int, cols: int, draws: int) -> dict[str, float]:
     """How often a random gradient passes the test of a random weight, by view."""
     generator = torch.Generator().manual_seed(0)
-    found = [
-        decide(*torch.randn(2, rows, cols, generator=generator), DELTA, EPS)  # type: ignore[misc]
-        for _ in range(draws)
-    ]
+    pairs = (torch.randn(2, rows, cols, generator=generator) for _ in range(draws))
+    found = [decide(gradient, weight, DELTA, EPS) for gradient, weight in pairs]
     return {view.name.lower(): found.count(view) / draws for view in (Decision.CHANNEL, Decision.LAYER)}
 
 

@@ -68,14 +68,14 @@ def difference(ours: list[Results], theirs: list[Results]) -> tuple[float, float
 
 def verdict(mean: float, half: float) -> str:
     word = "no difference" if abs(mean) <= half else "lower" if mean < 0 else "higher"
-    return f"{mean:+.4f} ± {half:.4f}: {word}".replace("-", "−")
+    return f"{mean:+.4f} ± {half:.4f}: {word}"
 
 
 # Tables.
 
 
 def decisions(results: Results) -> str:
-    rows = [("weight", *(TITLES[norms] for norms in NORMS), "`projection`")]
+    rows: list[tuple[str, ...]] = [("weight", *(TITLES[norms] for norms in NORMS), "`projection`")]
     for kind in KINDS:
         cells = []
         for norms in NORMS:
@@ -88,7 +88,9 @@ def decisions(results: Results) -> str:
 
 
 def losses(results: Results) -> str:
-    rows = [("norms", "lr", "decay", "AdamW", "AdamP", "AdamP − AdamW", "chosen − AdamP")]
+    rows: list[tuple[str, ...]] = [
+        ("norms", "lr", "decay", "AdamW", "AdamP", "AdamP minus AdamW", "chosen minus AdamP")
+    ]
     settings = results["settings"]
     cases = [(norms, settings["lr"], settings["decay"]) for norms in NORMS]
     cases += [(NORMS[-1], *other) for other in settings["others"]]
@@ -99,7 +101,21 @@ def losses(results: Results) -> str:
         if len(rows) <= len(NORMS):
             chosen = verdict(*difference(runs_of(results, norms, unprojected(norms)), p))
         rows.append((TITLES[norms], *(f"{x:g}" for x in other), *means, verdict(*difference(p, w)), chosen))
-    return table(*rows)
+    return table(*rows, best(results))
+
+
+def best(results: Results) -> tuple[str, ...]:
+    """The row of the model with the most norms in which each optimizer has its best learning rate."""
+    settings, norms = results["settings"], NORMS[-1]
+    lrs = [settings["lr"], *(lr for lr, decay in settings["others"] if decay == settings["decay"])]
+    chosen = {}
+    for name in ("AdamW", "AdamP"):
+        tried = {lr: runs_of(results, norms, name, (lr, settings["decay"])) for lr in lrs}
+        chosen[name] = min(tried.items(), key=lambda item: fmean(run["validation"] for run in item[1]))
+    (w_lr, w), (p_lr, p) = chosen.values()
+    means = [f"{fmean(run['validation'] for run in runs):.4f}" for runs in (w, p)]
+    label = f"{w_lr:g} and {p_lr:g}"
+    return TITLES[norms], label, f"{settings['decay']:g}", *means, verdict(*difference(p, w)), "not run"
 
 
 def unprojected(norms: str) -> str:
@@ -108,7 +124,7 @@ def unprojected(norms: str) -> str:
 
 
 def chance(results: Results) -> str:
-    rows = [("shape", "channel view", "predicted", "either view", "predicted")]
+    rows: list[tuple[str, ...]] = [("shape", "channel view", "predicted", "either view", "predicted")]
     for name, rates in results["runs"].items():
         if name.startswith("chance "):
             shape = name.removeprefix("chance ")
@@ -120,20 +136,23 @@ def chance(results: Results) -> str:
 
 def by_chance(results: Results) -> str:
     """The weights that no norm follows, over all three models."""
-    rows = [("weight", "projected", "radial part", "mean decay", "norm")]
+    rows: list[tuple[str, ...]] = [("weight", "projected, by quarter", "radial part", "mean decay", "norm")]
     for kind in KINDS:
         cases = [norms for norms in NORMS if kind not in NORMALIZED[norms]]
         weights = [w for norms in cases for w in weights_of(runs_of(results, norms, "AdamP"), kind)]
-        share = mean_over(weights, "layer") + mean_over(weights, "channel")
+        quarters = [sum(mean_over(weights, view, i) for view in ("channel", "layer")) for i in range(4)]
         others = [w for norms in cases for w in weights_of(runs_of(results, norms, unprojected(norms)), kind)]
         norm = fmean(a["norm"][-1] / b["norm"][-1] for a, b in zip(weights, others, strict=True))
-        rows.append((kind, percent(share), f"{mean_over(weights, 'radial'):.2f}", f"{1 - (1 - WD_RATIO) * share:.3f}", f"{norm:.3f}"))
+        numbers = mean_over(weights, "radial"), 1 - (1 - WD_RATIO) * fmean(quarters), norm
+        rows.append((kind, ", ".join(map(percent, quarters)), *(f"{number:.3f}" for number in numbers)))
     return table(*rows)
 
 
 def lengths(results: Results) -> str:
     """The weights that a norm follows: length at the end, over that at the start, and turn per step."""
-    rows = [("norms", "lr", "decay", "norm, AdamW", "norm, AdamP", "turn, AdamW", "turn, AdamP", "radial part")]
+    rows: list[tuple[str, ...]] = [
+        ("norms", "lr", "decay", "norm, AdamW", "norm, AdamP", "turn, AdamW", "turn, AdamP", "radial part")
+    ]
     settings = results["settings"]
     cases = [(norms, settings["lr"], settings["decay"]) for norms in NORMS if NORMALIZED[norms]]
     cases += [(NORMS[-1], *other) for other in settings["others"]]
@@ -150,7 +169,7 @@ def lengths(results: Results) -> str:
 
 def walks(results: Results) -> str:
     """Measured, over what the equilibrium's formulas give for lr = 0.01, decay 1 and 4096 elements."""
-    rows = [("optimizer", "norm", "predicted", "turn per step, mrad", "predicted")]
+    rows: list[tuple[str, ...]] = [("optimizer", "norm", "predicted", "turn per step, mrad", "predicted")]
     for name, ratio in (("AdamW", 1 / 19), ("0.1", 0.1), ("1/19", 1 / 19)):
         walk = results["runs"][f"walk {name}"]
         title = name if name == "AdamW" else f"AdamP, `wd_ratio={name}`"
@@ -169,19 +188,17 @@ def setting(results: Results) -> str:
     )
 
 
-TABLES = {
-    function.__name__: function for function in (decisions, losses, chance, by_chance, lengths, walks, setting)
-}
+TABLES = {function.__name__: function for function in (decisions, losses, chance, by_chance, lengths, walks, setting)}
 
 
 def filled(text: str, results: Results) -> str:
     """The page's text with every part between ``<!-- name -->`` and ``<!-- /name -->`` made anew."""
     for name, make in TABLES.items():
-        mark = re.escape(f"<!-- {name} -->"), re.escape(f"<!-- /{name} -->")
-        made = f"<!-- {name} -->\n{make(results)}\n<!-- /{name} -->"
-        text, count = re.subn(f"{mark[0]}.*?{mark[1]}", lambda _, made=made: made, text, flags=re.DOTALL)
-        if count != 1:
-            raise ValueError(f"the page has {count} parts between <!-- {name} --> and <!-- /{name} -->: leave it one")
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        parts = re.split(f"(?s){begin}.*?{end}", text)
+        if len(parts) != 2:
+            raise ValueError(f"the page has {len(parts) - 1} parts between {begin} and {end}: leave it one")
+        text = f"{begin}\n{make(results)}\n{end}".join(parts)
     return text
 
 
@@ -211,6 +228,7 @@ def draw_cosines(results: Results, path: Path) -> None:
         axes.annotate("threshold: projected below", (1, 0.7), va="top", fontsize=9)
         axes.annotate("median of random weights", (1, 0.85 * CHANCE_MEDIAN), va="top", color="gray", fontsize=9)
         axes.set(title=TITLES[norms], xlabel="quarter of training", yscale="log", xticks=range(1, len(values) + 1))
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("cosine of the layer view over its threshold")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(KINDS))
@@ -230,7 +248,8 @@ def draw_lengths(results: Results, path: Path) -> None:
             weights = weights_of(runs_of(results, norms, optimizer, (lr, decay)), *NORMALIZED[norms])
             count = len(weights[0]["norm"])
             style = {"color": color, "linestyle": line, "marker": "o", "label": f"{optimizer}, decay {decay:g}"}
-            left.plot(range(count), [fmean(w["norm"][i] / w["norm"][0] for w in weights) for i in range(count)], **style)
+            growth = [fmean(w["norm"][i] / w["norm"][0] for w in weights) for i in range(count)]
+            left.plot(range(count), growth, **style)
             turns = [1e3 * mean_over(weights, "turn", phase) for phase in range(count - 1)]
             right.plot(range(1, count), turns, **style)
     left.set(title="Norm of the weights before a norm", xlabel="quarters trained", ylabel="norm over that at the start")

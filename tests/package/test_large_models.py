@@ -27,8 +27,17 @@ PAGE = ROOT / "docs" / "large-models.md"
 NORMS = ("pre", "qk", "sandwich")
 CHANCE = math.erf(0.1 / math.sqrt(2))
 TINY = {
-    **{"width": 16, "depth": 1, "heads": 2, "context": 8, "batch": 2, "steps": 4, "seeds": 2, "every": 1},
-    **{"others": ((1e-2, 0.5),), "draws": 20, "walk": 10},
+    "width": 16,
+    "depth": 1,
+    "heads": 2,
+    "context": 8,
+    "batch": 2,
+    "steps": 4,
+    "seeds": 2,
+    "every": 1,
+    "others": ((1e-2, 0.5),),
+    "draws": 20,
+    "walk": 10,
 }
 
 
@@ -113,7 +122,9 @@ def test_other_settings_start_over(module: Any, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(large_models, "jobs", lambda settings: {"draws": (lambda: {"n": settings.draws}, ())})
     console = module("rich.console").Console(quiet=True)
     for draws in (1, 2):
-        assert large_models.run_all(large_models.Settings(draws=draws), path, console)["runs"] == {"draws": {"n": draws}}
+        assert large_models.run_all(large_models.Settings(draws=draws), path, console)["runs"] == {
+            "draws": {"n": draws}
+        }
 
 
 # The claims.
@@ -147,6 +158,17 @@ def test_the_weights_before_a_norm_have_no_length(module: Any, norms: str) -> No
                 p.div_(3)
                 invariant = gpt.kind_of(name) in gpt.NORMALIZED[norms]
                 assert change < 1e-12 if invariant else change > 1e-4, name
+
+
+def test_the_radial_gradients_of_a_product_s_factors_are_equal(module: Any) -> None:
+    gpt = module("gpt")
+    model = gpt.build_gpt(16, 1, 2, "pre").double()
+    x, y = torch.randint(256, (2, 4, 16))
+    functional.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    radial = {gpt.kind_of(name): (p * p.grad).sum().item() for name, p in model.named_parameters() if p.ndim > 1}
+    for a, b in (("query", "key"), ("value", "out")):
+        assert radial[a] == pytest.approx(radial[b], rel=1e-9)
+    assert radial["up"] != pytest.approx(radial["down"], rel=1e-2)
 
 
 def test_of_a_gated_mlp_before_a_norm_the_gate_alone_has_a_length() -> None:
