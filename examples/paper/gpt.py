@@ -16,6 +16,13 @@ Norms = Literal["pre", "qk", "sandwich"]
 """Where a block has norms: before attention and MLP alone; on queries and keys too; and on both parts' outputs too."""
 
 NORMS: tuple[Norms, ...] = get_args(Norms)
+NORMALIZED: dict[str, tuple[str, ...]] = {
+    "pre": (),
+    "qk": ("query", "key"),
+    "sandwich": ("query", "key", "value", "out", "down"),
+}
+"""The weights, by :func:`kind_of`, that are scale-invariant: a norm behind them takes their length out again."""
+
 HELD_OUT = 10  # one file of so many is for validation
 
 
@@ -64,6 +71,11 @@ def build_gpt(width: int, depth: int, heads: int, norms: Norms) -> nn.Sequential
     blocks = {f"block{i}": Block(width, heads, norms) for i in range(1, depth + 1)}
     head = OrderedDict(norm=nn.RMSNorm(width), head=nn.Linear(width, 256, bias=False))
     return nn.Sequential(OrderedDict(embedding=nn.Embedding(256, width), **blocks, **head))
+
+
+def kind_of(name: str) -> str:
+    """The role of a weight: ``block1.attention.query.weight`` is a query."""
+    return name.split(".")[-2]
 
 
 @cache
