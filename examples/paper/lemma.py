@@ -25,7 +25,7 @@ import fused_adamp
 
 BETAS = (0.5, 0.9, 0.99)
 STEPS = 3000
-POINTS = 150  # of each curve that are kept
+POINTS = 150  # of each curve that are kept, at least
 LR = 0.5  # times 1 - beta
 
 
@@ -61,7 +61,8 @@ def descend(optimizer: str, beta: float, steps: int) -> dict[str, Any]:
         history, updates = beta * (history + update), updates + update
         ratios.append((squared(w) - start) / updates)
         norms.append((squared(w) / start) ** 0.5)
-    kept = range(steps // POINTS - 1, steps, steps // POINTS)
+    stride = max(1, steps // POINTS)
+    kept = range(stride - 1, steps, stride)
     return {
         "optimizer": optimizer,
         "beta": beta,

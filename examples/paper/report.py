@@ -48,6 +48,12 @@ def verdict(difference: Interval, higher_is_better: bool) -> str:
     return "better" if (difference.mean > 0) == higher_is_better else "worse"
 
 
+def with_error(value: Interval, sign: str = "") -> str:
+    """Two digits of the error, and as many of the mean."""
+    decimals = max(0, 1 - math.floor(math.log10(value.half))) if value.half else 2
+    return f"{round(value.mean, decimals) + 0.0:{sign}.{decimals}f} ± {value.half:.{decimals}f}"
+
+
 class Outcome(NamedTuple):
     """A metric's values of the reported seeds, by optimizer, and the difference for each pair."""
 
@@ -101,9 +107,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def wrapped(text: str) -> str:
-    """Paragraphs in lines of at most 120 characters; tables, lists and headings as they are."""
+    """Paragraphs in lines of at most 120 characters; tables, lists, headings and formulas as they are."""
     parts = (
-        part if part[0] in "|#!-" else textwrap.fill(part, 120, break_long_words=False, break_on_hyphens=False)
+        part if part[0] in "|#!- " else textwrap.fill(part, 120, break_long_words=False, break_on_hyphens=False)
         for part in re.split(r"\n{2,}", text.strip())
     )
     return "\n\n".join(parts) + "\n"
@@ -163,7 +169,7 @@ def task_section(found: Outcome, plan: Plan) -> str:
         [
             name,
             f"{found.lr[name]:g}",
-            "{:.2f} ± {:.2f}".format(*interval(values)) if len(values) > 1 else "diverged",
+            with_error(interval(values)) if len(values) > 1 else "diverged",
             f"{found.growth[name]:.3f}",
         ]
         for name, values in found.values.items()
@@ -185,7 +191,7 @@ def difference_text(found: Outcome, pair: tuple[str, str]) -> str:
     if pair not in found.differences:
         return "not known"
     difference = found.differences[pair]
-    return f"{difference.mean:+.2f} ± {difference.half:.2f}, {verdict(difference, found.metric.higher_is_better)}"
+    return f"{with_error(difference, '+')}, {verdict(difference, found.metric.higher_is_better)}"
 
 
 def summary(outcomes: list[Outcome]) -> str:
@@ -196,9 +202,11 @@ def summary(outcomes: list[Outcome]) -> str:
     for n, (a, b) in enumerate(PAIRS):
         verdicts = Counter(row[n + 2].rpartition(", ")[2] for row in rows)
         counts.append(f"{b} against {a}: " + ", ".join(f"{word} in {k}" for word, k in sorted(verdicts.items())) + ".")
+    shorter = [found.growth[b] < found.growth[a] for found in outcomes for a, b in PAIRS if a in found.growth]
     return f"""{table(["claim", "metric", *(f"{b} - {a}" for a, b in PAIRS)], rows)}
 
-Of the {len(outcomes)} comparisons of each pair: {" ".join(counts)}"""
+Verdicts of the {len(outcomes)} comparisons of each pair. {" ".join(counts)} Norms grew less with the projection in
+{sum(shorter)} of {len(shorter)} comparisons, each optimizer at the learning rate that suits it best."""
 
 
 def page(results: Path, plan: Plan) -> str:
@@ -220,8 +228,8 @@ The claims of [Heo et al., ICLR 2021](https://arxiv.org/abs/2006.08217), run in 
 or that scikit-learn ships. `make paper` runs them and writes this page from the records in `examples/paper/results`.
 {quick}
 
-The paper trains large networks for days. These are small ones, trained for seconds. So their values cannot be compared
-with the paper's beside them; whether the effect shows in such networks is what this page says.
+The paper trains large networks on large data sets. These are small ones, trained for seconds. So their values cannot
+be compared with the paper's beside them. The page says whether the effect shows in such networks too.
 
 ## Result
 
@@ -252,10 +260,12 @@ There were {len(runs)} runs, which took {minutes:.0f} minutes of the workers' ti
 
 ## Lemma 2.2: norm growth
 
-Claim: a scale-invariant weight is stepped by `w -= lr p` with the momentum `p = beta p + g`. Then
-`|w(t+1)|² = |w(t)|² + lr² |p(t)|² + 2 lr² (sum over k < t of beta^(t-k) |p(k)|²)`. In the long run, `|w|²` grows
-`1 + 2 beta / (1 - beta)` times as much as by updates of the same lengths without momentum. `examples/paper/lemma.py`
-derives both.
+Claim: for a scale-invariant weight that is stepped by `w -= lr p` with the momentum `p = beta p + g`,
+
+    |w(t+1)|² = |w(t)|² + lr² |p(t)|² + 2 lr² (sum over k < t of beta^(t-k) |p(k)|²)
+
+In the long run, `|w|²` grows `1 + 2 beta / (1 - beta)` times as much as by updates of the same lengths without
+momentum. `examples/paper/lemma.py` derives both.
 
 Run: a layer whose outputs are normalized learns three classes from mini-batches in float64, with torch's SGD and with
 SGDP.
@@ -311,11 +321,11 @@ def lemma_plot(lemma: dict[str, Any]) -> Figure:
 def toy_plot(toy: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(10, 8), layout="constrained")
     (path, norm), (step, loss) = figure.subplots(2, 2)
-    psi, phi = np.meshgrid(np.linspace(-2.1, 2.1, 60), np.linspace(-1, 3, 60))
+    psi, phi = np.meshgrid(np.linspace(-2.1, 2.1, 40), np.linspace(-1, 3, 40))
     path.contour(psi, phi, rosenbrock(psi, phi), levels=np.geomspace(0.5, 300, 10), colors="lightgray", linewidths=0.8)
     path.plot(1, 1, marker="*", color="black", markersize=12, linestyle="none", label="optimum")
     for color, (name, curve) in zip(TOY_COLORS, toy["curves"].items(), strict=True):
-        path.plot(curve["psi"], curve["phi"], ".-", color=color, linewidth=0.8, markersize=3, label=name)
+        path.plot(curve["psi"], curve["phi"], ".-", markevery=4, color=color, linewidth=0.8, markersize=3, label=name)
         for axes, key in ((norm, "norm"), (step, "effective_step"), (loss, "loss")):
             axes.plot(curve[key], color=color)
     path.set(title="Path", xlabel="azimuth", ylabel="elevation", xlim=(-2.1, 2.1), ylim=(-1, 3))
@@ -335,7 +345,7 @@ def tasks_plot(outcomes: list[Outcome]) -> Figure:
             axes.errorbar(sign * difference.mean, row, xerr=difference.half, fmt="o", color=COLORS[pair[1]], capsize=4)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_yticks(range(len(found.differences)), [f"{b} - {a}" for a, b in found.differences])
-        label = textwrap.fill("gain in " + found.metric.name.split(" (")[0], 36)
+        label = textwrap.fill("gain in " + found.metric.name.split(" (")[0], 30)
         axes.set(title=found.metric.claim, ylim=(1.5, -0.5), xlabel=label)
         axes.grid(alpha=0.3, axis="x")
     return figure
