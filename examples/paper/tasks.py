@@ -454,7 +454,7 @@ TASKS = {
 | SSD | ImageNet | 28.39 | 28.67 |""",
                 ),
             ),
-            steps=300,
+            steps=600,
             batch=16,
         ),
     )
