@@ -15,8 +15,9 @@ demo: $(VENV)/demo.done build  ## train a real network with seven optimizers; ta
 train: $(VENV)/demo.done build  ## train a small GPT sharded over two processes by FSDP2, resumable (about a minute)
 	$(BIN)/torchrun --nproc-per-node 2 examples/train_fsdp2.py
 
-paper: $(VENV)/demo.done build  ## run the paper's claims in small and write docs/paper.md, resumable (30 minutes on two cores; QUICK=1: two)
+paper: $(VENV)/demo.done build  ## run docs/paper.md and docs/large-models.md again, resumable, into out/ (under an hour on two cores; QUICK=1: two minutes)
 	$(BIN)/python examples/paper/run.py $(if $(QUICK),--quick)
+	$(BIN)/python examples/paper/large_models.py $(if $(QUICK),--quick)
 
 test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (ten minutes on two cores)
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

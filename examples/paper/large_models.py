@@ -1,8 +1,8 @@
 """Trains small GPTs with the norms of large ones and records what AdamP decides about each weight.
 
-    python examples/paper/large_models.py            # all runs, then the tables and figures of docs/large-models.md
-    python examples/paper/large_models.py --quick    # the same machinery in under a minute; writes to out/ alone
-    python examples/paper/large_models.py --draw     # tables and figures from the recorded runs
+    python examples/paper/large_models.py            # all runs, then docs/large-models.md with their tables, in out/
+    python examples/paper/large_models.py --quick    # the same machinery in under a minute
+    python examples/paper/large_models.py --record   # the results, tables and figures of docs/; with --draw no runs
 
 Three optimizers train the same models on the same batches:
 
@@ -254,13 +254,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny settings; leaves the document alone")
     parser.add_argument("--draw", action="store_true", help="train nothing: draw the runs that are recorded")
-    parser.add_argument("--out", type=Path, help=f"file of the results (default {RESULTS.relative_to(ROOT)})")
+    parser.add_argument("--record", action="store_true", help=f"results in {RESULTS.relative_to(ROOT)}, tables in docs")
+    parser.add_argument("--out", type=Path, help="file of the results (out/large-models.json, or ...-quick.json)")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    path: Path = args.out or (ROOT / "out" / "large-models-quick.json" if args.quick else RESULTS)
+    own = args.out or ROOT / "out" / ("large-models-quick.json" if args.quick else "large-models.json")
+    path: Path = RESULTS if args.record else own
     console = Console()
     results = json.loads(path.read_text()) if args.draw else run_all(QUICK if args.quick else Settings(), path, console)
-    if args.quick:
+    if not args.record:
         page, images = path.with_suffix(".md"), path.parent
         page.write_text((ROOT / "docs" / "large-models.md").read_text())
     else:

@@ -1,7 +1,8 @@
-"""Runs the claims of the AdamP paper in small and writes docs/paper.md from what came out.
+"""Runs the claims of the AdamP paper in small and writes a page of what came out.
 
-    python examples/paper/run.py            # all of it, about 30 minutes on two cores
-    python examples/paper/run.py --quick    # the same with few and short runs, two minutes; writes to out/paper-quick
+    python examples/paper/run.py             # all of it, about 30 minutes on two cores; writes to out/paper
+    python examples/paper/run.py --quick     # the same with few and short runs, two minutes; writes to out/paper-quick
+    python examples/paper/run.py --record    # what examples/paper/results lacks, and docs/paper.md
 
 A run that is finished is recorded at once, in a file for each task. The same command, given again, goes on from there,
 so that an interrupt loses only the runs under way.
@@ -150,15 +151,16 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fresh", action="store_true", help="run again what is recorded")
     parser.add_argument("--report", action="store_true", help="run nothing, write the report")
     parser.add_argument("--workers", type=int, choices=range(1, 65), default=2, metavar="N", help="default: 2")
-    parser.add_argument("--out", type=Path, help="folder for records and report (examples/paper/results and docs)")
+    parser.add_argument("--record", action="store_true", help="records in examples/paper/results, report in docs")
+    parser.add_argument("--out", type=Path, help="folder for records and report (out/paper, or out/paper-quick)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     plan = QUICK if args.quick else FULL
-    out = ROOT / "out" / "paper-quick" if args.quick and args.out is None else args.out
-    results, pages = (ROOT / "examples/paper/results", ROOT / "docs") if out is None else (out, out)
+    out = args.out or ROOT / "out" / ("paper-quick" if args.quick else "paper")
+    results, pages = (ROOT / "examples/paper/results", ROOT / "docs") if args.record else (out, out)
     # A log file has no width of its own, and the usual 80 columns would break the lines.
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     torch.set_num_threads(1)
