@@ -9,7 +9,7 @@ import torch
 from doubles import Double, bits_are_those_of_one_thread, build, steps_are_those_of_double
 from tolerances import assert_close, assert_identical
 from torch import Tensor, nn
-from trajectory import KINDS, RULES, gradient
+from trajectory import KINDS, MOMENTS, RULES, gradient
 
 from fused_adamp import Decision
 
@@ -95,6 +95,24 @@ def test_options(case: str, dtype: torch.dtype, backend: str) -> None:
     steps_are_those_of_double(
         rule, weights, lambda w, t: LAYOUTS["transposed"](gradient(w, KINDS[t])), backend, **options
     )
+
+
+@pytest.mark.parametrize("rounded", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_of_16_bits(rounded: str, backend: str) -> None:
+    """The update follows from the moments before they are rounded, as it does where rows are contiguous."""
+    w, g = torch.randn(100, 129), torch.randn(100, 129)
+    results = []
+    for layout in ("transposed", "in a line"):
+        p = nn.Parameter(LAYOUTS[layout](w.clone()))
+        p.grad = LAYOUTS[layout](g.clone())
+        optimizer = build("AdamP", [p], backend)
+        moments = {name: torch.zeros_like(p.detach()) for name in MOMENTS["AdamP"]}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **moments, rounded: moments[rounded].bfloat16()}
+        for _ in range(2):
+            optimizer.step()
+        assert optimizer.state[p][rounded].dtype == torch.bfloat16
+        results.append(p.detach())
+    assert_close(results[0], results[1].double(), "weight")
 
 
 @EVERY_RULE

@@ -446,7 +446,7 @@ CPU_BACKEND = (
         "csrc/cpu_bind.cpp",
         "if (r == role_m || r == role_v) found &=",
         "if (r == role_m) found &=",
-        (TABLE, PRECISION, COLUMNS),
+        (COLUMNS,),
     ),
     Mutant(
         "columns draw their numbers",

@@ -120,6 +120,8 @@ def run(mutant: Mutant, compiler: Compiler, cause: Callable[[str], str]) -> str:
                 test = re.search(r"^(?:FAILED|ERROR) \S+::(\w+)", done.stdout, re.MULTILINE)
                 where = "".join(f"{value}: " for name, value in tests.environment if name == "FUSED_ADAMP_PLAN")
                 return f"{where}{cause(done.stdout)} ({test[1] if test else '?'})"
+            if done.returncode < 0:
+                return f"crash (signal {-done.returncode})"
             if done.returncode:
                 raise RuntimeError(f"{mutant.name}: pytest ended with {done.returncode}\n{done.stdout}{done.stderr}")
     return ""
