@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "versions.md"
 TESTS = {
     "usual": ["tests/numerics", "tests/options", "tests/contract"],
@@ -41,6 +41,7 @@ TESTS = {
         "tests/contract/test_modes.py",
     ],
     "triton": ["tests/ptx/test_triton_compile.py"],
+    "none": [],
 }
 NEEDED = ("numpy<2.4", "adamp==0.3.0", "expecttest", "hypothesis", "pytest", "pytorch_optimizer", "rich")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -125,12 +126,13 @@ def test(wheel: Path, python: str, torch: str, triton: str | None, tests: str) -
             install = [str(inside), "-m", "pip", "install", "--quiet", "--no-compile", "--no-cache-dir"]
         subprocess.run([*install, f"torch=={torch}", str(wheel)], check=True)
         ran = smoke(inside, folder)
-        subprocess.run([*install, *NEEDED], check=True)
+        if TESTS[tests]:
+            subprocess.run([*install, *NEEDED], check=True)
         if triton:  # last, since torch may ask for another one
             subprocess.run([*install, "--no-deps", f"triton=={triton}"], check=True)
         name = subprocess.check_output([inside, "--version"], text=True).split()[1]
         versions = name, version(inside, "torch"), version(inside, "triton")
-        counts = tested(inside, folder, tests)
+        counts = tested(inside, folder, tests) if TESTS[tests] else (0, 0, 0)
         return Row(*versions, tests, ran, *counts, f"{datetime.now(timezone.utc):%Y-%m-%d}")
 
 
