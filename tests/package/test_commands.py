@@ -161,7 +161,7 @@ def test_verify_passes_on_a_few_cases(
 def test_verify_is_quick_unless_all_cases_are_asked_for(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A clock that says ten seconds a case: quick ends after the first, all of it is announced."""
+    """A clock that says ten seconds a case: quick ends after a case of each dtype, all of it is announced."""
     few(monkeypatch, 100)
     now = itertools.count(0, 10)
     monkeypatch.setattr(verifying, "monotonic", lambda: float(next(now)))
@@ -169,7 +169,10 @@ def test_verify_is_quick_unless_all_cases_are_asked_for(
     assert main(["verify"]) == 0
     out = capsys.readouterr().out
     count = int(re.search(r"in (\d+) of (\d+) cases", out)[1])  # type: ignore[index]
-    assert count <= len(available(torch.device("cpu"))) * (1 + torch.cuda.device_count())
+    dtypes = {case.dtype for case in cases()[::100]}
+    assert count == len(dtypes) * len(available(torch.device("cpu"))) * (1 + torch.cuda.device_count())
+    for backend, dtype in itertools.product(available(torch.device("cpu")), dtypes):
+        assert f"cpu      {backend.name:<10} {str(dtype).removeprefix('torch.')} " in out
     assert "; --full checks all of them in about " in out
     assert main(["verify", "--full"]) == 0
     count, total = re.search(r"in (\d+) of (\d+) cases", capsys.readouterr().out).groups()  # type: ignore[union-attr]
