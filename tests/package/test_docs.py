@@ -132,9 +132,9 @@ def test_python_blocks_run(page: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_make_targets_that_the_documents_name_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z0-9-]+):", read("Makefile"), re.MULTILINE))
     for page in PAGES:
-        assert set(re.findall(r"(?:`|^ {4})make ([a-z-]+)", read(page), re.MULTILINE)) <= targets, page
+        assert set(re.findall(r"(?:`|^ {4})make ([a-z0-9-]+)", read(page), re.MULTILINE)) <= targets, page
 
 
 # Links and anchors.
