@@ -350,7 +350,8 @@ def tasks_plot(outcomes: list[Outcome]) -> Figure:
         for row, (pair, difference) in enumerate(found.differences.items()):
             axes.errorbar(sign * difference.mean, row, xerr=difference.half, fmt="o", color=COLORS[pair[1]], capsize=4)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(found.differences)), [f"{b} - {a}" for a, b in found.differences])
+        first = axes.get_subplotspec().is_first_col()
+        axes.set_yticks(range(len(found.differences)), [f"{b} - {a}" if first else "" for a, b in found.differences])
         label = textwrap.fill("gain in " + found.metric.name.split(" (")[0], 30)
         axes.set(title=found.metric.claim, ylim=(1.5, -0.5), xlabel=label)
         axes.grid(alpha=0.3, axis="x")
