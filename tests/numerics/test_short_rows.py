@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from doubles import Double, bits_are_those_of_one_thread, build, steps_are_those_of_double
+from doubles import (
+    Double,
+    bits_are_those_of_one_thread,
+    build,
+    row_of_another_size_is_that_of_double,
+    steps_are_those_of_double,
+)
 from tolerances import assert_close
 from torch import Tensor, nn
 from trajectory import KINDS, RULES, gradient
@@ -129,22 +135,7 @@ def test_every_storage(rule: str, storage: str, kind: str, backend: str) -> None
 def test_one_row_of_another_size(rule: str, p_size: float, g_size: float, eps: float, backend: str) -> None:
     """Among ordinary rows, and judged apart from them: its squares, or products of them, may leave float32."""
     for shape in [(300, 1), (600, 3), (200, 9), (90, 31)]:
-        w = torch.randn(shape)
-        g = gradient(w.double(), "free").float()
-        row = shape[0] // 2
-        w[row] *= p_size
-        g[row] *= g_size
-        double = Double(rule, w, eps=eps)
-        wanted = double.step(g)
-        p = nn.Parameter(w.clone())
-        p.grad = g
-        optimizer = build(rule, [p], backend, eps=eps)
-        optimizer.step()
-        assert optimizer.decisions()[p] == wanted, shape
-        others = torch.arange(shape[0]) != row
-        for part in (others, ~others):
-            size = max(1.0, double.w[part].abs().max().item())
-            assert_close(p[part] / size, double.w[part] / size, f"{shape}")
+        row_of_another_size_is_that_of_double(rule, shape, p_size, g_size, backend, eps=eps)
 
 
 @EVERY_RULE

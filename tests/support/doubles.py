@@ -64,6 +64,35 @@ def steps_are_those_of_double(
     return seen
 
 
+def row_of_another_size_is_that_of_double(
+    rule: str,
+    shape: tuple[int, int],
+    p_size: float,
+    g_size: float,
+    backend: str,
+    *,
+    eps: float,
+    layout: Callable[[Tensor], Tensor] = torch.clone,
+) -> None:
+    """One step, in which one row's weights and gradients are larger or smaller than those of the others."""
+    w = torch.randn(shape)
+    g = gradient(w.double(), "free").float()
+    row = shape[0] // 2
+    w[row] *= p_size
+    g[row] *= g_size
+    double = Double(rule, w, eps=eps)
+    wanted = double.step(g)
+    p = nn.Parameter(layout(w))
+    p.grad = layout(g)
+    optimizer = build(rule, [p], backend, eps=eps)
+    optimizer.step()
+    assert optimizer.decisions()[p] == wanted, shape
+    others = torch.arange(shape[0]) != row
+    for part in (others, ~others):
+        size = max(1.0, double.w[part].abs().max().item())
+        assert_close(p[part] / size, double.w[part] / size, f"{shape}")
+
+
 def bits_are_those_of_one_thread(rule: str, weights: list[Tensor], kind: str, backend: str, **options: Any) -> None:
     """One step on one thread and on three."""
     grads = [gradient(w, kind) for w in weights]
