@@ -121,6 +121,21 @@ def test_a_moment_of_16_bits(rounded: str, backend: str) -> None:
     assert_close(results[0], results[1].double(), "weight")
 
 
+def test_random_bits_do_not_depend_on_the_layout(backend: str) -> None:
+    """Each element draws by its number in the tensor, not by where it lies."""
+    w, g = torch.randn(2, 100, 129).bfloat16()
+    results = []
+    for layout in ("transposed", "in a line"):
+        torch.manual_seed(0)
+        p = nn.Parameter(LAYOUTS[layout](w.clone()))
+        p.grad = LAYOUTS[layout](g.clone())
+        optimizer = build("AdamP", [p], backend, rounding="stochastic", state_dtype=torch.float32)
+        for _ in range(2):
+            optimizer.step()
+        results.append(p.detach())
+    assert_identical(*results)
+
+
 @EVERY_RULE
 @pytest.mark.parametrize("kind", ["layer", "free"])
 @pytest.mark.parametrize("place", [0, 0.5, 0.97])

@@ -453,7 +453,7 @@ CPU_BACKEND = (
         "csrc/cpu_bind.cpp",
         "const bool follows = x.rule != sgd_project_buffer && !x.seed;",
         "const bool follows = x.rule != sgd_project_buffer;",
-        (PRECISION,),
+        (COLUMNS,),
     ),
     Mutant(
         "one job's sums of a row",
