@@ -207,3 +207,14 @@ def test_without_a_test_the_order_of_elements_is_free(backend: str) -> None:
         results.append(p.detach())
     for other in results[1:]:
         assert_identical(other, results[0])
+
+
+def test_gaps_are_not_stepped(backend: str) -> None:
+    """Without state and without projection, a weight and a gradient with the same gaps."""
+    p = nn.Parameter(with_gaps(torch.randn(33, 200)))
+    p.grad = with_gaps(torch.randn(33, 200))
+    assert p.grad.stride() == p.stride()
+    double = Double("SGDP", p, momentum=0.0, dampening=0.0, projection="none")
+    double.step(p.grad)
+    build("SGDP", [p], backend, momentum=0.0, dampening=0.0, projection="none").step()
+    assert_close(p, double.w, "weight")
