@@ -22,7 +22,7 @@
 //   predict  measure of the first rows: if one fails, the channels cannot be projected           reads p g
 //   sweep    measure and update in one, as if the prediction were the decision                    reads p g m v, writes p m v
 //   finish   corrects weights if the prediction was wrong; most often it was right               reads p m v, writes p
-//   advance  measure, dot and momentum, of the rows of several tiles                              reads p g m v, writes m v
+//   advance  measure, dot and momentum, of some columns of many rows                              reads p g m v, writes m v
 //   move     projection, weight decay, weight                                                    reads p m v, writes p
 //   share    g.g, measure or dot, as the parameter's needs ask                                    reads g, p g or p g m v
 //

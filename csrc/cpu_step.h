@@ -35,7 +35,7 @@ struct ColumnJobs {
   int64_t count;
 };
 
-// One stage of one parameter: a run of jobs, one per tile.
+// One stage of one parameter: a run of jobs, one per tile; of advance and move, one per ColumnJobs.
 struct Segment {
   Parameter* parameter;
   Stage stage;
