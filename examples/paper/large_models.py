@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import sys
 from collections import defaultdict
@@ -38,6 +37,7 @@ try:
     from torch import Tensor, nn
     from torch.nn import functional
     from torch.optim.lr_scheduler import LambdaLR
+    from training import write
 
     import fused_adamp
     from fused_adamp.reference import Decision, cosine, decide, project
@@ -218,14 +218,11 @@ def jobs(settings: Settings) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return found
 
 
-def write(results: dict[str, Any], path: Path) -> None:
-    """One run per line, in place of the old file in one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def record(results: dict[str, Any], path: Path) -> None:
+    """Writes one run per line."""
     runs = ",\n".join(f"{json.dumps(name)}: {json.dumps(run)}" for name, run in results["runs"].items())
     head = {name: value for name, value in results.items() if name != "runs"}
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(head, indent=1)[:-2] + f',\n "runs": {{\n{runs}\n}}\n}}\n')
-    os.replace(unfinished, path)
+    write(path, json.dumps(head, indent=1)[:-2] + f',\n "runs": {{\n{runs}\n}}\n}}\n')
 
 
 def run_all(settings: Settings, path: Path, console: Console) -> dict[str, Any]:
@@ -244,7 +241,7 @@ def run_all(settings: Settings, path: Path, console: Console) -> dict[str, Any]:
         for name in progress.track(todo, description="runs"):
             function, arguments = todo[name]
             run = results["runs"][name] = function(*arguments)
-            write(results, path)
+            record(results, path)
             bits = f"{run['validation']:.4f} bits per byte" if "validation" in run else str(run)
             console.print(f"{name}: {bits}", highlight=False)
     return results

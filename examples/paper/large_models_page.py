@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from gpt import NORMALIZED, NORMS, kind_of
+from report import interval
+from training import write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +30,6 @@ SETTINGS = {
 }
 TITLES = {"pre": "pre-norm", "qk": "pre-norm and QK-norm", "sandwich": "sandwich norm and QK-norm"}
 WD_RATIO = 0.1
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5% quantiles of Student's t, by the number of seeds
 CHANCE = math.erf(0.1 / math.sqrt(2))  # P(|N(0, 1)| < delta)
 CHANCE_MEDIAN = 0.6745 / 0.1  # of |N(0, 1)|, over delta
 
@@ -63,7 +63,7 @@ def percent(share: float) -> str:
 def difference(ours: list[Results], theirs: list[Results]) -> tuple[float, float]:
     """Mean of the differences between runs of the same seed, and half of its 95% interval."""
     pairs = [a["validation"] - b["validation"] for a, b in zip(ours, theirs, strict=True)]
-    return fmean(pairs), T_95[len(pairs)] * stdev(pairs) / math.sqrt(len(pairs))
+    return interval(pairs)
 
 
 def verdict(mean: float, half: float) -> str:
@@ -272,8 +272,6 @@ def save(figure: Any, path: Path) -> None:
 
 def draw(results: Results, page: Path, images: Path) -> None:
     """Fills in the page's tables and draws its figures."""
-    unfinished = page.with_suffix(".part")
-    unfinished.write_text(filled(page.read_text(), results))
-    os.replace(unfinished, page)
+    write(page, filled(page.read_text(), results))
     draw_cosines(results, images / "large-models-cosines.svg")
     draw_lengths(results, images / "large-models-lengths.svg")
