@@ -37,7 +37,7 @@ try:
     from torch import Tensor, nn
     from torch.nn import functional
     from torch.optim.lr_scheduler import LambdaLR
-    from training import write
+    from training import read_json, write
 
     import fused_adamp
     from fused_adamp.reference import Decision, cosine, decide, project
@@ -232,10 +232,9 @@ def run_all(settings: Settings, path: Path, console: Console) -> dict[str, Any]:
         "settings": json.loads(json.dumps(asdict(settings))),
         "runs": {},
     }
-    if path.exists():
-        recorded = json.loads(path.read_text())
-        if recorded["settings"] == results["settings"]:
-            results["runs"] = recorded["runs"]
+    recorded = read_json(path)
+    if recorded.get("settings") == results["settings"]:
+        results["runs"] = recorded["runs"]
     todo = {name: job for name, job in jobs(settings).items() if name not in results["runs"]}
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for name in progress.track(todo, description="runs"):
@@ -258,7 +257,12 @@ def main(arguments: list[str] | None = None) -> None:
     own = args.out or ROOT / "out" / ("large-models-quick.json" if args.quick else "large-models.json")
     path: Path = RESULTS if args.record else own
     console = Console()
-    results = json.loads(path.read_text()) if args.draw else run_all(QUICK if args.quick else Settings(), path, console)
+    try:
+        results = read_json(path) if args.draw else run_all(QUICK if args.quick else Settings(), path, console)
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: finished runs are in {path}, and the same command goes on from there")
+    except OSError as error:
+        sys.exit(f"{error.filename or path}: {error.strerror or error}")
     if not args.record:
         page, images = path.with_suffix(".md"), path.parent
         page.write_text((ROOT / "docs" / "large-models.md").read_text())
