@@ -100,7 +100,8 @@ struct Parameter {
   bool is_double;          // computed in double, else in float
   bool dense;              // tiles lie in memory row by row; else
   bool gathered[role_count] = {};  // those of these roles are gathered into scratch
-  int64_t width = 0;       // and rows lie side by side in all of them, each with so many elements in a column; else 0
+  int64_t width = 0;       // and rows lie side by side, each with so many elements in a column; else 0
+  bool turned = false;     // but not those of the gradient
   FormatIndex format;      // of the kernels
   bool staged;             // not stored in that format: blocks pass through the stage
   Plan plan;

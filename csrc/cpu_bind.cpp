@@ -133,23 +133,24 @@ void collapse(Parameter& x, const TensorRef (&tensor)[role_count]) {
   }
 }
 
-// The elements of a row that lie together, if the rows of a parameter with a layout lie side by side, at the same distances in
-// all tensors, and u follows from the state as it is stored. Else 0.
-int64_t width_of(const Parameter& x) {
+// Finds out whether the rows of a parameter with a layout lie side by side, at the same distances in the weight and its state,
+// and u follows from the state as it is stored. If so, sets `width`, and `turned` for a gradient that lies otherwise.
+void find_columns(Parameter& x) {
   const TableRow& t = *x.table;
   const Layout& layout = *x.layout;
   const bool follows = x.rule != sgd_project_buffer && !x.seed;
-  if (!t.local() || !follows || t.rows < 16 || t.segments() > 1 || is_short<float>(t.rows, t.cols)) return 0;
   const size_t dims = layout.inner_sizes.size();
   const int64_t width = dims == 2 ? layout.inner_sizes[1] : 1;
-  bool found = dims <= 2 && width < 64;
-  for (int r = 0; found && r < role_count; ++r) {
+  if (!t.local() || !follows || t.rows < 16 || t.segments() > 1 || dims > 2 || width >= 64) return;
+  for (int r = 0; r < role_count; ++r) {
     if (!x.operand[r].data) continue;
-    found = layout.row_stride[r] == width && layout.inner[r][0] == layout.inner[role_p][0];
-    found &= dims == 1 || layout.inner[r][1] == 1;
-    if (r == role_m || r == role_v) found &= x.operand[r].type == (x.is_double ? storage_f64 : storage_f32);
+    bool fits = layout.row_stride[r] == width && layout.inner[r][0] == layout.inner[role_p][0];
+    fits &= dims == 1 || layout.inner[r][1] == 1;
+    if (r == role_m || r == role_v) fits &= x.operand[r].type == (x.is_double ? storage_f64 : storage_f32);
+    if (!fits && r != role_g) return;
+    if (r == role_g) x.turned = !fits;
   }
-  return found ? width : 0;
+  x.width = width;
 }
 
 // Sets the format of the kernels, and whether blocks are staged since no kernel is compiled for the tensors' storage.
@@ -293,7 +294,7 @@ int64_t Step::bind(const Arguments& a) {
     }
     choose_format(x, set.halves);
     collapse(x, tensor);
-    if (!x.dense) x.width = width_of(x);
+    if (!x.dense) find_columns(x);
     for (int r = 0; !x.dense && r < role_count; ++r)  // rows in a row never share memory
       if (r != role_g && tensor[r].exists && tensor[r].overlaps()) return i;
     elements_ += p.numel;

@@ -400,10 +400,11 @@ struct Ordinary {
   static constexpr double least_eps2 = sizeof(T) == 4 ? 0x1p-54 : 1e-60;  // below it, a product of two may be too small
 };
 
-// Sums the rows of a block in T; tests and projects them in T too. False, and nothing is added to the tile, if some row's
-// squares are out of the range that allows it. `tiny`: eps does not keep products of squares within it.
-template <bool with_u, bool tiny, class T>
-FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL bool sum_ordinary_block(const RowBlock<T>& x, int64_t rows, int64_t cols,
+// Adds up the sums of the rows of a block in T; tests and projects them in T too. sums_at(i) returns the LaneSums of the rows
+// from i on; beyond the last row it returns zeros, up to a whole Accumulator. False, and nothing is added to the tile, if some
+// row's squares are out of the range that allows it. `tiny`: eps does not keep products of squares within it.
+template <bool with_u, bool tiny, class T, class SumsAt>
+FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL bool sum_ordinary_block(const SumsAt& sums_at, int64_t rows, int64_t cols,
                                                                const RowUse<T>& use, TileSums* tile) {
   const Vec<T> eps2 = broadcast(T(use.test.eps2)), eps = broadcast(use.eps), one = broadcast(T(1));
   const Vec<T> least = broadcast(Ordinary<T>::least), most = broadcast(Ordinary<T>::most);
@@ -412,7 +413,7 @@ FUSED_ADAMP_OUTLINE FUSED_ADAMP_KERNEL bool sum_ordinary_block(const RowBlock<T>
   bool ordinary = true;
   for_each_vec<T>((rows + Accumulator<T>::lanes - 1) / Accumulator<T>::lanes * Accumulator<T>::lanes,
                   [&](int64_t i, auto k, auto) {
-    const LaneSums<T> s = sum_lanes<with_u, tiny>(x, i * cols, cols);
+    const LaneSums<T> s = sums_at(i);
     ordinary &= all_less(s.pp + s.gg + absolute(s.pu), most);
     const auto size = larger(s.pp, eps2), slope = larger(s.gg, eps2);
     if constexpr (tiny) {
@@ -491,9 +492,11 @@ FUSED_ADAMP_OUTLINE bool sum_block(RowBlock<T>& x, int64_t row, int64_t rows, in
   x.template pad<with_u>(rows, cols);
   const double eps2 = use.test.eps2;
   if (!use.shares.row && !use.test.limits && T(eps2) > 0) {
-    const bool done = eps2 > Ordinary<T>::least_eps2 ? sum_ordinary_block<with_u, false>(x, rows, cols, use, tile)
-                                                     : sum_ordinary_block<with_u, true>(x, rows, cols, use, tile);
-    if (done) return false;
+    const auto add = [&](auto tiny) {
+      const auto sums_at = [&x, cols](int64_t i) { return sum_lanes<with_u, decltype(tiny)::value>(x, i * cols, cols); };
+      return sum_ordinary_block<with_u, decltype(tiny)::value, T>(sums_at, rows, cols, use, tile);
+    };
+    if (eps2 > Ordinary<T>::least_eps2 ? add(std::false_type()) : add(std::true_type())) return false;
   }
   return sum_any_block<with_u>(x, row, rows, cols, use, tile);
 }
@@ -633,27 +636,6 @@ FUSED_ADAMP_INLINE TileSums advance_short(const TileData<F>& t, int64_t rows, in
   return tile;
 }
 
-template <class R, class F, class T = typename F::Number>
-FUSED_ADAMP_KERNEL void finish_rows(TileData<F> t, int64_t rows, int64_t cols, Coefficients<T> c, const T* was, const T* is) {
-  alignas(64) T old_shrink[RowBlock<T>::size], shrink[RowBlock<T>::size];
-  for_each_block_of_rows<T>(rows, cols, [&](int64_t row, int64_t count) {
-    const int64_t n = count * cols;
-    spread(was + row, count, cols, old_shrink);
-    spread(is + row, count, cols, shrink);
-    const Block<F> b = open<with_p | with_g | with_state<R>>(t, row * cols, n);
-    for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
-      const auto p = b.load_p(i, extent), g = b.load_g(i, extent);
-      State<R, F> s(b, i, extent);
-      if constexpr (!R::buffer) advance<R>(g, s.m, s.v, c);
-      const auto u = direction<R>(g, s.m, s.v, c);
-      const auto from = Vec<T>::load(old_shrink + i, Whole{}), to = Vec<T>::load(shrink + i, Whole{});
-      const auto right = weight_correction(p, u, c.step_size, from, to), moved = weight_update(p, u, c.step_size, to);
-      b.store_p(i, extent, Vec<T>{recoverable_lanes(from) ? right.lane : moved.lane});
-    });
-    close<with_p>(t, b, row * cols, n);
-  });
-}
-
 // An infinite sum of a block shows in the tile's, so nothing has to be looked at before the end, unless eps is tiny.
 template <class F, class T = typename F::Number>
 void measure(TileData<F> t, int64_t rows, int64_t cols, T scale, Test test, TileSums* tile, RowShares shares) {
@@ -732,17 +714,22 @@ FUSED_ADAMP_KERNEL void sweep(TileData<F> t, T* u, int64_t rows, int64_t cols, C
   *tile = total;
 }
 
-// Moves weights whose state has advanced already to moved(p, u).
+// Whether u depends on the gradient once the state has advanced.
+template <class R>
+constexpr bool needs_g = R::nesterov || !R::buffer;
+
+// Moves weights whose state has advanced already to moved(element, extent, p, u).
 template <class R, class F, class T, class Moved>
 FUSED_ADAMP_INLINE void move_weights(const TileData<F>& t, int64_t first, int64_t size, const Coefficients<T>& c,
                                      const Moved& moved) {
   for_each_block<T>(size, [&](int64_t begin, int64_t n) {
-    const Block<F> b = open<with_p | with_g | with_state<R>>(t, first + begin, n);
+    const Block<F> b = open<with_p | (needs_g<R> ? with_g : none) | with_state<R>>(t, first + begin, n);
     for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
-      const auto g = b.load_g(i, extent);
+      Vec<T> g{};
+      if constexpr (needs_g<R>) g = b.load_g(i, extent);
       State<R, F> s(b, i, extent);
       if constexpr (!R::buffer) advance<R>(g, s.m, s.v, c);
-      b.store_p(i, extent, moved(b.load_p(i, extent), direction<R>(g, s.m, s.v, c)));
+      b.store_p(i, extent, moved(begin + i, extent, b.load_p(i, extent), direction<R>(g, s.m, s.v, c)));
     });
     close<with_p>(t, b, first + begin, n);
   });
@@ -750,12 +737,28 @@ FUSED_ADAMP_INLINE void move_weights(const TileData<F>& t, int64_t first, int64_
 
 template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void finish(TileData<F> t, int64_t first, int64_t size, Coefficients<T> c, T was, T is) {
-  move_weights<R>(t, first, size, c, [&](Vec<T> p, Vec<T> u) { return weight_correction(p, u, c.step_size, was, is); });
+  move_weights<R>(t, first, size, c, [&](int64_t, auto, Vec<T> p, Vec<T> u) {
+    return weight_correction(p, u, c.step_size, was, is);
+  });
 }
 
 template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void move(TileData<F> t, int64_t first, int64_t size, Coefficients<T> c, T is) {
-  move_weights<R>(t, first, size, c, [&](Vec<T> p, Vec<T> u) { return weight_update(p, u, c.step_size, is); });
+  move_weights<R>(t, first, size, c, [&](int64_t, auto, Vec<T> p, Vec<T> u) { return weight_update(p, u, c.step_size, is); });
+}
+
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void finish_rows(TileData<F> t, int64_t rows, int64_t cols, Coefficients<T> c, const T* was, const T* is) {
+  alignas(64) T old_shrink[RowBlock<T>::size], shrink[RowBlock<T>::size];
+  for_each_block_of_rows<T>(rows, cols, [&](int64_t row, int64_t count) {
+    spread(was + row, count, cols, old_shrink);
+    spread(is + row, count, cols, shrink);
+    move_weights<R>(t, row * cols, count * cols, c, [&](int64_t i, auto, Vec<T> p, Vec<T> u) {
+      const auto from = Vec<T>::load(old_shrink + i, Whole{}), to = Vec<T>::load(shrink + i, Whole{});
+      const auto right = weight_correction(p, u, c.step_size, from, to), moved = weight_update(p, u, c.step_size, to);
+      return Vec<T>{recoverable_lanes(from) ? right.lane : moved.lane};
+    });
+  });
 }
 
 // Rows that lie side by side: a row in each lane, so that all accesses follow memory, column by column. Runs of memory have to
@@ -767,7 +770,8 @@ FUSED_ADAMP_OUTLINE ViewSums sum_row_again(const TileData<F>& t, const Columns& 
                                            const Coefficients<T>& c) {
   ViewSums total;
   for (int64_t col = first; col < end; ++col) {
-    const Block<F> b = open<with_p | with_g | with_state<R>>(t, col * s.stride + row * s.width, s.width);
+    const int64_t begin = col * s.stride + row * s.width;
+    const Block<F> b = open<with_p | with_g | with_state<R>>(at_column(t, s, col), begin, s.width);
     total.add(sum_again<R, true>(b, s.width, c, static_cast<const T*>(nullptr), static_cast<const T*>(nullptr)));
   }
   return total;
@@ -783,11 +787,22 @@ struct SumsOfRows {
     for (T* sum : {pg, gg, pp, pu}) memset(sum, 0, (rows + Accumulator<T>::lanes) * sizeof(T));
   }
   FUSED_ADAMP_INLINE ViewSums operator[](int64_t row) const { return {{pg[row], gg[row], pp[row]}, pu[row]}; }
+  FUSED_ADAMP_INLINE LaneSums<T> lanes_at(int64_t row) const {
+    const auto of = [&](const T* sum) { return Vec<T>::load(sum + row, Whole{}); };
+    return {of(pg), of(gg), of(pp), of(pu)};
+  }
+  // Whether those of a vector of rows are all representable(). Where there are fewer rows, it may be false without need.
+  FUSED_ADAMP_INLINE bool are_right(int64_t row, double least) const {
+    if (!std::is_same<T, float>::value) return true;
+    const LaneSums<T> s = lanes_at(row);
+    const Vec<T> most = broadcast(T(HUGE_VAL)), low = broadcast(T(least));
+    return all_less(s.pp, most) & all_less(s.gg, most) & all_less(absolute(s.pu), most) & all_less(low, smaller(s.pp, s.gg));
+  }
 };
 
 // Advances a column of one element of each row: a row in each lane.
 template <class R, class F, class T>
-FUSED_ADAMP_INLINE void advance_column(const TileData<F>& t, int64_t begin, int64_t rows, const Coefficients<T>& c,
+FUSED_ADAMP_INLINE void advance_narrow_column(const TileData<F>& t, int64_t begin, int64_t rows, const Coefficients<T>& c,
                                        SumsOfRows<T>& sums) {
   const auto add = [](T* sum, Vec<T> x, Vec<T> y) { fma(x, y, Vec<T>::load(sum, Whole{})).store(sum, Whole{}); };
   for_each_block<T>(rows, [&](int64_t row, int64_t n) {
@@ -808,7 +823,7 @@ FUSED_ADAMP_INLINE void advance_column(const TileData<F>& t, int64_t begin, int6
   });
 }
 
-// As advance_column, for several elements of each row: blocks of these are short rows.
+// As advance_narrow_column, for several elements of each row: blocks of these are short rows.
 template <class R, class F, class T>
 FUSED_ADAMP_INLINE void advance_wide_column(const TileData<F>& t, int64_t begin, int64_t rows, int64_t width,
                                             const Coefficients<T>& c, RowBlock<T>& x, SumsOfRows<T>& sums) {
@@ -828,52 +843,92 @@ FUSED_ADAMP_INLINE void advance_wide_column(const TileData<F>& t, int64_t begin,
   });
 }
 
+// Advances the rows from `first` on in some columns, and sets `sums` to their sums.
+template <class R, class F, class T>
+FUSED_ADAMP_INLINE void advance_rows(const TileData<F>& t, const Columns& s, int64_t first, int64_t rows, int64_t col, int64_t end,
+                                     const Coefficients<T>& c, RowBlock<T>& x, SumsOfRows<T>& sums) {
+  sums.clear(rows);
+  for (; col < end; ++col) {
+    const TileData<F> at = at_column(t, s, col);
+    const int64_t begin = col * s.stride + first * s.width;
+    if (s.width == 1) {
+      advance_narrow_column<R>(at, begin, rows, c, sums);
+    } else {
+      advance_wide_column<R>(at, begin, rows, s.width, c, x, sums);
+    }
+  }
+}
+
+// The sums of a row in columns [col, end) that have just advanced: again, with products in double, if they are not right in T.
+template <class R, class F, class T>
+FUSED_ADAMP_INLINE ViewSums right_sums(const TileData<F>& t, const Columns& s, int64_t row, int64_t col, int64_t end,
+                                       const Coefficients<T>& c, double least, ViewSums sums) {
+  if (std::is_same<T, float>::value && !representable(sums, least)) {
+    const ViewSums again = sum_row_again<R>(t, s, row, col, end, c);
+    if (!representable({sums.sums}, least)) sums.sums = again.sums;
+    sums.pu = again.pu;
+  }
+  return sums;
+}
+
 // As many elements of a row are added up in T as a lane of Accumulator adds up of a block, the rest in double.
 template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void advance_columns(TileData<F> t, Columns s, Coefficients<T> c, double least, ViewSums* total) {
   const int64_t most = block_size<T> / Accumulator<T>::lanes / s.width, step = most > 1 ? most : 1;
   SumsOfRows<T> sums;
   RowBlock<T> x;
-  for (int64_t row = 0; row < s.rows; ++row) total[row] = ViewSums();
   for (int64_t first = 0; first < s.count; first += step) {
     const int64_t end = s.count - first < step ? s.count : first + step;
-    sums.clear(s.rows);
-    for (int64_t col = first; col < end; ++col) {
-      if (s.width == 1) {
-        advance_column<R>(t, col * s.stride, s.rows, c, sums);
+    advance_rows<R>(t, s, 0, s.rows, first, end, c, x, sums);
+    for (int64_t row = 0; row < s.rows; row += Vec<T>::lanes) {
+      const int64_t last = s.rows - row < Vec<T>::lanes ? s.rows : row + Vec<T>::lanes;
+      if (sums.are_right(row, least)) {
+        for (int64_t i = row; i < last; ++i) total[i].add(sums[i]);
       } else {
-        advance_wide_column<R>(t, col * s.stride, s.rows, s.width, c, x, sums);
+        for (int64_t i = row; i < last; ++i) total[i].add(right_sums<R>(t, s, i, first, end, c, least, sums[i]));
       }
-    }
-    for (int64_t row = 0; row < s.rows; ++row) {
-      ViewSums part = sums[row];
-      if (std::is_same<T, float>::value && !representable(part, least)) {
-        const ViewSums again = sum_row_again<R>(t, s, row, first, end, c);
-        if (!representable({part.sums}, least)) part.sums = again.sums;
-        part.pu = again.pu;
-      }
-      total[row].add(part);
     }
   }
+}
+
+template <class R, class F, class T = typename F::Number>
+FUSED_ADAMP_KERNEL void advance_short_columns(TileData<F> t, Columns s, Coefficients<T> c, Test test, T decay, T* shrink,
+                                              TileSums* tile) {
+  const int64_t cols = s.count * s.width;
+  const double least = least_square(test.eps2);
+  TileSums total;
+  SumsOfRows<T> sums;
+  RowBlock<T> x;
+  alignas(64) T projected[SumsOfRows<T>::room];
+  for (int64_t first = 0; first < s.rows; first += most_rows) {
+    const int64_t rows = s.rows - first < most_rows ? s.rows - first : most_rows;
+    advance_rows<R>(t, s, first, rows, 0, s.count, c, x, sums);
+    const RowUse<T> use{test, {nullptr, 0}, c.eps, projected};
+    const auto sums_at = [&sums](int64_t row) { return sums.lanes_at(row); };
+    const bool tests = test.eps2 > Ordinary<T>::least_eps2;
+    if (!tests || !sum_ordinary_block<true, false, T>(sums_at, rows, cols, use, &total)) {
+      for (int64_t row = 0; row < rows; ++row) {
+        const ViewSums right = right_sums<R>(t, s, first + row, 0, s.count, c, least, sums[row]);
+        total.template add<T>(right, test, double(cols));
+        projected[row] = T(projection(right.pu, right.sums.pp, double(c.eps)));
+      }
+    }
+    for (int64_t row = 0; row < rows; ++row) shrink[first + row] = decay - c.step_size * projected[row];
+  }
+  *tile = total;
 }
 
 template <class R, class F, class T = typename F::Number>
 FUSED_ADAMP_KERNEL void move_columns(TileData<F> t, Columns s, Coefficients<T> c, const T* shrink) {
   alignas(64) T each[RowBlock<T>::size];
   for (int64_t col = 0; col < s.count; ++col) {
+    const TileData<F> at = at_column(t, s, col);
     for_each_block_of_rows<T>(s.rows, s.width, [&](int64_t row, int64_t count) {
-      const int64_t begin = col * s.stride + row * s.width, n = count * s.width;
-      const Block<F> b = open<with_p | with_g | with_state<R>>(t, begin, n);
       if (s.width > 1) spread(shrink + row, count, s.width, each);
       const T* const by = s.width > 1 ? each : shrink + row;
-      for_each_vec<T>(n, [&](int64_t i, auto, auto extent) {
-        const auto g = b.load_g(i, extent);
-        State<R, F> s(b, i, extent);
-        if constexpr (!R::buffer) advance<R>(g, s.m, s.v, c);
-        const auto u = direction<R>(g, s.m, s.v, c);
-        b.store_p(i, extent, weight_update(b.load_p(i, extent), u, c.step_size, Vec<T>::load(by + i, extent)));
+      move_weights<R>(at, col * s.stride + row * s.width, count * s.width, c, [&](int64_t i, auto extent, Vec<T> p, Vec<T> u) {
+        return weight_update(p, u, c.step_size, Vec<T>::load(by + i, extent));
       });
-      close<with_p>(t, b, begin, n);
     });
   }
 }
@@ -881,9 +936,10 @@ FUSED_ADAMP_KERNEL void move_columns(TileData<F> t, Columns s, Coefficients<T> c
 template <class R, class F>
 constexpr RuleKernels<F> rule_kernels() {
   RuleKernels<F> all{dot<R, F>, update<R, F>, update_projected<R, F>, sweep<R, F>, finish<R, F>, move<R, F>,
-                     finish_rows<R, F>, nullptr, nullptr};
+                     finish_rows<R, F>, nullptr, nullptr, nullptr};
   if constexpr (std::is_same<typename F::State, AsComputed<typename F::Number>>::value && !R::project_buffer) {
     all.advance_columns = advance_columns<R, F>;
+    all.advance_short_columns = advance_short_columns<R, F>;
     all.move_columns = move_columns<R, F>;
   }
   return all;

@@ -66,13 +66,21 @@ struct TileData {
   typename F::State::Pointer v;
   const Storage* storage;       // of tensors that are not stored as F says; else null, and the rest counts for nothing
   typename F::Number* stage;    // room for blocks of numbers on their way from and to the storage
+  int64_t g_offset = 0;         // of the gradient's elements from where those of the others are
 };
 
 // Rows that lie side by side: `count` columns, each of which holds `width` elements of every row. Element i of a row in a column
-// is at [column * stride + row * width + i].
+// is at [column * stride + row * width + i]; of the gradient, at [column * g_stride + row * width + i].
 struct Columns {
-  int64_t rows, count, width, stride;
+  int64_t rows, count, width, stride, g_stride;
 };
+
+// The tile from which a column is read at col * stride: that is where the weight and the state have it.
+template <class F>
+FUSED_ADAMP_INLINE TileData<F> at_column(TileData<F> t, const Columns& s, int64_t col) {
+  t.g_offset = col * (s.g_stride - s.stride);
+  return t;
+}
 
 // The most rows that advance_columns works on at once: their sums stay in the second-level cache.
 constexpr int64_t most_rows = 4096;
@@ -160,8 +168,11 @@ struct RuleKernels {
   // Rows that lie side by side: Columns. Null where u does not follow from the state: where that is rounded, or projected with
   // the update.
   //
-  // Advances the state and adds up the sums of each row; weights stay. Reads p g m v, writes m v (24).
+  // Advances the state and adds the sums of each row to those that are there; weights stay. Reads p g m v, writes m v (24).
   void (*advance_columns)(TileData<F>, Columns, Coefficients<T>, double least, ViewSums*);
+  // The same of short rows with all their columns. Tests the rows, adds up their sums, and writes for each the shrink that its
+  // projection asks for; w is `decay`.
+  void (*advance_short_columns)(TileData<F>, Columns, Coefficients<T>, Test, T decay, T* shrink, TileSums*);
   // Moves weights whose state has advanced, by the shrink of each row. Bytes as for finish.
   void (*move_columns)(TileData<F>, Columns, Coefficients<T>, const T* shrink);
 };

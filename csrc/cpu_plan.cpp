@@ -66,13 +66,20 @@ int64_t predicted_tiles(const TableRow& t) {
   return std::min((16 + t.tile_rows - 1) / t.tile_rows, t.tiles());
 }
 
-// Enough columns for 131072 elements, but no more than 32 jobs of the same rows: one thread adds up their sums.
+// Enough columns for 131072 elements, but no more than 32 jobs of the same rows: one thread adds up their sums. A gradient is
+// gathered into the scratch of two tiles, 16 columns or more at once: a cache line of each row.
 ColumnJobs column_jobs(const Parameter& x) {
   const TableRow& t = *x.table;
-  const int64_t rows = std::min(t.rows, most_rows), all = t.cols / x.width;
+  const int64_t all = t.cols / x.width, tile = t.tile_rows * t.tile_cols;
+  if (is_short<float>(t.rows, t.cols)) {
+    const int64_t rows = t.tile_rows * std::max<int64_t>(1, x.turned ? 1 : most_rows / t.tile_rows);
+    return {rows, all, 1, (t.rows + rows - 1) / rows, true, all};
+  }
+  const int64_t rows = std::min({t.rows, most_rows, x.turned ? 2 * tile / x.width : most_rows});
   const int64_t most = std::min<int64_t>(32, std::max<int64_t>(1, rows * t.cols / 131072));
   const int64_t columns = (all + most - 1) / most, per_row = (all + columns - 1) / columns;
-  return {rows, columns, per_row, (t.rows + rows - 1) / rows * per_row};
+  const int64_t at_once = std::max<int64_t>(1, 2 * tile / (rows * x.width));
+  return {rows, columns, per_row, (t.rows + rows - 1) / rows * per_row, false, at_once};
 }
 
 namespace {
@@ -171,7 +178,9 @@ void Step::prepare() {
     return here ? (x.table->rows * (x.is_double ? 8 : 4) + 63) / 64 * 64 : 0;
   };
   const auto row_sums_bytes = [](const Parameter& x) -> int64_t {
-    return x.plan == Plan::columns ? x.table->rows * column_jobs(x).per_row * sizeof(ViewSums) : 0;
+    if (x.plan != Plan::columns) return 0;
+    const ColumnJobs jobs = column_jobs(x);
+    return jobs.whole_rows ? 0 : x.table->rows * jobs.per_row * sizeof(ViewSums);
   };
   int64_t bytes = threads() * scratch_bytes();
   for (int64_t i = 0; i < count_; ++i) bytes += shrink_bytes(parameters_[i]) + row_sums_bytes(parameters_[i]);

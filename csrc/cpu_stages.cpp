@@ -188,6 +188,42 @@ Tile columns_at(const Parameter& x, const ColumnJobs& jobs, int64_t job) {
   return {row, std::min(jobs.rows, t.rows - row), col, std::min(cols, t.cols - col)};
 }
 
+// Passes the columns of a tile to body(access, columns): at once, or if some tensor is gathered, as many at a time as fit.
+template <class F, class Body>
+void for_each_piece(const Parameter& x, const Tile& tile, const ColumnJobs& jobs, const Scratch& scratch, int roles,
+                    const Body& body) {
+  const bool gathers = x.turned && (roles & only_g);
+  const int64_t step = gathers ? jobs.at_once * x.width : tile.cols;
+  for (int64_t done = 0; done < tile.cols; done += step) {
+    const Tile piece{tile.row, tile.rows, tile.col + done, std::min(step, tile.cols - done)};
+    const TileAccess<F> access(x, piece, scratch, roles);
+    body(access.data, columns_of(x, piece));
+  }
+}
+
+// Advances some columns of some rows.
+template <class F, class T = typename F::Number>
+void advance(const Kernels<F>& k, const Parameter& x, const ColumnJobs& jobs, int64_t job, const Scratch& scratch) {
+  const RuleKernels<F>& rule = k.rule[x.rule];
+  const Tile part = columns_at(x, jobs, job);
+  const Coefficients<T>& c = coefficients_of<T>(x);
+  ViewSums* const sums = x.row_sums + part.row * jobs.per_row + job % jobs.per_row * part.rows;
+  TileSums* const tiles = x.tiles + part.row / x.table->tile_rows;
+  if (jobs.whole_rows) {
+    std::fill_n(tiles, (part.rows + x.table->tile_rows - 1) / x.table->tile_rows, TileSums());
+  } else {
+    std::fill_n(sums, part.rows, ViewSums());
+  }
+  for_each_piece<F>(x, part, jobs, scratch, everything, [&](const TileData<F>& data, const Columns& columns) {
+    if (jobs.whole_rows) {
+      T* const shrink = reinterpret_cast<T*>(x.shrink) + part.row;
+      rule.advance_short_columns(data, columns, c, x.test, T(decay_of(x, Decision::channel)), shrink, tiles);
+    } else {
+      rule.advance_columns(data, columns, c, least_square(x.test.eps2), sums);
+    }
+  });
+}
+
 // Adds up the sums of all jobs, row by row and tile by tile. Keeps the shrink that the projection of each row asks for.
 template <class T>
 void add_jobs(const Parameter& x, const ColumnJobs& jobs) {
@@ -208,14 +244,23 @@ void add_jobs(const Parameter& x, const ColumnJobs& jobs) {
 
 // Moves weights by the decision.
 template <class F, class T = typename F::Number>
-void move(const Kernels<F>& k, const Parameter& x, const TileData<F>& data, const Tile& tile) {
+void move(const Kernels<F>& k, const Parameter& x, const ColumnJobs& jobs, int64_t job, const Scratch& scratch) {
+  const RuleKernels<F>& rule = k.rule[x.rule];
+  const Tile part = columns_at(x, jobs, job);
   const Decision decision = decision_of(x);
   const Coefficients<T>& c = coefficients_of<T>(x);
   const double projected = decision == Decision::layer ? x.tiles->projection : 0;
-  T every[most_rows];
-  std::fill_n(every, tile.rows, T(decay_of(x, decision)) - c.step_size * T(projected));
-  const T* shrink = decision == Decision::channel ? reinterpret_cast<const T*>(x.shrink) + tile.row : every;
-  k.rule[x.rule].move_columns(data, columns_of(x, tile), c, shrink);
+  const T shrink = T(decay_of(x, decision)) - c.step_size * T(projected);
+  for_each_piece<F>(x, part, jobs, scratch, moved_roles(x), [&](TileData<F> data, const Columns& columns) {
+    if (decision == Decision::channel) {
+      rule.move_columns(data, columns, c, reinterpret_cast<const T*>(x.shrink) + part.row);
+      return;
+    }
+    for (int64_t col = 0; col < columns.count; ++col) {
+      const TileData<F> at = at_column(data, columns, col);
+      rule.move(at, col * columns.stride, columns.rows * columns.width, c, shrink);
+    }
+  });
 }
 
 // Threads wait here only for jobs that other threads are running right now.
@@ -311,19 +356,16 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
     case Stage::finish: {
       wait_for(x.decided);
       if (!needs_finish(x, sums)) break;
-      const TileAccess<F> access(x, tile, scratch, everything);
+      const TileAccess<F> access(x, tile, scratch, moved_roles(x));
       finish(k, x, access.data, tile, scratch, sums);
       access.store_weight();
       break;
     }
     case Stage::advance: {
       const ColumnJobs jobs = column_jobs(x);
-      const Tile part = columns_at(x, jobs, job);
-      ViewSums* const to = x.row_sums + part.row * jobs.per_row + job % jobs.per_row * part.rows;
-      k.rule[x.rule].advance_columns(TileAccess<F>(x, part, scratch, everything).data, columns_of(x, part),
-                                     coefficients_of<T>(x), least_square(x.test.eps2), to);
+      advance(k, x, jobs, job, scratch);
       if (!is_last(x.measured_tiles, jobs.count)) break;
-      add_jobs<T>(x, jobs);
+      if (!jobs.whole_rows) add_jobs<T>(x, jobs);
       *x.decision = uint8_t(decide(x));
       if (decision_of(x) == Decision::layer) project_views(x);
       x.decided.store(true, std::memory_order_release);
@@ -332,8 +374,7 @@ void run_job(const Kernels<F>& k, Parameter& x, Stage stage, int64_t job, const 
     case Stage::move: {
       wait_for(x.decided);
       const ColumnJobs jobs = column_jobs(x);
-      const Tile part = columns_at(x, jobs, jobs.count - 1 - job);  // backwards: the last columns are still in cache
-      move(k, x, TileAccess<F>(x, part, scratch, everything).data, part);
+      move(k, x, jobs, jobs.count - 1 - job, scratch);  // backwards: the last columns are still in cache
       break;
     }
     case Stage::share: {

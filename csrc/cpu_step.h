@@ -29,10 +29,13 @@ enum class Stage {
 };
 
 // How a parameter whose rows lie side by side is shared out: jobs of up to `rows` rows by `columns` columns, all columns of some
-// rows before the next.
+// rows before the next. If rows are short, a job has whole rows of one or more tiles, whose sums are in the first. A gradient is
+// gathered `at_once` columns at a time.
 struct ColumnJobs {
   int64_t rows, columns, per_row;
   int64_t count;
+  bool whole_rows;
+  int64_t at_once;
 };
 
 // One stage of one parameter: a run of jobs, one per tile; of advance and move, one per ColumnJobs.

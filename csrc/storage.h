@@ -282,12 +282,12 @@ FUSED_ADAMP_INLINE Block<F> open(const TileData<F>& t, int64_t begin, int64_t n,
     if (t.storage) {
       T* const stage = t.stage + part * block_size<T>;
       return {open(*t.storage, role_p, roles & with_p, begin, n, stage),
-              open(*t.storage, role_g, roles & with_g, begin, n, stage + block_size<T>),
+              open(*t.storage, role_g, roles & with_g, begin + t.g_offset, n, stage + block_size<T>),
               open(*t.storage, role_m, roles & with_m, begin, n, stage + 2 * block_size<T>),
               open(*t.storage, role_v, roles & with_v, begin, n, stage + 3 * block_size<T>)};
     }
   }
-  return {shift(typename F::P(), t.p, begin), shift(typename F::G(), t.g, begin), shift(typename F::State(), t.m, begin),
+  return {shift(typename F::P(), t.p, begin), shift(typename F::G(), t.g, begin + t.g_offset), shift(typename F::State(), t.m, begin),
           shift(typename F::State(), t.v, begin)};
 }
 

@@ -29,6 +29,9 @@ EVERY_RULE = pytest.mark.parametrize("rule", list(RULES))
 SHAPES = [(16, 64), (17, 65), (33, 200), (100, 129), (700, 190), (4_099, 70), (65, 4_500)]
 """Rows and columns: at what takes the path, parts of a vector, several jobs by rows and by columns."""
 
+SHORT = [(16, 2), (700, 3), (2_100, 48), (5_000, 9), (33_000, 2)]
+"""Rows that are short, a part of a vector of them, more than a block, more than a tile."""
+
 
 def with_gaps(x: Tensor) -> Tensor:
     """Columns that lie further apart than they are long."""
@@ -46,7 +49,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", ["transposed", "with gaps"])
 def test_every_shape(rule: str, kind: str, layout: str, backend: str) -> None:
-    weights = [LAYOUTS[layout](torch.randn(shape)) for shape in SHAPES]
+    weights = [LAYOUTS[layout](torch.randn(shape)) for shape in SHAPES + SHORT]
     seen = steps_are_those_of_double(rule, weights, lambda w, _: LAYOUTS[layout](gradient(w, kind).float()), backend)
     assert len(seen) == 1
 
@@ -55,7 +58,7 @@ def test_every_shape(rule: str, kind: str, layout: str, backend: str) -> None:
 @pytest.mark.parametrize("gradients", LAYOUTS)
 @pytest.mark.parametrize("weights", LAYOUTS)
 def test_layouts_of_weight_and_gradient(rule: str, weights: str, gradients: str, backend: str) -> None:
-    values = [LAYOUTS[weights](torch.randn(shape)) for shape in SHAPES[2:5]]
+    values = [LAYOUTS[weights](torch.randn(shape)) for shape in SHAPES[2:5] + SHORT[1:4]]
     seen = steps_are_those_of_double(
         rule, values, lambda w, t: LAYOUTS[gradients](gradient(w, KINDS[t]).float()), backend
     )
@@ -64,7 +67,10 @@ def test_layouts_of_weight_and_gradient(rule: str, weights: str, gradients: str,
 
 @EVERY_RULE
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(8, 16, 3, 3), (5, 33, 4, 4), (40, 100, 1, 2), (3, 700, 9, 7), (9, 4_099, 2, 5)])
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 16, 3, 3), (5, 33, 4, 4), (40, 100, 1, 2), (3, 700, 9, 7), (9, 4_099, 2, 5), (3, 5_000, 2, 2), (1, 40, 7, 5)],
+)
 def test_deconvolutions(rule: str, shape: tuple[int, ...], kind: str, backend: str) -> None:
     """Of (input channels, output channels, height, width): a row's elements lie in runs of a kernel each."""
     w = torch.randn(shape)
@@ -97,7 +103,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("case", OPTIONS)
 def test_options(case: str, dtype: torch.dtype, backend: str) -> None:
     rule, options = OPTIONS[case]
-    weights = [LAYOUTS["transposed"](torch.randn(shape, dtype=dtype)) for shape in SHAPES[1:5]]
+    weights = [LAYOUTS["transposed"](torch.randn(shape, dtype=dtype)) for shape in SHAPES[1:5] + SHORT[1:4]]
     steps_are_those_of_double(
         rule, weights, lambda w, t: LAYOUTS["transposed"](gradient(w, KINDS[t])), backend, **options
     )
@@ -148,7 +154,9 @@ def test_one_row_among_many(rule: str, place: float, kind: str, backend: str) ->
         g[first : first + 2] = gradient(w[first : first + 2], kind)
         return LAYOUTS["transposed"](g)
 
-    steps_are_those_of_double(rule, [LAYOUTS["transposed"](torch.randn(shape)) for shape in SHAPES[3:]], mixed, backend)
+    steps_are_those_of_double(
+        rule, [LAYOUTS["transposed"](torch.randn(shape)) for shape in SHAPES[3:] + SHORT[2:]], mixed, backend
+    )
 
 
 @EVERY_RULE
@@ -157,16 +165,17 @@ def test_one_row_among_many(rule: str, place: float, kind: str, backend: str) ->
 @pytest.mark.parametrize("eps", [1e-8, 1e-15])
 def test_one_row_of_another_size(rule: str, p_size: float, g_size: float, eps: float, backend: str) -> None:
     """Its squares, or products of them, may leave float32: they are added up again in double."""
-    for shape in SHAPES[:5]:
+    for shape in SHAPES[:5] + SHORT[:2]:
         row_of_another_size_is_that_of_double(
             rule, shape, p_size, g_size, backend, eps=eps, layout=LAYOUTS["transposed"]
         )
 
 
 @EVERY_RULE
-def test_a_nan_stays_in_its_row(rule: str, backend: str) -> None:
+@pytest.mark.parametrize("shape", [(100, 129), (3_000, 9)])
+def test_a_nan_stays_in_its_row(rule: str, shape: tuple[int, int], backend: str) -> None:
     """No view passes: cosines with a NaN pass no test. Only its own elements become NaN."""
-    p = nn.Parameter(LAYOUTS["transposed"](torch.randn(100, 129)))
+    p = nn.Parameter(LAYOUTS["transposed"](torch.randn(shape)))
     g = gradient(p, "channel")
     g[60, 7] = torch.nan
     p.grad = LAYOUTS["transposed"](g)
@@ -179,7 +188,7 @@ def test_a_nan_stays_in_its_row(rule: str, backend: str) -> None:
 @EVERY_RULE
 @pytest.mark.parametrize("kind", KINDS)
 def test_threads_change_no_bit(rule: str, kind: str, backend: str) -> None:
-    weights = [LAYOUTS["transposed"](torch.randn(shape)) for shape in [(700, 900), (4_099, 200)]]
+    weights = [LAYOUTS["transposed"](torch.randn(shape)) for shape in [(700, 900), (4_099, 200), (40_001, 3)]]
     bits_are_those_of_one_thread(rule, weights, kind, backend)
 
 

@@ -373,9 +373,18 @@ def test_remainder_is_the_float32_run(rule: str, shapes: str, steps: int, backen
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "gaps", "offset"])
 def test_remainder_in_every_layout(rule: str, layout: str, gradient_layout: str, steps: int, backend: str) -> None:
     """Tiles that are gathered: the same as the float32 run in the same strides."""
-    values = [torch.randn(shape) for shape in ((12, 20), (16, 8, 3, 3), (40, 830))]
+    values = [torch.randn(shape) for shape in ((12, 20), (16, 8, 3, 3), (40, 830), (600, 3))]
     runs = twins(rule, values, layout, backend)
     assert train_twins(runs, steps, layout=gradient_layout) == set(Decision)
+
+
+@EVERY_RULE
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_remainder_where_no_kernel_reads_16_bits(rule: str, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without AVX2, blocks are converted before the kernels and after."""
+    monkeypatch.setenv("FUSED_ADAMP_CPU", "baseline")
+    runs = twins(rule, [torch.randn(shape) for shape in ((12, 20), (40, 830), (600, 3))], layout, "cpu")
+    assert train_twins(runs, 10) == set(Decision)
 
 
 VARIANTS = [("AdamP", options) for options in ADAMP_OPTIONS] + [("SGDP", options) for options in SGDP_OPTIONS]
