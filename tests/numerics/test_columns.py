@@ -171,6 +171,17 @@ def test_one_row_of_another_size(rule: str, p_size: float, g_size: float, eps: f
         )
 
 
+@pytest.mark.parametrize("kind", ["channel", "free"])
+@pytest.mark.parametrize(("p_size", "g_size"), [(1e25, 1.0), (1.0, 1e25), (1e-28, 1.0), (1.0, 1e-28)])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_one_row_whose_squares_leave_float32(p_size: float, g_size: float, eps: float, kind: str, backend: str) -> None:
+    """Other rows pass the test or fail it: if they pass, this row decides."""
+    for shape in SHAPES[:4] + SHORT[:3]:
+        row_of_another_size_is_that_of_double(
+            "SGDP", shape, p_size, g_size, backend, eps=eps, kind=kind, layout=LAYOUTS["transposed"]
+        )
+
+
 @EVERY_RULE
 @pytest.mark.parametrize("shape", [(100, 129), (3_000, 9)])
 def test_a_nan_stays_in_its_row(rule: str, shape: tuple[int, int], backend: str) -> None:

@@ -39,7 +39,7 @@ def test_verify_checks_the_backend(
 ) -> None:
     (backend,) = (b for b in BACKENDS if b.name == BACKEND)
     monkeypatch.setattr(verify, "available", lambda device: [backend])
-    monkeypatch.setattr(verify, "_QUICK", 5.0)
+    monkeypatch.setattr(verify, "_QUICK", 0.5)
     assert run(monkeypatch, "verify") == 0
     output = capsys.readouterr().out
     assert BACKEND in output

@@ -71,8 +71,16 @@ COLLECTIVES = {"DDP": 0, "replicated": 0, "FSDP2 x TP": 2, "two meshes": 2, "cro
 """Collectives of a step by layout, if not 1; clipping has as many again."""
 
 
-def follow(layout: str, rule: str, records: Sequence[Record], max_norm: float | None, options: dict[str, Any]) -> None:
-    """Does in a layout what was done in one process, and compares."""
+def follow(
+    layout: str,
+    rule: str,
+    records: Sequence[Record],
+    max_norm: float | None,
+    options: dict[str, Any],
+    *,
+    hooks: bool = True,
+) -> None:
+    """Does in a layout what was done in one process, and compares. The first run may get gradients by autograd's hooks."""
     collectives = COLLECTIVES.get(layout, 1) * (1 if max_norm is None else 2)
     if layout == "crossed" and options.get("channel_dim") == (0, 1):  # all are rows
         collectives = collectives * 2 // 3
@@ -81,7 +89,7 @@ def follow(layout: str, rule: str, records: Sequence[Record], max_norm: float | 
         for step, (grads, norm, decisions) in enumerate(
             zip(expected.grads, expected.norms, expected.decisions, strict=True)
         ):
-            (run.give if number else run.backward)(grads)
+            (run.backward if hooks and number == 0 else run.give)(grads)
             with Collectives() if step in (1, 2) else contextlib.nullcontext() as seen:  # in step 0 the ranks meet
                 found = run.advance(max_norm)
             assert seen is None or len(seen.names) == collectives, f"step {step}: {seen.names}"
@@ -147,7 +155,7 @@ def follow_variants(layout: str, rule: str, of: dict[str, Record], max_norm: flo
         if layout == FLAT and "channel_dim" in VARIANTS[name]:  # which is refused
             continue
         with named(name):
-            follow(layout, rule, [expected], max_norm, VARIANTS[name] | {"backend": backend})
+            follow(layout, rule, [expected], max_norm, VARIANTS[name] | {"backend": backend}, hooks=False)
 
 
 @every_layout(*SHARDED)

@@ -10,12 +10,15 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
 import warnings
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -70,11 +73,26 @@ def run(ranks: int, task: Callable[..., Any], *args: Any, timeout: float = 60) -
     return [reply for _, reply in replies]
 
 
+@functools.cache
+def _forkserver() -> Any:
+    """Forks workers from a process that has imported what they need and has started no thread.
+
+    torch takes seconds to import, and its compiler, which every optimizer loads, as long again.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["distributed", "torch._dynamo"])
+    # Python 3.11 looks for the modules without this process's sys.path, and passes over those that it does not find.
+    variables = {"PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"}
+    if not torch.cuda.is_available():
+        variables["TRITON_INTERPRET"] = "1"  # is read when Triton is imported
+    with mock.patch.dict(os.environ, variables):
+        forkserver.ensure_running()
+    return context
+
+
 class _Pool:
     def __init__(self, ranks: int) -> None:
-        # Forked from a process that has imported this module and has started no thread: torch takes seconds to import.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["distributed"])
+        context = _forkserver()
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         pipes = [context.Pipe() for _ in range(ranks)]
         self._processes = [
@@ -126,8 +144,6 @@ def _serve(rank: int, ranks: int, port: int, connection: Connection) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupted session ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"  # is read when Triton is imported
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     # Tensor parallel layers wrapped by FSDP2 give this warning. No code writes to their outputs.
@@ -349,18 +365,27 @@ class Run:
         return {name: found[p] for name, p in self.params.items() if p in found}
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: self._value(p, p) for name, p in self.params.items()}
+        return self._whole({name: (p, p) for name, p in self.params.items()})
 
     def values(self) -> dict[str, Tensor]:
         """All that a step moves, as it is laid out; of slices the whole."""
-        state = self.optimizer.state
-        return self.weights() | {
-            f"{key} of {name}": self._value(t, p) for name, p in self.params.items() for key, t in state[p].items()
-        }
+        found = {name: (p, p) for name, p in self.params.items()}
+        for name, p in self.params.items():
+            found |= {f"{key} of {name}": (t, p) for key, t in self.optimizer.state[p].items()}
+        return self._whole(found)
 
     @staticmethod
-    def _value(t: Tensor, p: Tensor) -> Tensor:
-        return full(t, p) if isinstance(placement_of(p), FlatSlice) and t.shape == p.shape else t.detach().clone()
+    def _whole(found: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Each tensor, beside the parameter that it belongs to. Slices are gathered, all of them at once."""
+        flat = {name: placement_of(p) for name, (t, p) in found.items() if t.shape == p.shape}
+        slices = {name: place for name, place in flat.items() if isinstance(place, FlatSlice)}
+        values = {name: t.detach().clone() for name, (t, _) in found.items()}
+        if slices:
+            ranks: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(ranks, {name: values[name] for name in slices})
+            for name, place in slices.items():
+                values[name] = torch.cat([rank[name] for rank in ranks]).reshape(place.whole)
+        return values
 
 
 def random_weights(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, Tensor]:

@@ -72,11 +72,12 @@ def row_of_another_size_is_that_of_double(
     backend: str,
     *,
     eps: float,
+    kind: str = "free",
     layout: Callable[[Tensor], Tensor] = torch.clone,
 ) -> None:
     """One step, in which one row's weights and gradients are larger or smaller than those of the others."""
     w = torch.randn(shape)
-    g = gradient(w.double(), "free").float()
+    g = gradient(w.double(), kind).float()
     row = shape[0] // 2
     w[row] *= p_size
     g[row] *= g_size
