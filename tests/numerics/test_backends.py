@@ -139,5 +139,5 @@ def test_every_instruction_set_gives_the_same_numbers(name: str, monkeypatch: py
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSED_ADAMP_CPU", "mmx")
-    with pytest.raises(RuntimeError, match="FUSED_ADAMP_CPU=mmx .*baseline, avx2 or avx512"):
+    with pytest.raises(RuntimeError, match=r"FUSED_ADAMP_CPU=mmx .*baseline, avx2 or avx512"):
         _train(1, threads=1)

@@ -80,7 +80,11 @@ def follow(
     *,
     hooks: bool = True,
 ) -> None:
-    """Does in a layout what was done in one process, and compares. The first run may get gradients by autograd's hooks."""
+    """Does in a layout what was done in one process, and compares.
+
+    Args:
+        hooks: whether the first run gets its gradients by way of autograd and the layout's hooks.
+    """
     collectives = COLLECTIVES.get(layout, 1) * (1 if max_norm is None else 2)
     if layout == "crossed" and options.get("channel_dim") == (0, 1):  # all are rows
         collectives = collectives * 2 // 3
