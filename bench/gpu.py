@@ -3,9 +3,9 @@
     python -m bench.gpu [--quick] [--dry-run] [--out bench/results] [--minutes 9] [--commit HASH]
 
 Needs torch, Triton and rich; no network and no installation. What is not there (cuda-core, a compiler, pytest, ncu,
-matplotlib, clovaai's adamp, pytorch_optimizer) is left out and named. ``--quick`` takes one model in float32 and the
-smallest tests, in four minutes. ``--dry-run`` runs the same code on a CPU, on a few small tensors in Triton's
-interpreter, and writes into a temporary folder: what it times means nothing.
+matplotlib, clovaai's adamp, pytorch_optimizer, flashoptim) is left out and named. ``--quick`` takes one model in
+float32 and the smallest tests, in four minutes. ``--dry-run`` runs the same code on a CPU, on a few small tensors in
+Triton's interpreter, and writes into a temporary folder: what it times means nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import traceback
 import xml.etree.ElementTree as ElementTree
 from contextlib import suppress
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice, product
 from pathlib import Path
@@ -56,6 +57,24 @@ MODELS = ("resnet50", "vit_b16", "gpt2", "llama_1b", "llama_8b_layer")
 QUICK_MODELS = ("gpt2",)
 RIVALS_MODELS = ("resnet50", "gpt2", "dry_run")
 """The rivals' steps take some thirty launches per tensor: two models show what is to be shown."""
+
+
+class Rival(NamedTuple):
+    """An optimizer of another package, timed where that is installed: its class, its name in the tables."""
+
+    package: str
+    optimizer: str
+    name: str
+    backend: str
+    arguments: dict[str, Any]
+
+
+RIVALS = (
+    Rival("adamp", "AdamP", "clovaai.AdamP", "forloop", {}),
+    Rival("pytorch_optimizer", "AdamP", "pytorch_optimizer.AdamP", "foreach", {"foreach": True}),
+    # Not AdamP, but another AdamW in Triton. Told to keep weights and state in float32, as the others do here.
+    Rival("flashoptim", "FlashAdamW", "flashoptim.AdamW", "triton", {"quantize": False, "master_weight_bits": None}),
+)
 PROFILED = (("vit_b16", "fp32"), ("llama_8b_layer", "fp32"), ("vit_b16", "bf16"))
 """Workload and dtype whose DRAM traffic ncu counts, as far as time allows: it takes about half a minute for each."""
 
@@ -249,7 +268,7 @@ class PlannedSide(Side):
         os.environ[jobs.PLAN] = self.plan or ""
 
     def bytes_per_param(self, clip: bool) -> int | None:
-        """None where they were not counted: of clovaai's code, which steps operation by operation."""
+        """None where they were not counted: of rivals."""
         if not self.ours and self.contestant.backend != "fused":
             return None
         passes = (1 if self.ours else 3) * clip
@@ -265,7 +284,7 @@ def backends_on(device: torch.device) -> list[str]:
 def sides_of(
     field: Field, workload: str, name: str, device: torch.device, backends: Sequence[str]
 ) -> Iterator[PlannedSide]:
-    """The peer first, where it can keep such state, then ours by each backend under both plans, then rivals."""
+    """The peer first, where it can keep such state, then ours by each backend under both plans."""
     dtypes, shapes = DTYPES[name], list(WORKLOADS[workload].shapes())
     if dtypes.state is None:  # torch's fused optimizers keep state in the weights' dtype only
         peer = making(getattr(torch.optim, field.peer), **field.options, fused=True)
@@ -278,19 +297,6 @@ def sides_of(
         )
         for plan in ("one_pass", "split"):
             yield PlannedSide(contestant, plan, shapes, device)
-    if field.ours == "AdamP" and workload in RIVALS_MODELS and name == "fp32":
-        if find_spec("adamp"):
-            import adamp
-
-            contestant = Contestant("clovaai.AdamP", "forloop", field.family, making(adamp.AdamP, **field.options))
-            yield PlannedSide(contestant, None, shapes, device)
-        if find_spec("pytorch_optimizer"):
-            import pytorch_optimizer
-
-            make = making(pytorch_optimizer.AdamP, **field.options, foreach=True)
-            yield PlannedSide(
-                Contestant("pytorch_optimizer.AdamP", "foreach", field.family, make), None, shapes, device
-            )
 
 
 class Session:
@@ -468,9 +474,9 @@ class Session:
 
         self.found["copy_gbps"] = harness.copy_gbps(clock, self.machine.copied, self.machine.device)
         self.say(f"copy {self.found['copy_gbps']:.0f} GB/s")
-        for package in ("adamp", "pytorch_optimizer"):
-            if find_spec(package) is None:
-                self.leave_out(package, "it is missing")
+        for rival in RIVALS:
+            if find_spec(rival.package) is None:
+                self.leave_out(rival.package, "it is missing")
         for backend in BACKENDS:
             if backend.name in RUNS and (reason := backend.unavailable(self.machine.device)):
                 self.leave_out(f"backend {backend.name}", reason)
@@ -494,10 +500,29 @@ class Session:
         """Whether one row a plan will do: the interpreter takes a third of a second for each step."""
         return self.machine.dry and dtypes != "fp32"
 
+    def _rivals(self, field: Field, workload: str) -> Iterator[PlannedSide]:
+        """The rivals that are here and can step."""
+        for rival in RIVALS:
+            if find_spec(rival.package) is None:
+                continue
+            try:
+                optimizer = getattr(import_module(rival.package), rival.optimizer)
+                make = making(optimizer, **field.options, **rival.arguments)
+                contestant = Contestant(rival.name, rival.backend, field.family, make)
+                side = PlannedSide(contestant, None, list(WORKLOADS[workload].shapes()), self.machine.device)
+                side.set_gradients(Decision.NONE)
+                side.step(clip=False)
+            except Exception as error:
+                self.leave_out(rival.name, f"{type(error).__name__}: {error}")
+            else:
+                yield side
+
     def _measured(self, what: str, field: Field, workload: str, dtypes: str) -> None:
         """The rows of a group, or why there are none."""
         try:
             sides = list(sides_of(field, workload, dtypes, self.machine.device, self.backends))
+            if field.ours == "AdamP" and workload in RIVALS_MODELS and dtypes == "fp32":
+                sides += self._rivals(field, workload)
             for case in field.cases[: 1 if self._brief(dtypes) else None]:
                 for side in sides:
                     side.set_gradients(case)
