@@ -26,11 +26,12 @@ test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full 
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/ptx
 
 test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, both backends and plans (hours)
-	for backend in cuda triton; do for plan in one_pass split; do \
-		FUSED_ADAMP_EMULATED=$$backend FUSED_ADAMP_PLAN=$$plan nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py || exit 1; \
-	done; done
+	$(MAKE) --jobs 2 --output-sync=line emulated-cuda-one_pass emulated-cuda-split emulated-triton-one_pass emulated-triton-split
 	nice $(BIN)/python -m pytest -m "" tests/ptx/test_instructions.py tests/ptx/test_machine.py tests/ptx/test_protocol.py tests/ptx/test_triton.py tests/ptx/test_cuda.py
 	nice $(BIN)/python -m pytest -m "" tests/ptx/test_triton_compile.py tests/ptx/test_cuda_compile.py
+
+emulated-%: $(VENV)/test.done build
+	FUSED_ADAMP_EMULATED=$(word 1,$(subst -, ,$*)) FUSED_ADAMP_PLAN=$(word 2,$(subst -, ,$*)) nice $(BIN)/python -m pytest -m "" tests/ptx/emulated_*.py
 
 mutants: $(VENV)/test.done build  ## plant small faults, one at a time: which tests find them (two hours on two cores)
 	nice $(BIN)/python tests/support/mutation.py tests/support/host_mutants.py tests/ptx/kernel_mutants.py tests/ptx/cuda_mutants.py
