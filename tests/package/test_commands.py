@@ -146,10 +146,10 @@ def few(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 def test_verify_passes_on_a_few_cases(
     extent: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few(monkeypatch, 50)
+    few(monkeypatch, 150)
     assert main(["verify", extent]) == 0
     out = capsys.readouterr().out
-    total = sum(len(cases()[::50]) for _ in available(torch.device("cpu"))) * (1 + torch.cuda.device_count())
+    total = sum(len(cases()[::150]) for _ in available(torch.device("cpu"))) * (1 + torch.cuda.device_count())
     assert ("cases take about" in out) == (extent == "--full")
     assert "passed: 0 failures in" in out
     assert f"of {total} cases" in out
@@ -337,11 +337,12 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
     assert not run.stderr
 
 
-def test_help_names_every_command() -> None:
-    run = _run("-m", "fused_adamp", "--help")
-    assert run.returncode == 0
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--help"])
+    out = capsys.readouterr().out
     for name in ("doctor", "verify", "bench"):
-        assert re.search(rf"^    {name} ", run.stdout, re.MULTILINE)
+        assert re.search(rf"^    {name} ", out, re.MULTILINE)
 
 
 def test_the_example_trains_every_optimizer_and_writes_what_it_says(tmp_path: Path) -> None:
