@@ -273,10 +273,12 @@ class CudaBackend(DeviceBackend):
         return min(rows, max(_TILE // cols, 1), _THREADS), cols
 
     def spec(self, batch: Batch, p: torch.dtype, g: torch.dtype, state: torch.dtype | None, layout: str) -> Spec:
-        rule = batch.rule.adaptive, bool(batch.moments), batch.bucket.key.rounding
+        rounding, shared = batch.bucket.key.rounding, batch.bucket.shared is not None
         if state is None:  # before the first step: there is nothing yet that kernels could load besides
-            rule = False, False, "nearest"
-        return Spec(p, g, state or p, layout, *rule, batch.bucket.shared is not None)
+            # No state is read. Its dtype lets rows be summed in the order of later steps: Spec.width.
+            unread = torch.float32 if rounding == "remainder" else p
+            return Spec(p, g, unread, layout, adaptive=False, buffer=False, rounding="nearest", shared=shared)
+        return Spec(p, g, state, layout, batch.rule.adaptive, bool(batch.moments), rounding, shared)
 
     def run(self, kernel: str, programs: int, arguments: tuple[Any, ...], spec: Spec) -> _Run:
         return _run(kernel, programs, arguments, spec)

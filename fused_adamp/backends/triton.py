@@ -111,10 +111,12 @@ class TritonBackend(DeviceBackend):
 
     def spec(self, batch: Batch, p: torch.dtype, g: torch.dtype, state: torch.dtype | None, layout: str) -> Any:
         shared = batch.bucket.shared is not None
+        rounding = batch.bucket.key.rounding
         if state is None:  # before the first step: there is nothing yet that kernels could load besides
-            return make_spec(p, g, p, layout, adaptive=False, buffer=False, shared=shared)
+            bare = make_spec(p, g, p, layout, adaptive=False, buffer=False, shared=shared)
+            return bare._replace(access=_access(p, rounding))  # rows are summed in the order of later steps
         rule = {"adaptive": batch.rule.adaptive, "buffer": bool(batch.moments)}
-        return make_spec(p, g, state, layout, **rule, rounding=batch.bucket.key.rounding, shared=shared)
+        return make_spec(p, g, state, layout, **rule, rounding=rounding, shared=shared)
 
     def run(self, kernel: str, programs: int, arguments: tuple[Any, ...], spec: Any) -> _Run:
         from fused_adamp.kernels import plans
@@ -156,10 +158,16 @@ def make_spec(
         torch.float16: tl.float16,
     }
     number = tl.float64 if p == torch.float64 else tl.float32
-    access = 4 if p == torch.float32 or rounding == "remainder" else 8
-    words = LAYOUTS.index(layout), adaptive, buffer, ROUNDINGS.index(rounding), shared
-    numbers = map(tl.constexpr, (*words, access, _LOG_TILE, 1 << _LOG_TILE))
-    return Spec(types[p], types[g], types[state], number, *numbers)
+    words = map(tl.constexpr, (LAYOUTS.index(layout), adaptive, buffer, ROUNDINGS.index(rounding), shared))
+    tile = map(tl.constexpr, (_LOG_TILE, 1 << _LOG_TILE))
+    return Spec(types[p], types[g], types[state], number, *words, _access(p, rounding), *tile)
+
+
+def _access(p: torch.dtype, rounding: str) -> Any:
+    """Spec.access of weights of this dtype."""
+    import triton.language as tl
+
+    return tl.constexpr(4 if p == torch.float32 or rounding == "remainder" else 8)
 
 
 def in_float64(spec: Any) -> Any:
