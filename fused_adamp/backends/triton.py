@@ -113,8 +113,7 @@ class TritonBackend(DeviceBackend):
         shared = batch.bucket.shared is not None
         rounding = batch.bucket.key.rounding
         if state is None:  # before the first step: there is nothing yet that kernels could load besides
-            bare = make_spec(p, g, p, layout, adaptive=False, buffer=False, shared=shared)
-            return bare._replace(access=_access(p, rounding))  # rows are summed in the order of later steps
+            return first_spec(p, g, layout, rounding, shared=shared)
         rule = {"adaptive": batch.rule.adaptive, "buffer": bool(batch.moments)}
         return make_spec(p, g, state, layout, **rule, rounding=rounding, shared=shared)
 
@@ -163,6 +162,12 @@ def make_spec(
     return Spec(types[p], types[g], types[state], number, *words, _access(p, rounding), *tile)
 
 
+def first_spec(p: torch.dtype, g: torch.dtype, layout: str, rounding: str, *, shared: bool) -> Any:
+    """The spec of a measurement before the first step. Rows are summed in the order of later steps."""
+    bare = make_spec(p, g, p, layout, adaptive=False, buffer=False, shared=shared)
+    return bare._replace(access=_access(p, rounding))
+
+
 def _access(p: torch.dtype, rounding: str) -> Any:
     """Spec.access of weights of this dtype."""
     import triton.language as tl
@@ -182,7 +187,7 @@ def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
 
     A launch fails with options that the target does not know.
     """
-    from fused_adamp.kernels.precision import REMAINDER, STOCHASTIC
+    from fused_adamp.kernels.precision import STOCHASTIC
     from fused_adamp.kernels.tables import FLAT, STRIDED
 
     # The kernels name their fused operations. A compiler that fuses others may round each copy of a formula in its way.
@@ -195,7 +200,8 @@ def compile_options(kernel: Any, spec: Any, target: str) -> dict[str, int]:
     crowded = layout == STRIDED.value or spec.number.primitive_bitwidth == 64
     crowded |= name == "update_kernel" and flat and (shared or rounding == STOCHASTIC.value)
     crowded |= name == "one_pass_kernel" and (flat or shared or rounding == STOCHASTIC.value)
-    measure = 96 if flat and rounding == REMAINDER.value else 80
+    remains = spec.p.primitive_bitwidth == 16 and spec.access.value == 4  # weights have remainders, or will have them
+    measure = 96 if flat and remains else 80
     options["maxnreg"] = 255 if crowded else measure if name == "measure_kernel" else 128
     return options
 

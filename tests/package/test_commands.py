@@ -338,7 +338,7 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main(["--help"])
     out = capsys.readouterr().out
     for name in ("doctor", "verify", "bench"):

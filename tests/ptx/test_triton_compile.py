@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from compile_table import (
     ENVIRONMENT,
+    FIRST,
     RULES,
     TARGETS,
     Row,
@@ -109,9 +110,10 @@ def test_a_kernel_compiled_for_aligned_arguments_runs_others(target: str, tmp_pa
 
 def _with_float32_weights(variant: Variant) -> Variant | None:
     """The variant without a remainder whose run is the same, bit for bit."""
-    if variant.rounding != "remainder":
+    if variant.rounding not in ("remainder", FIRST):
         return None
-    return variant._replace(dtypes=("fp32", "fp32", variant.dtypes[2]), rounding="nearest")
+    state = "fp32" if variant.rounding == FIRST else variant.dtypes[2]
+    return variant._replace(dtypes=("fp32", "fp32", state), rounding="nearest")
 
 
 def _most_registers(variant: Variant, row: Row) -> int:

@@ -75,6 +75,9 @@ WIDEST = 16
 """Bytes: the widest load of one thread on all targets but sm_100, where there are twice as wide ones."""
 
 
+FIRST = "remainder to come"
+
+
 class Variant(NamedTuple):
     """One kernel, compiled for one target and one kind of parameter."""
 
@@ -85,6 +88,7 @@ class Variant(NamedTuple):
     """The dtypes of weight, gradient and state."""
     rule: str = "AdamP"
     rounding: str = "nearest"
+    """Or FIRST: weights will have remainders, but have none before the first step."""
     shared: bool = False
     """Whether parameters may lie on several ranks."""
 
@@ -132,6 +136,9 @@ def variants() -> list[Variant]:
         found += [Variant(kernel, dtypes=(dtype, dtype, dtype), shared=True) for dtype in ("bf16", "fp64")]
         found += [Variant(kernel, dtypes=("bf16", "bf16", "fp32"), rounding="remainder", shared=True)]
     found += [Variant("update", dtypes=("bf16", "bf16", "bf16"), rounding="stochastic", shared=True)]
+    first: dict[str, Any] = {"dtypes": ("bf16",) * 3, "rule": "SGDP without buffer", "rounding": FIRST}
+    found += [Variant("measure", layout="FLAT", target="sm_100", **first)]
+    found += [Variant(k, shared=shared, **first) for k, shared in (("measure", False), ("share", True))]
     for kernel in ("redo", "redo_ahead"):
         found += [Variant(kernel, target) for target in TARGETS]
         found += [Variant(kernel, layout=layout) for layout in ("FLAT", "STRIDED")]
@@ -145,6 +152,8 @@ def is_usual(variant: Variant) -> bool:
     """Whether the usual tests compile it: every kernel once, update for every target, layout, dtype and rounding."""
     if variant in (Variant(variant.kernel), Variant("share", shared=True), Variant("one_pass", layout="FLAT")):
         return True
+    if variant.rounding == FIRST:
+        return variant.layout == "FLAT"
     if variant.kernel != "update" or variant.shared or variant.layout == "FLAT":
         return False
     rounds = variant.rounding != "nearest"
@@ -220,6 +229,8 @@ def arguments(kernel: Any) -> list[Any]:
 def make_spec(variant: Variant) -> Any:
     adaptive, buffer = RULES[variant.rule]
     p, g, state = (DTYPES[dtype] for dtype in variant.dtypes)
+    if variant.rounding == FIRST:
+        return backend.first_spec(p, g, variant.layout.lower(), "remainder", shared=variant.shared)
     spec = backend.make_spec(
         p,
         g,
@@ -403,7 +414,7 @@ def whole_widths(row: Row | Variant) -> dict[str, int]:
     """Bytes of an access to each tensor where rows are aligned: four elements of a weight that is float32, a remainder
     included, whatever the storage; else as many as can be.
     """
-    elements = 4 if row.dtypes[0] == "fp32" or row.rounding == "remainder" else WIDEST
+    elements = 4 if row.dtypes[0] == "fp32" or row.rounding in ("remainder", FIRST) else WIDEST
     return {stream: min(WIDEST, elements * size) for stream, size in item_sizes(row).items()}
 
 
