@@ -25,7 +25,7 @@ test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (a 
 test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (hours)
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 nice $(BIN)/python -m pytest -m "" --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/ptx
 
-test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, both backends and plans (hours)
+test-ptx: $(VENV)/test.done build  ## all tests of compiled kernels in the emulator, both backends and plans (an hour on two cores)
 	$(MAKE) --jobs 2 --output-sync=line emulated-cuda-one_pass emulated-cuda-split emulated-triton-one_pass emulated-triton-split
 	nice $(BIN)/python -m pytest -m "" tests/ptx/test_instructions.py tests/ptx/test_machine.py tests/ptx/test_protocol.py tests/ptx/test_triton.py tests/ptx/test_cuda.py
 	nice $(BIN)/python -m pytest -m "" tests/ptx/test_triton_compile.py tests/ptx/test_cuda_compile.py
