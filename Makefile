@@ -19,7 +19,7 @@ paper: $(VENV)/demo.done build  ## run docs/paper.md and docs/large-models.md ag
 	$(BIN)/python examples/paper/run.py $(if $(QUICK),--quick)
 	$(BIN)/python examples/paper/large_models.py $(if $(QUICK),--quick)
 
-test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (a quarter of an hour on two cores)
+test: $(VENV)/test.done build lint types  ## lint, types and the usual tests (thirteen minutes on two cores)
 	FUSED_ADAMP_REQUIRE_EXTENSION=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-exhaustive: $(VENV)/test.done build test-ptx  ## every test there is: full products in place of covering arrays (hours)
