@@ -59,6 +59,7 @@ class Row(NamedTuple):
 def variants() -> list[Variant]:
     """Those of the Triton kernels that exist here, and the usual ones for one more target."""
     found = [v for v in compile_table.variants() if v.kernel in KERNELS and v.target in TARGETS]
+    found = [v for v in found if v.rounding != compile_table.FIRST]  # no kernel of its own here
     return [*found, *(Variant(kernel, "sm_120", shared=kernel == "share") for kernel in KERNELS)]
 
 
